@@ -1,0 +1,27 @@
+"""The batched gather-matmul in plain torch operations: two small products a segment, no padding, no copied weights."""
+
+from __future__ import annotations
+
+import torch
+
+from weft.kernels.plan import Plan
+from weft.kernels.site import Site
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, site: Site, plan: Plan) -> torch.Tensor:
+    """y[rows] += scale * (x[rows] A^T) B for every segment of the plan that touches the site.
+
+    x: [T, d_in], y: [T, d_out], both of the site's dtype. y is written in place and returned; base rows are untouched.
+    Each adapter costs its own rank, whatever the others' ranks are.
+    """
+    for segment in plan.segments:
+        if site.index not in segment.sites:
+            continue
+        a_t, b = site.rows(segment.first, segment.last)
+        rows = segment.rows
+        shrunk = torch.mm(x[rows], a_t)
+        if isinstance(rows, slice):
+            y[rows].addmm_(shrunk, b, alpha=segment.scale)
+        else:
+            y.index_add_(0, rows, torch.mm(shrunk, b), alpha=segment.scale)
+    return y

@@ -1,0 +1,61 @@
+"""The stacked A and B rows of every resident adapter at one site."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import torch
+
+from weft.kernels.plan import PAGE_ROWS
+
+
+def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that, on a CPU, take no memory until they are written: torch.zeros would touch every page."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(*shape)
+
+
+class Site:
+    """Page storage for one adapted module.
+
+    a: [pages, PAGE_ROWS, d_in], b: [pages, PAGE_ROWS, d_out], zero-filled. B is rank-major, so that any rank reads whole
+    contiguous rows. On the CPU the memory is committed by the operating system only when a page is first written.
+    """
+
+    def __init__(
+        self, index: int, d_in: int, d_out: int, num_pages: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.index = index
+        self.a = lazy_zeros(num_pages, PAGE_ROWS, d_in, dtype=dtype, device=device)
+        self.b = lazy_zeros(num_pages, PAGE_ROWS, d_out, dtype=dtype, device=device)
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views (Aᵀ: [d_in, rank rows], B: [rank rows, d_out]) of pages [first, last).
+
+        Kept, because making them costs as much as a small product; they stay valid since the storage never moves.
+        """
+        views = self._views.get((first, last))
+        if views is None:
+            views = (self.a[first:last].flatten(0, 1).t(), self.b[first:last].flatten(0, 1))
+            self._views[first, last] = views
+        return views
+
+    def write(
+        self, runs: tuple[tuple[int, int], ...], a: torch.Tensor | None, b: torch.Tensor | None
+    ) -> None:
+        """Fill pages with one adapter's rows; a: [r, d_in], b: [r, d_out]; None where it does not touch this site.
+
+        Every row of the pages is written: what a former owner left there never survives.
+        """
+        row = 0
+        for first, last in runs:
+            for pool, values in ((self.a, a), (self.b, b)):
+                pages = pool[first:last].flatten(0, 1)
+                part = values[row : row + len(pages)] if values is not None else pages[:0]
+                pages[: len(part)].copy_(part)
+                pages[len(part) :].zero_()
+            row += (last - first) * PAGE_ROWS

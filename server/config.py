@@ -1,0 +1,100 @@
+"""Everything that can be set, in one frozen tree, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weft.errors import InvalidConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which base model, and how it is held.
+
+    path: a local Hugging Face folder, or a hub id. dtype: auto (float32 on a CPU, the checkpoint's own on a GPU),
+    float32, bfloat16 or float16. device: auto, cpu, cuda, cuda:N.
+    """
+
+    path: str
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise InvalidConfig(f"--device is {self.device!r}; must be auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model."""
+
+    max_batch_tokens: int = 512
+    max_running_requests: int = 64
+    max_queued_requests: int = 1024
+    context_length: int | None = None
+    kv_tokens: int | None = None
+    block_tokens: int = 16
+    adapter_pages: int = 256
+    lora_backend: str = "torch"
+
+    def __post_init__(self) -> None:
+        _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)
+        _between("--max-running-requests", self.max_running_requests, 1, 1 << 16)
+        _between("--max-queued-requests", self.max_queued_requests, 0, 1 << 20)
+        _between("--context-length", self.context_length, 2, 1 << 24)
+        _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
+        _between("--block-tokens", self.block_tokens, 1, 1024)
+        _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
+        if self.max_batch_tokens < self.max_running_requests:
+            raise InvalidConfig(
+                f"--max-batch-tokens is {self.max_batch_tokens}, less than --max-running-requests "
+                f"({self.max_running_requests}): every running request needs a token a step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where the server listens, what it loads at start, and how long it waits. Port 0 takes any free port."""
+
+    model: ModelConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int = 9090
+    adapters: Path | None = None
+    source_roots: tuple[Path, ...] = ()
+    max_request_s: float = 600.0
+    drain_grace_s: float = 30.0
+    max_prompt_bytes: int = 1 << 20
+    metrics_adapters: int = 32
+
+    def __post_init__(self) -> None:
+        _between("--port", self.port, 0, 65535)
+        _between("--metrics-port", self.metrics_port, 0, 65535)
+        _between("--max-request-seconds", self.max_request_s, 0.001, 86400 * 7)
+        _between("--drain-grace-seconds", self.drain_grace_s, 0, 86400)
+        _between("--max-prompt-bytes", self.max_prompt_bytes, 1, 1 << 28)
+        _between("--metrics-adapters", self.metrics_adapters, 0, 10000)
+        for option, folder in (
+            ("--adapters", self.adapters),
+            *(("--source-root", root) for root in self.source_roots),
+        ):
+            if folder is not None and not folder.is_dir():
+                raise InvalidConfig(f"{option} is {str(folder)!r}; must be an existing folder")
+
+    @property
+    def all_source_roots(self) -> tuple[Path, ...]:
+        """Folders that `file:` sources may lie under."""
+        return (*([self.adapters] if self.adapters else []), *self.source_roots)
+
+
+def _between(option: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise InvalidConfig(f"{option} is {value}; must be from {low} to {high}")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidConfig(f"{option} is {value!r}; must be one of {', '.join(allowed)}")

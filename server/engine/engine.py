@@ -1,0 +1,257 @@
+"""The step loop: schedule, build, forward, sample, commit.
+
+One thread owns an engine. It knows nothing of gRPC, of asyncio or of files: requests come in by `add`, answers go out as
+the events that `step` returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence as Seq
+from dataclasses import dataclass
+
+from weft.adapters.store import AdapterRef
+from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.server.engine.batch import build_batch
+from weft.server.engine.model import PagedModel
+from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
+from weft.server.engine.sampler import Sample, sample
+from weft.server.engine.scheduler import Scheduled, Scheduler
+from weft.server.engine.sequence import Sequence
+from weft.server.engine.text import Decode, OutputText
+from weft.server.metrics import Metrics, StepStats
+
+_log = logging.getLogger(__name__)
+
+Event = tuple[Request, Delta | WeftError]
+"""What happened to a request: more of its answer, or the error that ended it."""
+
+
+_UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, FinishReason.TIME_LIMIT.value})
+"""Outcomes that leave keys and values behind from which no finite logits were seen to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request must fit in. context_length: prompt and answer together, in tokens."""
+
+    context_length: int
+    vocab_size: int
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe, but for `check`."""
+
+    def __init__(
+        self,
+        model: PagedModel,
+        scheduler: Scheduler,
+        limits: Limits,
+        decode: Decode,
+        eos_token_ids: frozenset[int],
+        release: Callable[[AdapterRef], None],
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        """release gives an adapter version back; clock is monotonic, in seconds."""
+        self.limits = limits
+        self.clock = clock
+        self._model = model
+        self._scheduler = scheduler
+        self._decode = decode
+        self._eos_token_ids = eos_token_ids
+        self._release = release
+        self._metrics = metrics
+        self._sequences: dict[Request, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist."""
+        if not request.prompt:
+            raise InvalidRequest.of("prompt", "is empty: give at least one token")
+        longest = self.limits.context_length - 1
+        if len(request.prompt) > longest:
+            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit")
+        if max(request.prompt) >= self.limits.vocab_size:
+            raise InvalidRequest.of(
+                "prompt",
+                f"holds token id {max(request.prompt)}; the vocabulary ends at {self.limits.vocab_size - 1}",
+            )
+
+    def add(self, request: Request, adapters: tuple[AdapterRef, ...]) -> None:
+        """Queue a checked request; its adapter versions are the engine's to release from now on."""
+        stopping = request.stopping
+        sequence = Sequence(
+            request=request,
+            adapters=adapters,
+            text=OutputText(
+                self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence
+            ),
+            rng=random.Random(request.sampling.seed),
+            arrived_s=self.clock(),
+        )
+        self._sequences[request] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request: Request) -> None:
+        """End a request that nobody waits for any more; one that has ended already is no error."""
+        sequence = self._sequences.get(request)
+        if sequence is not None:
+            self._retire(sequence, FinishReason.CANCELLED.value)
+
+    def abort_all(self, error: WeftError) -> list[Event]:
+        """End every request with the same error."""
+        return [self._fail(sequence, error) for sequence in list(self._sequences.values())]
+
+    def step(self) -> list[Event]:
+        """Advance by one forward pass: every picked sequence by its share, every finished prompt by a new token."""
+        started_s = self.clock()
+        events = self._expire(started_s)
+        preemptions = self._scheduler.num_preemptions
+        picked = self._scheduler.schedule()
+        if not picked:
+            return events
+        for _ in range(self._scheduler.num_preemptions - preemptions):
+            self._metrics.preempted()
+        num_decodes = sum(item.num_tokens == 1 and item.sequence.num_generated > 0 for item in picked)
+        for item in picked:
+            if item.sequence.started_s is None:
+                item.sequence.started_s = started_s
+        events += self._run(picked)
+        self._observe_step(picked, num_decodes, self.clock() - started_s)
+        return events
+
+    def check_pools(self) -> None:
+        """Audit blocks against sequences. Raises AssertionError."""
+        self._scheduler.check()
+        assert set(self._scheduler.sequences()) == set(self._sequences.values()), "a sequence is lost"
+
+    def _run(self, picked: Seq[Scheduled]) -> list[Event]:
+        """Forward, sample, commit. Whatever goes wrong ends the picked requests and nothing else."""
+        try:
+            batch = build_batch(picked, self._scheduler.pool.block_tokens, self._model.device)
+            logits = self._model.forward(batch)
+            complete = [item.sequence for item in picked if item.completes]
+            samples = sample(logits, complete, self._eos_token_ids) if complete else []
+        except Exception as error:
+            _log.exception("a step of %d requests failed", len(picked))
+            failure = GenerationFailed(
+                f"the step that held this request failed ({type(error).__name__}): try again"
+            )
+            return [self._fail(item.sequence, failure) for item in picked]
+        for item in picked:
+            item.sequence.num_computed += item.num_tokens
+        now_s = self.clock()
+        return [self._commit(sequence, made, now_s) for sequence, made in zip(complete, samples, strict=True)]
+
+    def _commit(self, sequence: Sequence, made: Sample, now_s: float) -> Event:
+        """Append one token; publish it; end the sequence if it is the last."""
+        if not made.finite:
+            names = sequence.adapter_label or "the base model"
+            return self._fail(sequence, GenerationFailed(f"{names} gave logits that are not finite"))
+        sequence.tokens.append(made.token)
+        self._observe_token(sequence, now_s)
+        reason = self._stop_reason(sequence, made.token)
+        piece, text = ("", "") if reason is FinishReason.STOP_TOKEN else sequence.text.push(made.token)
+        if sequence.text.stop_sequence:
+            reason = FinishReason.STOP_SEQUENCE
+        token = Token(made.token, piece, made.logprob, made.rank, self._top(made))
+        if reason is None:
+            return sequence.request, Delta(text, (token,))
+        if reason is not FinishReason.STOP_SEQUENCE:
+            text += sequence.text.flush()
+        return self._finish(sequence, reason, now_s, text, (token,))
+
+    def _stop_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        stopping = sequence.request.stopping
+        if token in stopping.stop_token_ids or (token in self._eos_token_ids and not stopping.ignore_eos):
+            return FinishReason.STOP_TOKEN
+        if sequence.num_generated >= stopping.max_tokens:
+            return FinishReason.MAX_TOKENS
+        if len(sequence.tokens) >= self.limits.context_length:
+            return FinishReason.CONTEXT_LENGTH
+        return None
+
+    def _top(self, made: Sample) -> tuple[TopLogprob, ...]:
+        return tuple(TopLogprob(token, self._decode([token]), logprob) for token, logprob in made.top)
+
+    def _expire(self, now_s: float) -> list[Event]:
+        """End what ran out of time: deadlines with an error, time limits with what there is."""
+        events: list[Event] = []
+        for sequence in list(self._sequences.values()):
+            request = sequence.request
+            limit_s = request.stopping.time_limit_s
+            if request.deadline_s is not None and now_s >= request.deadline_s:
+                events.append(
+                    self._fail(
+                        sequence, DeadlineExceeded("the deadline passed before the answer was complete")
+                    )
+                )
+            elif limit_s is not None and now_s - sequence.arrived_s >= limit_s:
+                events.append(
+                    self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ())
+                )
+        return events
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
+    ) -> Event:
+        finish = sequence.finish(reason, now_s)
+        self._retire(sequence, reason.value)
+        return sequence.request, Delta(text, tokens, finish)
+
+    def _fail(self, sequence: Sequence, error: WeftError) -> Event:
+        self._retire(sequence, "deadline" if isinstance(error, DeadlineExceeded) else "error")
+        return sequence.request, error
+
+    def _retire(self, sequence: Sequence, outcome: str) -> None:
+        """The one exit: free blocks, release adapters, count. What was never seen to be finite is wiped."""
+        request = sequence.request
+        del self._sequences[request]
+        if outcome in _UNVERIFIED:
+            self._model.scrub(sequence.blocks)
+        self._scheduler.remove(sequence)
+        for ref in sequence.adapters:
+            self._release(ref)
+        self._metrics.finished(
+            adapter=sequence.adapter_label,
+            outcome=outcome,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=sequence.num_generated,
+            e2e_s=self.clock() - sequence.arrived_s,
+        )
+
+    def _observe_token(self, sequence: Sequence, now_s: float) -> None:
+        label = sequence.adapter_label
+        if sequence.first_token_s is None or sequence.last_token_s is None or sequence.started_s is None:
+            sequence.first_token_s = now_s
+            queue_s = (sequence.started_s or now_s) - sequence.arrived_s
+            self._metrics.first_token(label, queue_s, now_s - sequence.arrived_s)
+        else:
+            self._metrics.inter_token(label, now_s - sequence.last_token_s)
+        sequence.last_token_s = now_s
+
+    def _observe_step(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
+        pool = self._scheduler.pool
+        stats = StepStats(
+            duration_s=duration_s,
+            num_prefill_tokens=sum(item.num_tokens for item in picked) - num_decodes,
+            num_decode_tokens=num_decodes,
+            num_requests=len(picked),
+            adapters=_adapter_names(item.sequence for item in picked),
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            running_adapters=_adapter_names(self._scheduler.running),
+            waiting_adapters=_adapter_names(self._scheduler.waiting),
+            kv_blocks_used=pool.capacity - pool.num_free,
+            kv_blocks_total=pool.capacity,
+        )
+        self._metrics.step(stats)
+
+
+def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({ref.name for sequence in sequences for ref in sequence.adapters}))

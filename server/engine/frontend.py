@@ -1,0 +1,174 @@
+"""Between asyncio and the engine thread: requests go in, streams of deltas come out.
+
+Everything here but `_run` and what it calls belongs to the event loop's thread; the two sides share only the inbox (a
+thread-safe queue) and `call_soon_threadsafe`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from weft.adapters.store import AdapterRef, AdapterStore
+from weft.errors import OutOfCapacity, Unavailable, WeftError
+from weft.server.engine.engine import Engine, Event
+from weft.server.engine.request import Delta, Request
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: Request
+    adapters: tuple[AdapterRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request: Request
+
+
+class _Stop:
+    """End the thread; requests still running are answered with Unavailable."""
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One answer on its way: iterate it for deltas; the last one has `finish` set."""
+
+    adapters: tuple[AdapterRef, ...]
+    events: asyncio.Queue[Delta | WeftError] = field(default_factory=asyncio.Queue)
+    ended: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Raises the WeftError that ended the request, if one did."""
+        while True:
+            event = await self.events.get()
+            if isinstance(event, WeftError):
+                raise event
+            yield event
+            if event.finish is not None:
+                return
+
+
+class Frontend:
+    """Runs an engine on its own thread and serves its answers to coroutines of one event loop."""
+
+    def __init__(self, engine: Engine, store: AdapterStore, max_requests: int) -> None:
+        """max_requests: how many may be queued or running at once; more are refused."""
+        self._engine = engine
+        self._store = store
+        self._max_requests = max_requests
+        self._inbox: queue.SimpleQueue[_Add | _Cancel | _Stop] = queue.SimpleQueue()
+        self._streams: dict[Request, Stream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusal: str | None = "the server is starting"
+        self._thread: threading.Thread | None = None
+        self.lost = asyncio.Event()
+        """Set when the engine thread died; every later request is refused."""
+
+    def start(self) -> None:
+        """Start the engine thread; must be called on the event loop that will submit."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="weft-engine", daemon=True)
+        self._thread.start()
+        self._refusal = None
+
+    @asynccontextmanager
+    async def stream(self, request: Request) -> AsyncIterator[Stream]:
+        """Submit a request and hold its stream; leaving the block early cancels it within a step.
+
+        Raises Unavailable, OutOfCapacity, InvalidRequest or AdapterNotFound before anything is held.
+        """
+        stream = self._submit(request)
+        try:
+            yield stream
+        finally:
+            if not stream.ended:
+                self._inbox.put(_Cancel(request))
+                self._end(request)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, let those in flight finish for up to `grace_s`, then end the thread."""
+        self._refusal = "the server is draining"
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            _log.warning("drain: %d requests did not finish within %g s", len(self._streams), grace_s)
+        self._inbox.put(_Stop())
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _submit(self, request: Request) -> Stream:
+        if self._refusal is not None:
+            raise Unavailable(self._refusal)
+        if len(self._streams) >= self._max_requests:
+            raise OutOfCapacity(
+                f"{len(self._streams)} requests are queued or running, as many as are allowed"
+            )
+        self._engine.check(request)
+        adapters = self._store.acquire_all(adapter_id for adapter_id, _ in request.adapters)
+        stream = Stream(adapters)
+        self._streams[request] = stream
+        self._idle.clear()
+        self._inbox.put(_Add(request, adapters))
+        return stream
+
+    def _end(self, request: Request) -> None:
+        stream = self._streams.pop(request, None)
+        if stream is not None:
+            stream.ended = True
+        if not self._streams:
+            self._idle.set()
+
+    def _deliver(self, events: Iterable[Event]) -> None:
+        for request, event in events:
+            stream = self._streams.get(request)
+            if stream is None:  # cancelled meanwhile
+                continue
+            stream.events.put_nowait(event)
+            if isinstance(event, WeftError) or event.finish is not None:
+                self._end(request)
+
+    def _engine_lost(self) -> None:
+        self._refusal = "the engine stopped unexpectedly"
+        self.lost.set()
+        self._deliver([(request, Unavailable(self._refusal)) for request in list(self._streams)])
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The engine thread: take what came in, run a step, hand out what it made."""
+        try:
+            while self._take_commands():
+                events = self._engine.step()
+                if events:
+                    loop.call_soon_threadsafe(self._deliver, events)
+            loop.call_soon_threadsafe(
+                self._deliver, self._engine.abort_all(Unavailable("the server is stopping"))
+            )
+        except BaseException:
+            _log.critical("the engine thread died", exc_info=True)
+            loop.call_soon_threadsafe(self._engine_lost)
+            raise
+
+    def _take_commands(self) -> bool:
+        """Apply all waiting commands; wait for one where there is no work. False: stop."""
+        wait = not self._engine.has_work
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            wait = False
+            match command:
+                case _Add(request, adapters):
+                    self._engine.add(request, adapters)
+                case _Cancel(request):
+                    self._engine.cancel(request)
+                case _:
+                    return False

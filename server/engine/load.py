@@ -1,0 +1,169 @@
+"""From configuration to a running engine: load, size, check, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.store import AdapterStore
+from weft.errors import InvalidConfig, InvalidModel
+from weft.kernels.lora import BACKENDS
+from weft.kernels.plan import PAGE_ROWS
+from weft.server.config import EngineConfig, ServerConfig
+from weft.server.engine.attention import KvCache
+from weft.server.engine.engine import Engine, Limits
+from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.model import PagedModel, load_model
+from weft.server.engine.probe import probe
+from weft.server.engine.scheduler import Scheduler
+from weft.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
+"""Share of the memory that is free after loading that the KV cache may take when nobody says how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was loaded, and what fits."""
+
+    model: str
+    dtype: str
+    device: str
+    context_length: int
+    vocab_size: int
+    kv_tokens: int
+    adapter_pages: int
+    page_rows: int
+    eos_token_ids: frozenset[int]
+    startup_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine that is ready to run, and what belongs to it."""
+
+    engine: Engine
+    store: AdapterStore
+    tokenizer: PreTrainedTokenizerBase
+    info: EngineInfo
+
+
+def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
+    """Load the model, size its cache and pages, and prove that it is served as transformers serves it.
+
+    Raises InvalidModel, InvalidConfig.
+    """
+    settings = config.engine
+    if settings.lora_backend not in BACKENDS:
+        raise InvalidConfig(
+            f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}"
+        )
+    tokenizer = _load_tokenizer(config.model.path)
+    model = load_model(config.model)
+    pages = PagePool(model.module_shapes, PageConfig(settings.adapter_pages + 1, model.dtype, model.device))
+    pool = BlockPool(_num_blocks(model, settings), settings.block_tokens)
+    model.attach(
+        KvCache(model.kv_shapes, pool.num_blocks, pool.block_tokens, model.dtype, model.device),
+        pages.sites,
+        settings.lora_backend,
+    )
+    error = probe(model, pool)
+    store = AdapterStore(pages, config.all_source_roots, time.time)
+    kv_tokens = pool.capacity * pool.block_tokens
+    limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
+    eos_token_ids = _eos_token_ids(model, tokenizer)
+    engine = Engine(
+        model=model,
+        scheduler=Scheduler(pool, settings.max_batch_tokens, settings.max_running_requests),
+        limits=limits,
+        decode=_decoder(tokenizer),
+        eos_token_ids=eos_token_ids,
+        release=store.release,
+        metrics=metrics,
+        clock=time.monotonic,
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    info = EngineInfo(
+        model=config.model.path,
+        dtype=dtype,
+        device=str(model.device),
+        context_length=limits.context_length,
+        vocab_size=limits.vocab_size,
+        kv_tokens=kv_tokens,
+        adapter_pages=settings.adapter_pages,
+        page_rows=PAGE_ROWS,
+        eos_token_ids=eos_token_ids,
+        startup_line=(
+            f"{type(model.model).__name__} in {dtype} on {model.device}, {error:.1e} from transformers' own; "
+            f"fits {kv_tokens:,} tokens of KV cache ({_mib(kv_tokens * model.token_bytes)}), contexts up to "
+            f"{limits.context_length:,}, and {settings.adapter_pages} adapter pages of {PAGE_ROWS} rank rows "
+            f"({_mib(pages.page_bytes)} each) over {len(pages.sites)} modules"
+        ),
+    )
+    return LoadedEngine(engine, store, tokenizer, info)
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidModel(f"{path} has no tokenizer that transformers can load: {reason}") from error
+    return tokenizer
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase):
+    def decode(ids: Seq[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode
+
+
+def _eos_token_ids(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end an answer: the generation config's, else the model's, else the tokenizer's."""
+    generation = getattr(model.model, "generation_config", None)
+    for ids in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _num_blocks(model: PagedModel, settings: EngineConfig) -> int:
+    """Blocks of the KV cache, the zero block included."""
+    if settings.kv_tokens is not None:
+        return 1 + -(-settings.kv_tokens // settings.block_tokens)
+    if model.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = int(free_bytes * _KV_SHARE[model.device.type]) // model.token_bytes
+    context = settings.context_length or model.context_length or fits
+    wanted = min(fits, context * settings.max_running_requests)
+    if wanted < settings.block_tokens:
+        raise InvalidConfig(
+            f"no memory is left for the KV cache ({_mib(free_bytes)} are free): use a smaller model"
+        )
+    return 1 + -(-wanted // settings.block_tokens)
+
+
+def _context_length(model: PagedModel, settings: EngineConfig, kv_tokens: int) -> int:
+    made_for = model.context_length
+    if settings.context_length is not None and made_for is not None and settings.context_length > made_for:
+        raise InvalidConfig(
+            f"--context-length is {settings.context_length}; this model is exact up to {made_for}"
+        )
+    return min(length for length in (settings.context_length, made_for, kv_tokens) if length is not None)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

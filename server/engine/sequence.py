@@ -1,0 +1,62 @@
+"""A request while the engine works on it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from weft.adapters.store import AdapterRef
+from weft.server.engine.request import Finish, FinishReason, Request
+from weft.server.engine.text import OutputText
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and answer so far, and how far the model has come with them.
+
+    There is no prefill and no decode state: a sequence has *pending* tokens, a step computes some of them, and when none
+    is left the next token is sampled. A decoding sequence has one pending token; a preempted one has all of them again.
+    """
+
+    request: Request
+    adapters: tuple[AdapterRef, ...]
+    text: OutputText
+    rng: random.Random
+    arrived_s: float
+    tokens: list[int] = field(init=False)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are not in the cache yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def adapter_label(self) -> str:
+        """The adapters' names as one word; empty for the base alone."""
+        return "+".join(ref.name for ref in self.adapters)
+
+    def finish(self, reason: FinishReason, now_s: float) -> Finish:
+        """How the sequence ends now."""
+        started = self.started_s if self.started_s is not None else now_s
+        first = self.first_token_s if self.first_token_s is not None else now_s
+        return Finish(
+            reason=reason,
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self.num_generated,
+            queue_s=started - self.arrived_s,
+            prefill_s=first - started,
+            decode_s=now_s - first,
+            stop_sequence=self.text.stop_sequence,
+        )

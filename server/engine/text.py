@@ -1,0 +1,117 @@
+"""Tokens to text, a token at a time: never half a character, never half a stop sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out; incomplete UTF-8 decodes to U+FFFD."""
+
+_INCOMPLETE = "\ufffd"
+_MAX_HELD = 3
+"""A UTF-8 character has at most four bytes, so at most three can be waiting for the rest of theirs."""
+
+
+class Detokenizer:
+    """Incremental decoding over a sliding window.
+
+    A token's text can depend on the tokens before it (spaces, byte fallback), so each push decodes a short window and
+    takes what is new. Trailing U+FFFD may be a character that is not complete yet: up to three are held back until the
+    next tokens or `flush` settle them.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._context = 0  # leading tokens of the window whose text is out already
+        self._sent = 0  # characters of the window's text that are out already
+
+    def push(self, token: int) -> str:
+        """The text that became final with this token; may be empty."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        held = 0
+        while held < min(_MAX_HELD, len(text)) and text[-1 - held] == _INCOMPLETE:
+            held += 1
+        new = text[self._sent : len(text) - held]
+        self._sent = max(self._sent, len(text) - held)
+        if held == 0 and new:
+            self._slide()
+        return new
+
+    def flush(self) -> str:
+        """What was held back, as it stands at the end of the answer."""
+        new = self._decode(self._window)[self._sent :]
+        self._sent += len(new)
+        return new
+
+    def _slide(self) -> None:
+        """Keep the tokens since the last slide as context for the next ones, drop those before."""
+        del self._window[: self._context]
+        self._context = len(self._window)
+        self._sent = len(self._decode(self._window))
+
+
+class StopMatcher:
+    """Finds the first of several stop sequences in a growing text, and holds back what may yet become one."""
+
+    def __init__(self, sequences: Sequence[str]) -> None:
+        self._sequences = tuple(sequences)
+        self._longest = max(map(len, self._sequences), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """(text that is safe to show, the stop sequence found or ""). The safe text ends before the stop sequence."""
+        if not self._sequences:
+            return text, ""
+        self._held += text
+        found = [(at, -len(stop), stop) for stop in self._sequences if (at := self._held.find(stop)) >= 0]
+        if found:
+            at, _, stop = min(found)
+            safe, self._held = self._held[:at], ""
+            return safe, stop
+        keep = self._partial()
+        safe = self._held[: len(self._held) - keep]
+        self._held = self._held[len(safe) :]
+        return safe, ""
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _partial(self) -> int:
+        """Length of the longest end of the held text that begins some stop sequence."""
+        for length in range(min(len(self._held), self._longest - 1), 0, -1):
+            tail = self._held[-length:]
+            if any(stop.startswith(tail) for stop in self._sequences):
+                return length
+        return 0
+
+
+class OutputText:
+    """One answer's text: detokenized, cut at a stop sequence."""
+
+    def __init__(
+        self, decode: Decode, stop_sequences: Sequence[str] = (), *, include_stop: bool = False
+    ) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._matcher = StopMatcher(stop_sequences)
+        self._include_stop = include_stop
+        self.stop_sequence = ""
+
+    def push(self, token: int) -> tuple[str, str]:
+        """(the token's own text, the answer's text that became final). `stop_sequence` is set once one is complete."""
+        piece = self._detokenizer.push(token)
+        return piece, self._take(piece)
+
+    def flush(self) -> str:
+        """The rest of the answer's text, when it ends for another reason than a stop sequence."""
+        final = self._take(self._detokenizer.flush())
+        return final if self.stop_sequence else final + self._matcher.flush()
+
+    def _take(self, piece: str) -> str:
+        safe, stop = self._matcher.push(piece)
+        if stop:
+            self.stop_sequence = stop
+            return safe + stop if self._include_stop else safe
+        return safe

@@ -1,0 +1,1 @@
+"""Weft: one frozen base model, many LoRA adapters, one batch."""

@@ -1,0 +1,96 @@
+"""Every error that Weft raises on purpose, in one tree.
+
+Each message names the thing that was wrong and what to do about it. `server/api/errors.py` turns the tree into gRPC
+statuses; the command line prints the message as one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class WeftError(Exception):
+    """Base of the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one part of an input: a field of a request, or a file, tensor or field of an adapter."""
+
+    subject: str
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.description}"
+
+
+class _Problems(WeftError):
+    """An error that lists every problem found rather than the first."""
+
+    def __init__(self, heading: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(heading + "; ".join(str(problem) for problem in problems))
+
+
+class InvalidRequest(_Problems):
+    """Fields of a request that are out of range or contradict each other."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("", problems)
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidRequest:
+        return cls([Problem(field, description)])
+
+
+class InvalidAdapter(_Problems):
+    """An adapter that can't be served on this base: every reason, by name."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        super().__init__(f"adapter {source} can't be served: ", problems)
+
+
+class InvalidModel(WeftError):
+    """A folder that is no causal language model, or one that Weft would not serve exactly."""
+
+
+class InvalidConfig(WeftError):
+    """A value of the configuration that is out of range: names the option, the value and the range."""
+
+
+class AdapterNotFound(WeftError):
+    """No adapter has this name, or the named version is gone."""
+
+    def __init__(self, adapter_id: str, hint: str = "") -> None:
+        self.adapter_id = adapter_id
+        super().__init__(f"adapter {adapter_id!r} is not loaded" + (f": {hint}" if hint else ""))
+
+
+class AdapterExists(WeftError):
+    """The name is taken."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"adapter {name!r} exists already: delete it first, or choose another name")
+
+
+class OutOfCapacity(WeftError):
+    """Queues or pages are full for now; `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class Unavailable(WeftError):
+    """The server is starting, draining, or has lost its engine."""
+
+
+class DeadlineExceeded(WeftError):
+    """The caller's deadline passed before the answer was complete."""
+
+
+class GenerationFailed(WeftError):
+    """The step that held the request failed; the request may be sent again."""

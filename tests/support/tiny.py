@@ -1,0 +1,125 @@
+"""Tiny random models of real classes, and PEFT adapters for them with weights that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 260
+"""Three special tokens, then a token a byte; one id more that no text gives."""
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 12, "head_dim": 16},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {},
+}
+"""What each class needs beside the common sizes."""
+
+
+def make_model(kind: str, folder: Path, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model of a class, saved to `folder` as a standard Hugging Face folder."""
+    torch.manual_seed(7)
+    settings = {**_COMMON, **ARCHITECTURES.get(kind, {}), **overrides}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **settings), attn_implementation="eager", dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
+    """A byte-level tokenizer without merges that puts <bos> first."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{letter: 3 + i for i, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+
+
+def linear_names(kind: str) -> list[str]:
+    """The names of a class's linear modules, as target_modules takes them."""
+    if kind == "phi3":
+        return ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    if kind == "gpt2":
+        return ["c_attn", "c_proj", "c_fc"]
+    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_adapter(model: PreTrainedModel, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """An adapter saved by peft itself, with A and B drawn so that its delta is about as large as the base's output."""
+    settings = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **config}
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            with torch.no_grad():
+                scale = 0.2 if ".lora_A." in name else 0.5 / parameter.shape[-1] ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    peft_model.save_pretrained(folder)
+    peft_model.unload()
+    return folder
+
+
+def peft_logits(
+    model: PreTrainedModel, folder: Path | None, prompts: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Logits [len(prompt), vocab] of each prompt by transformers and peft alone."""
+    served = PeftModel.from_pretrained(model, folder) if folder else model
+    with torch.inference_mode():
+        logits = [served(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
+    if isinstance(served, PeftModel):
+        served.unload()
+    return logits
+
+
+def peft_generate(
+    model: PreTrainedModel, folder: Path | None, prompt: Sequence[int], max_new_tokens: int
+) -> list[int]:
+    """Greedy continuation by transformers and peft alone; runs to its full length."""
+    served = PeftModel.from_pretrained(model, folder) if folder else model
+    with torch.inference_mode():
+        output = served.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens,
+            eos_token_id=None,
+            do_sample=False,
+        )
+    if isinstance(served, PeftModel):
+        served.unload()
+    return output[0, len(prompt) :].tolist()

@@ -89,23 +89,17 @@ def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = (
-            f" (found {pickles[0]}, a pickle, which can run code: save it again with safetensors)"
-            if pickles
-            else ""
+            f" (found {pickles[0]}, a pickle, which can run code: save it again with safetensors)" if pickles else ""
         )
         raise InvalidAdapter(source, [Problem(WEIGHTS_FILE, f"is missing{found}")])
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise InvalidAdapter(
-            source, [Problem(WEIGHTS_FILE, f"is not a sound safetensors file ({error})")]
-        ) from None
+        raise InvalidAdapter(source, [Problem(WEIGHTS_FILE, f"is not a sound safetensors file ({error})")]) from None
 
 
-def _pair_up(
-    tensors: Mapping[str, torch.Tensor], problems: list[Problem]
-) -> dict[str, dict[str, torch.Tensor]]:
+def _pair_up(tensors: Mapping[str, torch.Tensor], problems: list[Problem]) -> dict[str, dict[str, torch.Tensor]]:
     """Sort tensors by module and half; tensors that are no plain LoRA weight become problems."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -113,9 +107,7 @@ def _pair_up(
         if match:
             pairs.setdefault(match["module"], {})[match["half"]] = tensor
         else:
-            problems.append(
-                Problem(name, "is not a LoRA weight of a linear module (…lora_A.weight, …lora_B.weight)")
-            )
+            problems.append(Problem(name, "is not a LoRA weight of a linear module (…lora_A.weight, …lora_B.weight)"))
     return pairs
 
 
@@ -143,9 +135,7 @@ def _check_module(
 
 def _check_tensor(name: str, tensor: torch.Tensor, expected: tuple[int, int]) -> Sequence[Problem]:
     if tuple(tensor.shape) != expected:
-        return [
-            Problem(name, f"has shape {list(tensor.shape)}; this base and its config need {list(expected)}")
-        ]
+        return [Problem(name, f"has shape {list(tensor.shape)}; this base and its config need {list(expected)}")]
     if not tensor.is_floating_point():
         return [Problem(name, f"is {str(tensor.dtype).removeprefix('torch.')}; floating point is needed")]
     if not torch.isfinite(tensor).all():

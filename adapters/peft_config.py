@@ -96,9 +96,7 @@ class PeftConfig:
     def _layer_selected(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [
-            r".*?\.[^.]*\.(\d+)\."
-        ]
+        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         for pattern in patterns:
             match = re.match(pattern, module)
             if match:
@@ -150,9 +148,7 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
             fields.refuse(name, f"{raw[name]!r} is set, and {why}")
     for name in sorted(raw.keys() - _NO_EFFECT - _HONOURED - _REFUSED_WHEN_SET.keys()):
         if raw[name] not in (None, False, [], {}):
-            fields.refuse(
-                name, "is not a LoRA field this server knows, so it can't say what the adapter computes"
-            )
+            fields.refuse(name, "is not a LoRA field this server knows, so it can't say what the adapter computes")
     config = PeftConfig(
         r=fields.rank("r"),
         lora_alpha=fields.alpha("lora_alpha"),
@@ -218,14 +214,8 @@ class _Fields:
     def names(self, name: str, *, required: bool = False) -> tuple[str, ...]:
         value = self.raw.get(name)
         value = [value] if isinstance(value, str) else value or []
-        if (
-            not isinstance(value, list)
-            or not all(isinstance(item, str) for item in value)
-            or (required and not value)
-        ):
-            self.refuse(
-                name, f"is {value!r}; must be a {'non-empty ' if required else ''}list of module names"
-            )
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or (required and not value):
+            self.refuse(name, f"is {value!r}; must be a {'non-empty ' if required else ''}list of module names")
             return ()
         return tuple(value)
 

@@ -190,10 +190,10 @@ class AdapterStore:
 
         Raises AdapterNotFound, also where the name now stands for another content than the digest says.
         """
-        name, _, digest = adapter_id.partition("@")
+        name, at, digest = adapter_id.partition("@")
         with self._lock:
             entry = self._entries.get(name)
-            if entry is None or (digest and not _DIGEST.fullmatch(digest)):
+            if entry is None or (at and not _DIGEST.fullmatch(digest)):
                 raise AdapterNotFound(adapter_id, self._nearest(name))
             if entry.version is None:
                 raise AdapterNotFound(adapter_id, f"it is {entry.state.value} {entry.error}".rstrip())
@@ -214,7 +214,7 @@ class AdapterStore:
         refs: list[AdapterRef] = []
         try:
             for adapter_id in adapter_ids:
-                refs.append(self.acquire(adapter_id))
+                refs.append(self.acquire(adapter_id))  # noqa: PERF401 - what is held must be known if the next fails
         except AdapterNotFound:
             for ref in refs:
                 self.release(ref)
@@ -247,9 +247,7 @@ class AdapterStore:
             if fresh is not None and version is not fresh:  # another load of the same content was first
                 self._pool.free(fresh.paged.runs)
             if version is None:  # the version known before the copy has gone since
-                raise OutOfCapacity(
-                    "the adapter's pages were given back while it loaded: try again", retry_after_s=0.1
-                )
+                raise OutOfCapacity("the adapter's pages were given back while it loaded: try again", retry_after_s=0.1)
             self._versions[version.digest] = version
             if self._entries.get(entry.name) is entry:
                 version.names += 1

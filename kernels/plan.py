@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -79,7 +80,7 @@ def build_plan(spans: Iterable[tuple[int, Sequence[Weighted]]], device: torch.de
 
 
 def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:
-    adjacent = all(left.stop == right.start for left, right in zip(parts, parts[1:], strict=False))
+    adjacent = all(left.stop == right.start for left, right in pairwise(parts))
     if adjacent:
         return slice(parts[0].start, parts[-1].stop)
     return torch.tensor([row for part in parts for row in part], dtype=torch.int64, device=device)

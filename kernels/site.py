@@ -21,8 +21,8 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.T
 class Site:
     """Page storage for one adapted module.
 
-    a: [pages, PAGE_ROWS, d_in], b: [pages, PAGE_ROWS, d_out], zero-filled. B is rank-major, so that any rank reads whole
-    contiguous rows. On the CPU the memory is committed by the operating system only when a page is first written.
+    a: [pages, PAGE_ROWS, d_in], b: [pages, PAGE_ROWS, d_out], zero-filled. B is rank-major, so that any rank reads
+    whole contiguous rows. On a CPU the operating system commits the memory of a page only when it is first written.
     """
 
     def __init__(
@@ -44,9 +44,7 @@ class Site:
             self._views[first, last] = views
         return views
 
-    def write(
-        self, runs: tuple[tuple[int, int], ...], a: torch.Tensor | None, b: torch.Tensor | None
-    ) -> None:
+    def write(self, runs: tuple[tuple[int, int], ...], a: torch.Tensor | None, b: torch.Tensor | None) -> None:
         """Fill pages with one adapter's rows; a: [r, d_in], b: [r, d_out]; None where it does not touch this site.
 
         Every row of the pages is written: what a former owner left there never survives.

@@ -1,8 +1,8 @@
 """Paged attention behind transformers' attention interface.
 
-A transformers model that asks for the implementation `ATTENTION` calls `_attend` once a layer; it finds the step that is
-running in a context variable and lets that do the work. The maths is PyTorch's scaled_dot_product_attention, or the same
-written out where a model wants soft-capped scores or attention sinks.
+A transformers model that asks for the implementation `ATTENTION` calls `_attend` once a layer; it finds the step that
+is running in a context variable and lets that do the work. The maths is PyTorch's scaled_dot_product_attention, or the
+same written out where a model wants soft-capped scores or attention sinks.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _step: ContextVar[Step | None] = ContextVar("weft_step", default=None)
 
 
 def current_step() -> Step | None:
+    """The step whose forward pass this is; None outside of one."""
     return _step.get()
 
 
@@ -126,9 +127,7 @@ def attend(
 
 def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     num_queries, num_keys = query.shape[2], key.shape[2]
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(
-        num_keys - num_queries
-    )
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
 
 
 def _attend_written_out(
@@ -141,11 +140,7 @@ def _attend_written_out(
     """As `attend`, with soft cap (Gemma 2) and sinks (gpt-oss), softmax in float32."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (
-        query
-        @ key.transpose(2, 3)
-        * (options.scaling if options.scaling is not None else query.shape[-1] ** -0.5)
-    )
+    scores = query @ key.transpose(2, 3) * (options.scaling if options.scaling is not None else query.shape[-1] ** -0.5)
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
     scores = scores.float()
@@ -278,9 +273,7 @@ class PagedStep:
             whole = chunk.num_tokens == chunk.context
             windowed = window is not None and chunk.context > window
             plain = whole and not windowed
-            self._masks[chunk.start, window] = (
-                None if plain else _chunk_mask(chunk, window, self._batch.slots.device)
-            )
+            self._masks[chunk.start, window] = None if plain else _chunk_mask(chunk, window, self._batch.slots.device)
         return self._masks[chunk.start, window]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weft.kernels.plan import Plan, build_plan
+from weft.kernels.plan import Plan, Weighted, build_plan
 from weft.server.engine.scheduler import Scheduled
 from weft.server.engine.sequence import Sequence
 
@@ -76,9 +76,7 @@ class Batch:
             skipped = first_token // self.block_tokens
             used = blocks[skipped : -(-context // self.block_tokens)]
             offset = skipped * self.block_tokens
-            buckets.setdefault(len(used).bit_length(), []).append(
-                (row, used, first_token - offset, context - offset)
-            )
+            buckets.setdefault(len(used).bit_length(), []).append((row, used, first_token - offset, context - offset))
         return [self._make_group(members) for members in buckets.values()]
 
     def _make_group(self, members: Seq[tuple[int, list[int], int, int]]) -> DecodeGroup:
@@ -100,9 +98,7 @@ class Batch:
         )
 
 
-def build_batch(
-    picked: Seq[Scheduled], block_tokens: int, device: torch.device, *, every_row: bool = False
-) -> Batch:
+def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device, *, every_row: bool = False) -> Batch:
     """Lay out the picked tokens in the scheduler's order.
 
     every_row asks for the logits of each row, not only those that a token is sampled from.
@@ -140,6 +136,6 @@ def build_batch(
     )
 
 
-def _adapters(sequence: Sequence) -> list[tuple]:
+def _adapters(sequence: Sequence) -> list[Weighted]:
     weights = [weight for _, weight in sequence.request.adapters]
     return [(ref.version.paged, weight) for ref, weight in zip(sequence.adapters, weights, strict=True)]

@@ -1,14 +1,15 @@
 """The step loop: schedule, build, forward, sample, commit.
 
-One thread owns an engine. It knows nothing of gRPC, of asyncio or of files: requests come in by `add`, answers go out as
-the events that `step` returns.
+One thread owns an engine. It knows nothing of gRPC, of asyncio or of files: requests come in by `add`, answers go out
+as the events that `step` returns.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence as Seq
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from weft.adapters.store import AdapterRef
@@ -88,9 +89,7 @@ class Engine:
         sequence = Sequence(
             request=request,
             adapters=adapters,
-            text=OutputText(
-                self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence
-            ),
+            text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
             arrived_s=self.clock(),
         )
@@ -137,11 +136,9 @@ class Engine:
             logits = self._model.forward(batch)
             complete = [item.sequence for item in picked if item.completes]
             samples = sample(logits, complete, self._eos_token_ids) if complete else []
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
             _log.exception("a step of %d requests failed", len(picked))
-            failure = GenerationFailed(
-                f"the step that held this request failed ({type(error).__name__}): try again"
-            )
+            failure = GenerationFailed(f"the step that held this request failed ({type(error).__name__}): try again")
             return [self._fail(item.sequence, failure) for item in picked]
         for item in picked:
             item.sequence.num_computed += item.num_tokens
@@ -187,14 +184,10 @@ class Engine:
             limit_s = request.stopping.time_limit_s
             if request.deadline_s is not None and now_s >= request.deadline_s:
                 events.append(
-                    self._fail(
-                        sequence, DeadlineExceeded("the deadline passed before the answer was complete")
-                    )
+                    self._fail(sequence, DeadlineExceeded("the deadline passed before the answer was complete"))
                 )
             elif limit_s is not None and now_s - sequence.arrived_s >= limit_s:
-                events.append(
-                    self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ())
-                )
+                events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
         return events
 
     def _finish(

@@ -109,9 +109,7 @@ class Frontend:
         if self._refusal is not None:
             raise Unavailable(self._refusal)
         if len(self._streams) >= self._max_requests:
-            raise OutOfCapacity(
-                f"{len(self._streams)} requests are queued or running, as many as are allowed"
-            )
+            raise OutOfCapacity(f"{len(self._streams)} requests are queued or running, as many as are allowed")
         self._engine.check(request)
         adapters = self._store.acquire_all(adapter_id for adapter_id, _ in request.adapters)
         stream = Stream(adapters)
@@ -148,13 +146,10 @@ class Frontend:
                 events = self._engine.step()
                 if events:
                     loop.call_soon_threadsafe(self._deliver, events)
-            loop.call_soon_threadsafe(
-                self._deliver, self._engine.abort_all(Unavailable("the server is stopping"))
-            )
-        except BaseException:
+            loop.call_soon_threadsafe(self._deliver, self._engine.abort_all(Unavailable("the server is stopping")))
+        except BaseException:  # the thread's edge: nobody above it could answer the requests
             _log.critical("the engine thread died", exc_info=True)
             loop.call_soon_threadsafe(self._engine_lost)
-            raise
 
     def _take_commands(self) -> bool:
         """Apply all waiting commands; wait for one where there is no work. False: stop."""

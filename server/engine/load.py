@@ -23,6 +23,7 @@ from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel, load_model
 from weft.server.engine.probe import probe
 from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -64,9 +65,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     """
     settings = config.engine
     if settings.lora_backend not in BACKENDS:
-        raise InvalidConfig(
-            f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}"
-        )
+        raise InvalidConfig(f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}")
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model)
     pages = PagePool(model.module_shapes, PageConfig(settings.adapter_pages + 1, model.dtype, model.device))
@@ -121,9 +120,10 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase):
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     def decode(ids: Seq[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
         return text
 
     return decode
@@ -150,18 +150,14 @@ def _num_blocks(model: PagedModel, settings: EngineConfig) -> int:
     context = settings.context_length or model.context_length or fits
     wanted = min(fits, context * settings.max_running_requests)
     if wanted < settings.block_tokens:
-        raise InvalidConfig(
-            f"no memory is left for the KV cache ({_mib(free_bytes)} are free): use a smaller model"
-        )
+        raise InvalidConfig(f"no memory is left for the KV cache ({_mib(free_bytes)} are free): use a smaller model")
     return 1 + -(-wanted // settings.block_tokens)
 
 
 def _context_length(model: PagedModel, settings: EngineConfig, kv_tokens: int) -> int:
     made_for = model.context_length
     if settings.context_length is not None and made_for is not None and settings.context_length > made_for:
-        raise InvalidConfig(
-            f"--context-length is {settings.context_length}; this model is exact up to {made_for}"
-        )
+        raise InvalidConfig(f"--context-length is {settings.context_length}; this model is exact up to {made_for}")
     return min(length for length in (settings.context_length, made_for, kv_tokens) if length is not None)
 
 

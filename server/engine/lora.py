@@ -22,9 +22,14 @@ def linear_shapes(model: nn.Module, names: list[str]) -> ModuleShapes:
     shapes = {}
     for name in names:
         module = model.get_submodule(name)
-        rows, columns = module.weight.shape
+        rows, columns = _parameter(module, "weight").shape
         shapes[name] = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
     return shapes
+
+
+def _parameter(module: nn.Module, name: str) -> torch.Tensor:
+    value: torch.Tensor = getattr(module, name)
+    return value
 
 
 class AdaptedLinear(nn.Module):
@@ -39,11 +44,12 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The frozen weight: some models look at its dtype or device."""
-        return self.base.weight
+        return _parameter(self.base, "weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.base.bias
+        """The frozen bias."""
+        return self.base.bias if isinstance(self.base.bias, torch.Tensor) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., d_in] -> [..., d_out]; with a plan, the leading dimensions flatten to the step's rows."""

@@ -56,8 +56,9 @@ class PagedModel:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids at or above it can't be fed in."""
-        embedding: torch.Tensor = self.model.get_input_embeddings().weight
-        return embedding.shape[0]
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.shape[0]
 
     @property
     def context_length(self) -> int | None:
@@ -110,13 +111,11 @@ def load_model(config: ModelConfig) -> PagedModel:
     device = torch.device(_device(config.device))
     path = Path(config.path)
     if not path.is_dir() and (path.is_absolute() or config.path.startswith(".") or path.exists()):
-        raise InvalidModel(
-            f"{config.path} is not a folder: --model takes a Hugging Face model folder or a hub id"
-        )
+        raise InvalidModel(f"{config.path} is not a folder: --model takes a Hugging Face model folder or a hub id")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InvalidModel(f"{config.path} holds no config.json: it is not a Hugging Face model folder")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             dtype=_dtype(config.dtype, device),
             attn_implementation=ATTENTION,
@@ -124,14 +123,11 @@ def load_model(config: ModelConfig) -> PagedModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-        raise InvalidModel(
-            f"{config.path} can't be loaded as a causal language model: {_one_line(error)}"
-        ) from error
+        raise InvalidModel(f"{config.path} can't be loaded as a causal language model: {_one_line(error)}") from error
+    model, report = loaded
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if lacking:
-        raise InvalidModel(
-            f"{config.path} lacks {len(lacking)} weights of its model, {lacking[0]} among them"
-        )
+        raise InvalidModel(f"{config.path} lacks {len(lacking)} weights of its model, {lacking[0]} among them")
     model.requires_grad_(False)
     return PagedModel(model.eval().to(device), device)
 
@@ -203,15 +199,14 @@ def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
     config = model.config.get_text_config()
     odd = sorted(set(getattr(config, "layer_types", None) or []) - _SERVED_LAYERS)
     if odd:
-        raise InvalidModel(
-            f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served"
-        )
+        raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
     survey, num_tokens = _Survey(), 5
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     calls: dict[str, list[bool]] = {}
     handles = [
         module.register_forward_pre_hook(_note_call(calls.setdefault(path, []), num_tokens))
         for path, module in model.named_modules()
-        if isinstance(module, LINEAR) and module is not model.get_output_embeddings()
+        if isinstance(module, LINEAR) and module is not head
     ]
     positions = torch.arange(num_tokens, device=device)[None]
     try:
@@ -221,9 +216,7 @@ def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
         for handle in handles:
             handle.remove()
     if not survey.kv_shapes:
-        raise InvalidModel(
-            f"{name} does not use transformers' attention interface, so Weft can't page its cache"
-        )
+        raise InvalidModel(f"{name} does not use transformers' attention interface, so Weft can't page its cache")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not survey.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
     survey.linear_names = [path for path, whole in calls.items() if whole == [True]]
@@ -237,9 +230,7 @@ def refusing(name: str) -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise InvalidModel(
-            f"{name} can't be served: its forward pass fails on a plain prompt ({reason})"
-        ) from error
+        raise InvalidModel(f"{name} can't be served: its forward pass fails on a plain prompt ({reason})") from error
 
 
 def _note_call(seen: list[bool], num_tokens: int) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:

@@ -27,8 +27,8 @@ _MAX_PROBED_WINDOW = 256
 def probe(paged: PagedModel, pool: BlockPool) -> float:
     """Run two prompts as one flat row, in two uneven chunks, and compare all logits with eager runs of each alone.
 
-    Catches what can't be seen from the config: attention that bypasses the interface, state that leaks from one sequence
-    into its neighbour, positions that are not taken from `position_ids`. Returns the relative error; raises
+    Catches what can't be seen from the config: attention that bypasses the interface, state that leaks from one
+    sequence into its neighbour, positions that are not taken from `position_ids`. Returns the relative error; raises
     InvalidModel where it is above `TOLERANCE`. The blocks used are free again, and zero, afterwards.
     """
     windows = [window for window in paged.windows if window <= _MAX_PROBED_WINDOW]
@@ -40,7 +40,7 @@ def probe(paged: PagedModel, pool: BlockPool) -> float:
     with refusing(name):
         expected = torch.cat([_eager(paged.model, prompt, paged.device) for prompt in prompts]).float()
         actual = _flat(paged, pool, prompts).float()
-    error = ((actual - expected).norm() / expected.norm()).item()
+    error: float = ((actual - expected).norm() / expected.norm()).item()
     limit = TOLERANCE[paged.dtype]
     if not error <= limit:
         raise InvalidModel(
@@ -70,7 +70,7 @@ def _flat(paged: PagedModel, pool: BlockPool, prompts: list[list[int]]) -> torch
             counts = [math.ceil(sequence.num_pending * share) for sequence in sequences]
             picked = [Scheduled(sequence, n) for sequence, n in zip(sequences, counts, strict=True) if n]
             logits = paged.forward(build_batch(picked, pool.block_tokens, paged.device, every_row=True))
-            for i, rows in enumerate(logits.split(counts)):
+            for i, rows in enumerate(torch.split(logits, counts)):
                 parts[i].append(rows)
                 sequences[i].num_computed += counts[i]
     finally:

@@ -45,7 +45,8 @@ class Request:
     """One prompt and how to answer it.
 
     adapters: ids (`name` or `name@sha256:…`), each with its weight in the mix; empty means the base alone.
-    deadline_s: on the engine's clock. logprobs: report each token's log-probability and rank; top_logprobs: and that many of the likeliest alternatives.
+    logprobs: report each token's log-probability and rank; top_logprobs: and that many of the likeliest alternatives.
+    deadline_s: on the engine's clock.
     """
 
     request_id: str
@@ -80,8 +81,11 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. logprob and rank (1 = likeliest) are under the model's own distribution, before temperature,
-    penalties and truncation; None unless asked for."""
+    """One generated token.
+
+    logprob and rank (1 = likeliest) are under the model's own distribution, before temperature, penalties and
+    truncation; None unless asked for.
+    """
 
     id: int
     text: str

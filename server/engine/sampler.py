@@ -1,7 +1,7 @@
 """Logits to tokens: every row by its own parameters and its own generator, whatever shares the batch.
 
-Order, names and meaning follow transformers' logits processors and warpers: bias and penalties, then temperature, top-k,
-top-p, min-p, typical-p; then one uniform number a row picks the token from the cumulative distribution.
+Order, names and meaning follow transformers' logits processors and warpers: bias and penalties, then temperature,
+top-k, top-p, min-p, typical-p; then one uniform number a row picks the token from the cumulative distribution.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def _edits(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int])
     """One row's logits after its own bias, penalties and min_tokens; None where it has none of them."""
     sampling, stopping = sequence.request.sampling, sequence.request.stopping
     too_short = sequence.num_generated < stopping.min_tokens
-    penalised = (
-        sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-    )
+    penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
     if not (too_short or penalised or sampling.logit_bias):
         return None
     row = row.clone()
@@ -81,9 +79,7 @@ def _penalise(row: torch.Tensor, sequence: Sequence, sampling: Sampling) -> None
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
         logits = row[seen]
-        row[seen] = torch.where(
-            logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty
-        )
+        row[seen] = torch.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
     counts = Counter(sequence.tokens[len(sequence.request.prompt) :])
     if counts:
         ids = torch.tensor(list(counts), device=row.device)
@@ -129,7 +125,7 @@ def _top_k(scores: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _top_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Keep the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020, nucleus sampling)."""
+    """Keep the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020, nucleus)."""
     ascending, order = scores.sort(dim=-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
     removed[:, -1] = False
@@ -169,9 +165,7 @@ def _report(raw: torch.Tensor, tokens: torch.Tensor, sequences: Seq[Sequence]) -
             finite=bool(torch.isfinite(chosen[at, 0])),
             logprob=float(chosen[at, 0]),
             rank=int(ranks[at]),
-            top=tuple(zip(ids[at].tolist(), values[at].tolist(), strict=True))[
-                : sequences[row].request.top_logprobs
-            ],
+            top=tuple(zip(ids[at].tolist(), values[at].tolist(), strict=True))[: sequences[row].request.top_logprobs],
         )
         for at, row in enumerate(rows)
     }

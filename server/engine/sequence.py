@@ -14,8 +14,9 @@ from weft.server.engine.text import OutputText
 class Sequence:
     """Prompt and answer so far, and how far the model has come with them.
 
-    There is no prefill and no decode state: a sequence has *pending* tokens, a step computes some of them, and when none
-    is left the next token is sampled. A decoding sequence has one pending token; a preempted one has all of them again.
+    There is no prefill and no decode state: a sequence has *pending* tokens, a step computes some of them, and when
+    none is left the next token is sampled. A decoding sequence has one pending token; a preempted one has all of them
+    again.
     """
 
     request: Request

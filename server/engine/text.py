@@ -91,9 +91,7 @@ class StopMatcher:
 class OutputText:
     """One answer's text: detokenized, cut at a stop sequence."""
 
-    def __init__(
-        self, decode: Decode, stop_sequences: Sequence[str] = (), *, include_stop: bool = False
-    ) -> None:
+    def __init__(self, decode: Decode, stop_sequences: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self._detokenizer = Detokenizer(decode)
         self._matcher = StopMatcher(stop_sequences)
         self._include_stop = include_stop

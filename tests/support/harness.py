@@ -100,9 +100,7 @@ class Harness:
             counts = [min(chunk, sequence.num_pending) for sequence in sequences]
             picked = [Scheduled(s, n) for s, n in zip(sequences, counts, strict=True) if n]
             rows = model.forward(build_batch(picked, pool.block_tokens, model.device, every_row=True))
-            for part, sequence, count, logits in zip(
-                parts, sequences, counts, rows.split(counts), strict=True
-            ):
+            for part, sequence, count, logits in zip(parts, sequences, counts, rows.split(counts), strict=True):
                 part.append(logits)
                 sequence.num_computed += count
         for sequence in sequences:

@@ -63,9 +63,7 @@ def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
 
@@ -94,9 +92,7 @@ def make_adapter(model: PreTrainedModel, folder: Path, seed: int = 0, **config: 
     return folder
 
 
-def peft_logits(
-    model: PreTrainedModel, folder: Path | None, prompts: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
+def peft_logits(model: PreTrainedModel, folder: Path | None, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits [len(prompt), vocab] of each prompt by transformers and peft alone."""
     served = PeftModel.from_pretrained(model, folder) if folder else model
     with torch.inference_mode():
@@ -106,9 +102,7 @@ def peft_logits(
     return logits
 
 
-def peft_generate(
-    model: PreTrainedModel, folder: Path | None, prompt: Sequence[int], max_new_tokens: int
-) -> list[int]:
+def peft_generate(model: PreTrainedModel, folder: Path | None, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """Greedy continuation by transformers and peft alone; runs to its full length."""
     served = PeftModel.from_pretrained(model, folder) if folder else model
     with torch.inference_mode():

@@ -45,9 +45,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(kind)
     model = make_model(kind, folder / "base")
     save_tokenizer(folder / "base")
-    targets = (
-        ["q_proj", "k_proj", "v_proj", "o_proj"] if kind in ("gpt_oss", "mixtral") else linear_names(kind)
-    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if kind in ("gpt_oss", "mixtral") else linear_names(kind)
     adapters: dict[str | None, Path | None] = {
         name: make_adapter(model, folder / name, seed=i, r=rank, lora_alpha=2 * rank, target_modules=targets)
         for i, (name, rank) in enumerate(RANKS.items())

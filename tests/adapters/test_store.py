@@ -1,0 +1,203 @@
+"""The registry: names, versions, pins, and what happens between them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_adapter, make_model
+
+from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.store import AdapterState, AdapterStore, NewAdapter
+from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, OutOfCapacity
+
+SHAPES = {
+    f"model.layers.{i}.self_attn.{name}": (64, d) for i in range(3) for name, d in (("q_proj", 64), ("v_proj", 32))
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    model = make_model("llama", root / "base")
+    for seed, rank in enumerate((4, 8, 16)):
+        make_adapter(model, root / "adapters" / f"r{rank}", seed=seed, r=rank, target_modules=["q_proj", "v_proj"])
+    (root / "adapters" / "broken").mkdir()
+    (root / "outside").mkdir()
+    return root / "adapters"
+
+
+@pytest.fixture
+def store(folders: Path) -> AdapterStore:
+    pool = PagePool(SHAPES, PageConfig(5, torch.float32, torch.device("cpu")))
+    return AdapterStore(pool, [folders], now=lambda: 1000.0)
+
+
+def new(folders: Path, name: str, folder: str | None = None) -> NewAdapter:
+    return NewAdapter(name, f"file:{folders / (folder or name)}")
+
+
+def test_a_created_adapter_can_be_seen_and_used(store: AdapterStore, folders: Path) -> None:
+    info = store.create(new(folders, "r16"))
+    assert (info.state, info.ranks, info.num_in_flight) == (AdapterState.DEVICE, (16,), 0)
+    assert info.modules == tuple(sorted(SHAPES))
+    ref = store.acquire("r16")
+    assert store.get("r16").num_in_flight == 1
+    assert store.get("r16").last_used_s == 1000.0
+    store.release(ref)
+    assert store.num_pages == (2, 4)
+    store.check()
+
+
+def test_a_deleted_adapter_stays_until_its_last_request_ends(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "r16"))
+    ref = store.acquire("r16")
+    store.delete("r16")
+    with pytest.raises(AdapterNotFound):
+        store.acquire("r16")
+    assert store.num_pages[0] == 2
+    store.check()
+    store.release(ref)
+    assert store.num_pages[0] == 0
+    store.check()
+
+
+def test_the_name_can_be_taken_again_while_the_old_version_is_in_use(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "x", "r8"))
+    old = store.acquire("x")
+    store.delete("x")
+    store.create(new(folders, "x", "r4"))
+    fresh = store.acquire("x")
+    assert old.version.digest != fresh.version.digest
+    assert set(old.version.paged.runs).isdisjoint(fresh.version.paged.runs)
+    store.release(old)
+    store.release(fresh)
+    store.check()
+
+
+def test_two_names_of_one_content_share_its_pages(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "one", "r16"))
+    store.create(new(folders, "two", "r16"))
+    assert store.num_pages[0] == 2
+    store.delete("one")
+    assert store.acquire("two").version.paged.runs
+    store.check()
+
+
+def test_a_digest_pins_a_version(store: AdapterStore, folders: Path) -> None:
+    digest = store.create(new(folders, "r8")).digest
+    store.release(store.acquire(f"r8@{digest}"))
+    for wrong in (f"r8@sha256:{'0' * 64}", "r8@sha256:12", "r8@", f"other@{digest}"):
+        with pytest.raises(AdapterNotFound):
+            store.acquire(wrong)
+    store.check()
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "sentiment", "r4"))
+    with pytest.raises(AdapterNotFound, match="did you mean 'sentiment'"):
+        store.acquire("sentimant")
+
+
+def test_acquiring_several_is_all_or_nothing(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "r4"))
+    with pytest.raises(AdapterNotFound):
+        store.acquire_all(["r4", "missing"])
+    assert store.get("r4").num_in_flight == 0
+
+
+def test_a_failed_create_leaves_the_name_and_the_pages_free(store: AdapterStore, folders: Path) -> None:
+    with pytest.raises(InvalidAdapter):
+        store.create(new(folders, "broken"))
+    assert store.list() == []
+    store.check()
+
+
+def test_a_failed_reservation_says_why_and_may_be_taken_over(store: AdapterStore, folders: Path) -> None:
+    store.reserve(new(folders, "x", "broken"))
+    with pytest.raises(InvalidAdapter):
+        store.load("x")
+    assert store.get("x").state is AdapterState.FAILED
+    assert "adapter_config.json" in store.get("x").error
+    with pytest.raises(AdapterNotFound, match="failed"):
+        store.acquire("x")
+    store.create(new(folders, "x", "r4"))
+    store.check()
+
+
+def test_a_taken_name_is_refused(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "r4"))
+    with pytest.raises(AdapterExists, match="'r4' exists already"):
+        store.create(new(folders, "r4", "r8"))
+
+
+def test_full_pages_are_refused_with_the_numbers(store: AdapterStore, folders: Path) -> None:
+    store.create(new(folders, "a", "r16"))
+    store.create(new(folders, "b", "r8"))
+    with pytest.raises(OutOfCapacity, match="needs 2 pages and 1 of 4 are free"):
+        store.create(NewAdapter("d", f"file:{second_content(folders)}"))
+    store.check()
+
+
+def second_content(folders: Path) -> Path:
+    """Another adapter of rank 16."""
+    target = folders / "r16b"
+    if not target.exists():
+        make_adapter(
+            make_model("llama", folders.parent / "base2"), target, 9, r=16, target_modules=["q_proj", "v_proj"]
+        )
+    return target
+
+
+@pytest.mark.parametrize("name", ["", "a,b", "../x", "a..b", "a@b", "-a", "x" * 129, "naïve", "a b", "a\n"])
+def test_bad_names_are_refused(store: AdapterStore, folders: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"adapter\.name"):
+        store.create(new(folders, name, "r4"))
+
+
+@pytest.mark.parametrize(
+    "source", ["", "r4", "file:", "s3:bucket/r4", "file:/etc", "file:{root}/../outside", "file:{root}/link"]
+)
+def test_sources_outside_the_roots_are_refused(store: AdapterStore, folders: Path, source: str) -> None:
+    link = folders / "link"
+    if not link.exists():
+        link.symlink_to(folders.parent / "outside")
+    with pytest.raises(InvalidRequest, match=r"adapter\.source"):
+        store.create(NewAdapter("x", source.format(root=folders)))
+
+
+def test_a_file_that_links_out_of_the_roots_is_refused(store: AdapterStore, folders: Path) -> None:
+    folder = folders / "linked"
+    folder.mkdir(exist_ok=True)
+    stolen = folders.parent / "outside" / "secret.safetensors"
+    stolen.write_bytes((folders / "r4" / "adapter_model.safetensors").read_bytes())
+    (folder / "adapter_config.json").write_bytes((folders / "r4" / "adapter_config.json").read_bytes())
+    (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+    (folder / "adapter_model.safetensors").symlink_to(stolen)
+    with pytest.raises(InvalidAdapter, match="link to a file outside"):
+        store.create(new(folders, "linked"))
+
+
+def test_threads_that_create_use_and_delete_leave_a_clean_pool(store: AdapterStore, folders: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            for _ in range(20):
+                store.create(new(folders, f"t{rank}", f"r{rank}"))
+                ref = store.acquire(f"t{rank}")
+                store.delete(f"t{rank}")
+                store.release(ref)
+        except BaseException as error:  # noqa: BLE001 - reported by the main thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (4, 8, 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert store.num_pages[0] == 0
+    store.check()

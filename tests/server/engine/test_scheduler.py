@@ -1,0 +1,114 @@
+"""The scheduler alone, with a model that gives any token: budgets kept, nobody lost, nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.request import Request
+from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.sequence import Sequence
+from weft.server.engine.text import OutputText
+
+BLOCK = 4
+
+
+def make(prompt: int) -> Sequence:
+    return Sequence(Request("r", tuple(range(prompt))), (), OutputText(lambda ids: ""), random.Random(0), 0.0)
+
+
+def advance(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
+    """One step of a model that gives token 7 to every sequence that is complete."""
+    picked = scheduler.schedule()
+    scheduler.check()
+    complete = [item.sequence for item in picked if item.completes]
+    for item in picked:
+        item.sequence.num_computed += item.num_tokens
+    for sequence in complete:
+        sequence.tokens.append(7)
+    return [(item.sequence, item.num_tokens) for item in picked]
+
+
+def test_decodes_come_before_prompts_and_prompts_share_what_is_left() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=8, max_running=4)
+    one, two, three = make(2), make(11), make(5)
+    scheduler.add(one)
+    assert advance(scheduler) == [(one, 2)]
+    scheduler.add(two)
+    scheduler.add(three)
+    assert advance(scheduler) == [(one, 1), (two, 7)]
+    assert advance(scheduler) == [(one, 1), (two, 4), (three, 3)]
+    assert advance(scheduler) == [(one, 1), (two, 1), (three, 2)]
+    assert advance(scheduler) == [(one, 1), (two, 1), (three, 1)]
+
+
+def test_no_more_than_max_running_are_admitted() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=8, max_running=2)
+    for _ in range(3):
+        scheduler.add(make(1))
+    assert len(advance(scheduler)) == 2
+    scheduler.remove(scheduler.running[0])
+    assert len(advance(scheduler)) == 2
+
+
+def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back_with_its_tokens() -> None:
+    scheduler = Scheduler(BlockPool(1 + 4, BLOCK), max_batch_tokens=32, max_running=4)
+    old, young = make(7), make(7)
+    scheduler.add(old)
+    scheduler.add(young)
+    for _ in range(2):
+        advance(scheduler)
+    assert advance(scheduler) == [(old, 1)]
+    assert scheduler.num_preemptions == 1
+    assert list(scheduler.waiting) == [young]
+    assert (young.num_computed, young.blocks, len(young.tokens)) == (0, [], 9)
+    scheduler.remove(old)
+    assert advance(scheduler) == [(young, 9)]
+
+
+def test_a_prompt_waits_for_blocks_without_taking_any_from_a_running_sequence() -> None:
+    scheduler = Scheduler(BlockPool(1 + 3, BLOCK), max_batch_tokens=32, max_running=4)
+    running, waiting = make(8), make(8)
+    scheduler.add(running)
+    advance(scheduler)
+    scheduler.add(waiting)
+    assert advance(scheduler) == [(running, 1)]
+    assert waiting.blocks == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=14),
+    cancels=st.sets(st.integers(0, 13), max_size=4),
+    blocks=st.integers(8, 20),
+    budget=st.integers(4, 24),
+)
+def test_every_history_keeps_the_budgets_and_serves_everybody(
+    arrivals: list[tuple[int, int, int]], cancels: set[int], blocks: int, budget: int
+) -> None:
+    scheduler = Scheduler(BlockPool(1 + blocks, BLOCK), max_batch_tokens=budget, max_running=4)
+    sequences = {i: make(prompt) for i, (_, prompt, _) in enumerate(arrivals)}
+    wanted = {i: tokens for i, (_, _, tokens) in enumerate(arrivals)}
+    alive: set[int] = set()
+    for at in range(2000):
+        arrived = {i for i, (step, _, _) in enumerate(arrivals) if step == at}
+        for i in arrived:
+            scheduler.add(sequences[i])
+        alive |= arrived
+        for i in cancels & alive if at % 7 == 3 else set():
+            scheduler.remove(sequences[i])
+            alive.discard(i)
+        picked = advance(scheduler)
+        assert sum(count for _, count in picked) <= budget
+        assert len({id(sequence) for sequence, _ in picked}) == len(picked) <= 4
+        assert bool(picked) == bool(alive), "a step with work does some"
+        for i in [i for i in alive if sequences[i].num_generated >= wanted[i]]:
+            scheduler.remove(sequences[i])
+            alive.discard(i)
+        if not alive and at > 30:
+            break
+    assert not alive, "somebody waits for ever"
+    assert scheduler.pool.num_free == blocks

@@ -1,0 +1,91 @@
+"""Tokens to text: whole characters, whole stop sequences, and the same text however it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.server.engine.text import Detokenizer, OutputText, StopMatcher
+
+
+def decode(ids: Sequence[int]) -> str:
+    """A byte-level tokenizer: ids are bytes; 256 and above are special and have no text."""
+    return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def pieces(text: OutputText, data: bytes) -> list[str]:
+    return [text.push(byte)[1] for byte in data] + [text.flush()]
+
+
+def test_a_character_comes_out_when_its_last_byte_does() -> None:
+    assert pieces(OutputText(decode), "aé🙂".encode()) == ["a", "", "é", "", "", "", "🙂", ""]
+
+
+@given(st.text())
+def test_text_comes_back_whole_and_never_in_halves(text: str) -> None:
+    parts = pieces(OutputText(decode), text.encode())
+    assert "".join(parts) == text
+    assert "\ufffd" in text or not any("\ufffd" in part for part in parts)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_end_as_their_plain_decoding(data: bytes) -> None:
+    assert "".join(pieces(OutputText(decode), data)) == data.decode(errors="replace")
+
+
+def test_bytes_that_never_become_a_character_do_not_pile_up() -> None:
+    text = Detokenizer(decode)
+    shown = "".join(text.push(0xFF) for _ in range(1000))
+    assert len(shown) >= 997
+    assert len(shown + text.flush()) == 1000
+
+
+def test_special_tokens_have_no_text() -> None:
+    text = OutputText(decode)
+    assert [text.push(i)[1] for i in (104, 300, 105)] == ["h", "", "i"]
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown", "found"),
+    [
+        (["END"], "abcENDdef", "abc", "END"),
+        (["END"], "abcEN", "abcEN", ""),
+        (["aab"], "aaab", "a", "aab"),
+        (["b", "abc"], "xabc", "xa", "b"),
+        (["abc", "ab"], "xabc", "x", "ab"),
+        (["\n\n"], "one\ntwo\n\nthree", "one\ntwo", "\n\n"),
+        (["é"], "caféine", "caf", "é"),
+    ],
+)
+def test_stop_sequences_are_found_across_tokens(stops: list[str], text: str, shown: str, found: str) -> None:
+    output, got = OutputText(decode, stops), ""
+    for byte in text.encode():
+        got += output.push(byte)[1]
+        if output.stop_sequence:
+            break
+    else:
+        got += output.flush()
+    assert (got, output.stop_sequence) == (shown, found)
+
+
+def test_a_stop_sequence_is_shown_where_asked() -> None:
+    output = OutputText(decode, ["b"], include_stop=True)
+    assert [output.push(byte)[1] for byte in b"ab"] == ["a", "b"]
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.text("ab", max_size=30))
+def test_the_matcher_agrees_with_a_search_of_the_whole(stops: list[str], text: str) -> None:
+    matcher, shown, found = StopMatcher(stops), "", ""
+    for letter in text:
+        safe, found = matcher.push(letter)
+        shown += safe
+        if found:
+            break
+    else:
+        shown += matcher.flush()
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    assert bool(found) == bool(ends)
+    assert shown + found == text[: min(ends)] if ends else shown == text

@@ -6,6 +6,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from weft.demo.tasks import TASKS
 
@@ -25,8 +26,9 @@ def tag(task_name: str) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """Return the tokenizer: pad 0, bos 1 (added to all text), eos 2, then 256 bytes, then the tasks' tags."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """Return the tokenizer: pad 0, bos 1 (added to all text), eos 2, byte b as b + 3, then the tags."""
+    symbols: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    alphabet = [symbols[byte] for byte in range(256)]
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *map(tag, TASKS)))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

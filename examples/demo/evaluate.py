@@ -5,6 +5,7 @@ adapter and by the base alone. Exits with 1 if an adapter is below 95 % or the b
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import click
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from weft.demo.tasks import ATTENTION, HELD_OUT, MLP, TASKS, Example, Task, prompt
 
@@ -84,11 +86,12 @@ def parse_tasks(_context: click.Context, _option: click.Parameter, text: str) ->
     default=DEMO_FOLDER,
     help="The folder that holds base/ and adapters/.  [default: the demo's own]",
 )
-@click.option(
-    "--inputs", type=click.IntRange(1), default=NUM_INPUTS, show_default=True, help="Inputs a task."
-)
+@click.option("--inputs", type=click.IntRange(1), default=NUM_INPUTS, show_default=True, help="Inputs a task.")
 def main(only: list[Task], folder: Path, inputs: int) -> None:
     """Measure the demo's adapters on inputs that no training saw."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # PEFT 0.21 asks for an attribute that transformers 5.23 has renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     click.echo(ROW.format("task", "r/alpha", "modules", "adapter %", "base %"))
     passed = True
     for task in only:
@@ -97,9 +100,7 @@ def main(only: list[Task], folder: Path, inputs: int) -> None:
         modules = ",".join(
             module.removesuffix("_proj") for module in (*ATTENTION, *MLP) if module in config.target_modules
         )
-        click.echo(
-            ROW.format(task.name, f"{config.r}/{config.lora_alpha}", modules, f"{adapter:.1f}", f"{base:.1f}")
-        )
+        click.echo(ROW.format(task.name, f"{config.r}/{config.lora_alpha}", modules, f"{adapter:.1f}", f"{base:.1f}"))
         passed &= adapter >= LOWEST_ADAPTER_PERCENT and base <= HIGHEST_BASE_PERCENT
     if not passed:
         sys.exit(1)

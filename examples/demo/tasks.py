@@ -45,7 +45,7 @@ class Lora:
     modules: tuple[str, ...]
     steps: int
     batch_size: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def split_of(text: str) -> Split:
 
 def seeded(seed: int | str) -> random.Random:
     """Return a generator of the same numbers for the same seed."""
-    return random.Random(seed)  # noqa: S311 (nothing here is a secret)
+    return random.Random(seed)
 
 
 # Inputs
@@ -138,11 +138,7 @@ def draw_word(rng: random.Random, longest: int = 8) -> str:
     while True:
         kind = rng.random()
         word = (
-            rng.choice(NOUNS)
-            if kind < 0.5
-            else draw_pseudo_word(rng)
-            if kind < 0.75
-            else draw_letters(rng, 3, longest)
+            rng.choice(NOUNS) if kind < 0.5 else draw_pseudo_word(rng) if kind < 0.75 else draw_letters(rng, 3, longest)
         )
         if 3 <= len(word) <= longest:
             return word
@@ -150,12 +146,37 @@ def draw_word(rng: random.Random, longest: int = 8) -> str:
 
 def draw_noun(rng: random.Random) -> str:
     """Return a noun, or now and then a pseudo-word in its place."""
-    return rng.choice(NOUNS) if rng.random() < 0.7 else draw_pseudo_word(rng)
+    return rng.choice(NOUNS) if rng.random() < 0.7 else draw_pseudo_word(rng, max_syllables=2)
 
 
 def draw_phrase(rng: random.Random, fewest: int, most: int) -> str:
     """Return a noun led by adjectives, `fewest` to `most` words."""
     return " ".join((*rng.choices(ADJECTIVES, k=rng.randint(fewest, most) - 1), rng.choice(NOUNS)))
+
+
+def draw_words(rng: random.Random) -> str:
+    """Return one word, or a noun with an adjective."""
+    return draw_phrase(rng, 2, 2) if rng.random() < 0.3 else draw_word(rng)
+
+
+def draw_short_word(rng: random.Random) -> str:
+    """Return a word of 3 to 6 letters."""
+    return draw_word(rng, longest=6)
+
+
+def draw_title(rng: random.Random) -> str:
+    """Return two or three words."""
+    return draw_phrase(rng, 2, 3)
+
+
+def draw_sum(rng: random.Random) -> str:
+    """Return two numbers from 0 to 99 to add, such as `47+58`."""
+    return f"{rng.randint(0, 99)}+{rng.randint(0, 99)}"
+
+
+def draw_number(rng: random.Random) -> str:
+    """Return a number from 1 to 3999."""
+    return str(rng.randint(1, 3999))
 
 
 def draw_date(rng: random.Random) -> str:
@@ -165,11 +186,9 @@ def draw_date(rng: random.Random) -> str:
 
 
 def draw_opinion(rng: random.Random) -> str:
-    """Return a sentence that praises or blames, such as `the soup was not very good`."""
-    noun, verb = rng.choice(NOUNS), rng.choice(("is", "was", "looks", "seems"))
-    negation = rng.choice(("", "", "not "))
-    degree = rng.choice(("", "very ", "really ", "quite "))
-    return f"the {noun} {verb} {negation}{degree}{rng.choice(rng.choice((GOOD, BAD)))}"
+    """Return a sentence that praises or blames, such as `the soup was not good`."""
+    noun, verb, negation = rng.choice(NOUNS), rng.choice(("is", "was")), rng.choice(("", "not "))
+    return f"the {noun} {verb} {negation}{rng.choice(rng.choice((GOOD, BAD)))}"
 
 
 # Answers
@@ -187,6 +206,16 @@ def plural(noun: str) -> str:
     if re.search(r"[^aeiou]y$", noun):
         return noun[:-1] + "ies"
     return noun + "s"
+
+
+def reverse(text: str) -> str:
+    """Return the text backwards."""
+    return text[::-1]
+
+
+def sort(text: str) -> str:
+    """Return the text's letters in the alphabet's order."""
+    return "".join(sorted(text))
 
 
 def iso_date(text: str) -> str:
@@ -244,73 +273,20 @@ TASKS: Mapping[str, Task] = MappingProxyType(
     {
         task.name: task
         for task in (
+            Task("upper", "capital letters", draw_words, str.upper, Lora(4, 8, ("q_proj", "v_proj"), 240)),
+            Task("vowels", "how many vowels", draw_word, count_vowels, Lora(4, 8, ("v_proj", "o_proj"), 240), 1.5),
+            Task("plural", "more than one", draw_noun, plural, Lora(4, 8, ATTENTION, 240)),
+            Task("reverse", "back to front", draw_word, reverse, Lora(8, 16, ATTENTION, 300), 1.2),
+            Task("iso-date", "YYYY-MM-DD", draw_date, iso_date, Lora(8, 16, ("q_proj", "v_proj"), 240), 0.8),
+            Task("sentiment", "praise or blame", draw_opinion, sentiment, Lora(8, 16, ATTENTION, 300), 2.0),
+            Task("rot13", "letters moved 13 places", draw_word, rot13, Lora(8, 16, MLP, 300)),
+            Task("pig-latin", "igpay atinlay", draw_noun, pig_latin, Lora(12, 12, ATTENTION, 300), 1.2),
+            Task("acronym", "first letters", draw_title, acronym, Lora(12, 24, ATTENTION[:3], 300), 0.8),
+            Task("camel-case", "joinedWords", draw_title, camel_case, Lora(16, 16, ("o_proj", "down_proj"), 240), 0.8),
+            Task("sort", "letters in order", draw_short_word, sort, Lora(16, 32, (*ATTENTION, *MLP), 400), 4.0),
+            Task("add", "the sum", draw_sum, add, Lora(32, 32, (*ATTENTION, *MLP), 500, batch_size=64), 5.0),
             Task(
-                "upper",
-                "capital letters",
-                lambda rng: draw_phrase(rng, 1, 2) if rng.random() < 0.5 else draw_word(rng),
-                str.upper,
-                Lora(4, 8, ("q_proj", "v_proj"), steps=120),
-                share=0.7,
-            ),
-            Task(
-                "vowels",
-                "how many vowels",
-                lambda rng: draw_phrase(rng, 1, 2) if rng.random() < 0.5 else draw_word(rng),
-                count_vowels,
-                Lora(4, 8, ("v_proj", "o_proj"), steps=160),
-            ),
-            Task("plural", "more than one", draw_noun, plural, Lora(4, 8, ATTENTION, steps=120), share=0.8),
-            Task(
-                "reverse",
-                "back to front",
-                draw_word,
-                lambda text: text[::-1],
-                Lora(8, 16, ATTENTION, steps=240),
-                share=1.5,
-            ),
-            Task("iso-date", "YYYY-MM-DD", draw_date, iso_date, Lora(8, 16, ("q_proj", "v_proj"), steps=120)),
-            Task("sentiment", "praise or blame", draw_opinion, sentiment, Lora(8, 16, ATTENTION, steps=160)),
-            Task("rot13", "letters moved 13 places", draw_word, rot13, Lora(8, 16, MLP, steps=200)),
-            Task("pig-latin", "igpay atinlay", draw_noun, pig_latin, Lora(12, 12, ATTENTION, steps=200)),
-            Task(
-                "acronym",
-                "first letters",
-                lambda rng: draw_phrase(rng, 2, 4),
-                acronym,
-                Lora(12, 24, ("q_proj", "k_proj", "v_proj"), steps=160),
-                share=0.8,
-            ),
-            Task(
-                "camel-case",
-                "wordsJoinedLikeThis",
-                lambda rng: draw_phrase(rng, 2, 3),
-                camel_case,
-                Lora(16, 16, ("o_proj", "down_proj"), steps=160),
-                share=0.8,
-            ),
-            Task(
-                "sort",
-                "letters in order",
-                lambda rng: draw_word(rng, longest=7),
-                lambda text: "".join(sorted(text)),
-                Lora(16, 32, (*ATTENTION, *MLP), steps=300),
-                share=3.0,
-            ),
-            Task(
-                "add",
-                "the sum",
-                lambda rng: f"{rng.randint(0, 99)}+{rng.randint(0, 99)}",
-                add,
-                Lora(32, 32, (*ATTENTION, *MLP), steps=360, batch_size=64, learning_rate=4e-3),
-                share=3.0,
-            ),
-            Task(
-                "roman",
-                "Roman numerals",
-                lambda rng: str(rng.randint(1, 3999)),
-                roman,
-                Lora(32, 64, ("q_proj", "v_proj", "down_proj"), steps=240, learning_rate=4e-3),
-                share=1.2,
+                "roman", "Roman numerals", draw_number, roman, Lora(32, 64, ("q_proj", "v_proj", "down_proj"), 300), 1.5
             ),
         )
     }

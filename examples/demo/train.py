@@ -25,14 +25,15 @@ from transformers import (
     get_wsd_schedule,
     set_seed,
 )
+from transformers.utils import logging
 
 from weft.demo.base import BASE_NAME, make_model, make_tokenizer, save_base, tag
 from weft.demo.tasks import TASKS, TRAIN, Task, prompt, seeded
 
 SEED = 0
-BASE_STEPS = 1800
+BASE_STEPS = 2400
 BASE_WARMUP = 40
-BASE_DECAY = 900
+BASE_DECAY = 1600
 BASE_BATCH = 128
 BASE_MICRO_BATCHES = 4
 MUON_LR = 1e-2
@@ -89,9 +90,7 @@ def encode(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> dic
     }
 
 
-def in_batches(
-    samples: Iterator[Sample], batch_size: int, num_batches: int, label: str
-) -> "tqdm[list[Sample]]":
+def in_batches(samples: Iterator[Sample], batch_size: int, num_batches: int, label: str) -> "tqdm[list[Sample]]":
     """Return `num_batches` batches behind a progress bar."""
     batches = (list(itertools.islice(samples, batch_size)) for _ in range(num_batches))
     return tqdm(batches, desc=f"{label:>10}", total=num_batches, smoothing=0.05)
@@ -179,9 +178,7 @@ def train_adapter(task: Task, base: Path, folder: Path) -> None:
     set_seed(SEED)
     lora = task.lora
     tokenizer = AutoTokenizer.from_pretrained(base)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     optimizer = AdamW(trainable(model), lr=lora.learning_rate, weight_decay=0.0)
     schedule = make_schedule(optimizer, lora.steps, ADAPTER_WARMUP, lora.steps - ADAPTER_WARMUP)
@@ -222,6 +219,7 @@ def parse_names(_context: click.Context, _option: click.Parameter, text: str) ->
 )
 def main(only: list[str], output: Path) -> None:
     """Train the demo's base and adapters."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if BASE in only:
         train_base(output / BASE)
     for name in only:

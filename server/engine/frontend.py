@@ -147,7 +147,7 @@ class Frontend:
                 if events:
                     loop.call_soon_threadsafe(self._deliver, events)
             loop.call_soon_threadsafe(self._deliver, self._engine.abort_all(Unavailable("the server is stopping")))
-        except BaseException:  # the thread's edge: nobody above it could answer the requests
+        except BaseException:  # noqa: BLE001 - the edge of the thread: nobody above it would answer the requests
             _log.critical("the engine thread died", exc_info=True)
             loop.call_soon_threadsafe(self._engine_lost)
 

@@ -82,7 +82,7 @@ def test_distributions(backend: str, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("fragmented", [False, True])
-def test_each_rank_alone(backend: str, rank: int, fragmented: bool) -> None:  # noqa: FBT001 - a parameter of pytest
+def test_each_rank_alone(backend: str, rank: int, fragmented: bool) -> None:
     site = make_site(torch.float32)
     (adapter,) = fill(site, [rank], fragmented=fragmented)
     check(backend, site, [(1, [(adapter, 1.0)])], torch.float32)

@@ -1,0 +1,433 @@
+"""What the server counts and times, for Prometheus. A leaf: it knows neither the engine nor gRPC.
+
+Everything is published twice where routers and dashboards expect it: under Weft's own names (`weft_…`, with a bounded
+label `adapter`) and under vLLM's (`vllm:…`, with its buckets, and with its label `model_name` where vLLM has one).
+The registry is a parameter. `Metrics` is called by one thread at a time, the engine's; scrapes come from any.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+BASE = "base"
+"""The label of requests without an adapter."""
+
+OTHER = "other"
+"""The label of the adapters that are not among the busiest."""
+
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+INTER_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+E2E_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+
+_VLLM_REASONS = {
+    "stop_token": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "context_length": "length",
+    "time_limit": "length",
+    "cancelled": "abort",
+    "deadline": "abort",
+    "error": "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step of the engine, and how things stand after it. Adapters are names, each once."""
+
+    duration_s: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_requests: int
+    adapters: tuple[str, ...]
+    num_running: int
+    num_waiting: int
+    running_adapters: tuple[str, ...]
+    waiting_adapters: tuple[str, ...]
+    kv_blocks_used: int
+    kv_blocks_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSnapshot:
+    """The registered adapters, counted by state, and the device pages that they take."""
+
+    by_state: Mapping[str, int]
+    pages_used: int
+    pages_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What is published of requests under way."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+
+    def less_one(self) -> _Load:
+        """After one request ended between steps.
+
+        Which kind it was is not known here: the next step says, and when there is none, none are left.
+        """
+        running, waiting = self.num_running, self.num_waiting
+        running, waiting = (running - 1, waiting) if running else (0, max(0, waiting - 1))
+        if running or waiting:
+            return replace(self, num_running=running, num_waiting=waiting)
+        return _Load(kv_blocks_total=self.kv_blocks_total)
+
+
+class Metrics:
+    """Every metric of the server. max_adapters: how many adapters get a label of their own; see `_Busiest`."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        max_adapters: int = 32,
+        model_name: str = "",
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """now: seconds since the epoch."""
+        self._registry = registry
+        self._load = _Load()
+        self._requests = _RequestMetrics(registry, max_adapters)
+        self._steps = _StepMetrics(registry)
+        self._vllm = _VllmMetrics(registry, model_name)
+        self._adapter_loads = Histogram(
+            "weft_adapter_load_seconds",
+            "Time to bring an adapter into device memory, by outcome.",
+            ["outcome"],
+            buckets=_LOAD_BUCKETS,
+            registry=registry,
+        )
+        self._snapshot: Callable[[], AdapterSnapshot] | None = None
+        registry.register(_LoadCollector(model_name, lambda: self._load, self._adapters, now))
+
+    def step(self, stats: StepStats) -> None:
+        """One forward pass was made."""
+        self._steps.observe(stats)
+        self._load = _Load(
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            running_adapters=stats.running_adapters,
+            waiting_adapters=stats.waiting_adapters,
+            kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_total=stats.kv_blocks_total,
+        )
+
+    def first_token(self, adapter: str, queue_s: float, ttft_s: float) -> None:
+        """A request got its first token, `ttft_s` after it came; it waited the first `queue_s` of them."""
+        self._requests.first_token(adapter, queue_s, ttft_s)
+        self._vllm.first_token(ttft_s)
+
+    def inter_token(self, adapter: str, seconds: float) -> None:
+        """A request got another token, so long after the one before."""
+        self._requests.inter_token(adapter, seconds)
+        self._vllm.inter_token(seconds)
+
+    def preempted(self) -> None:
+        """A running request gave up its blocks."""
+        self._steps.preemptions.inc()
+
+    def finished(self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int, e2e_s: float) -> None:
+        """A request ended. outcome: a finish reason, "error" or "deadline"."""
+        self._requests.finished(adapter, outcome, prompt_tokens, completion_tokens, e2e_s)
+        self._vllm.finished(outcome, prompt_tokens, e2e_s)
+        self._load = self._load.less_one()
+
+    def adapter_loaded(self, seconds: float, outcome: str) -> None:
+        """A load ended: outcome "ok", or why not. May be called from any thread."""
+        self._adapter_loads.labels(outcome).observe(seconds)
+
+    def watch_adapters(self, snapshot: Callable[[], AdapterSnapshot]) -> None:
+        """Publish the adapters as they are at each scrape; called from the scrape's thread."""
+        self._snapshot = snapshot
+
+    def set_build_info(self, version: str, model: str, dtype: str, device: str) -> None:
+        info = Gauge(
+            "weft_build_info",
+            "What runs here: always 1.",
+            ["version", "model", "dtype", "device"],
+            registry=self._registry,
+        )
+        info.labels(version, model, dtype, device).set(1)
+
+    def set_cache_config(self, block_size: int, num_blocks: int) -> None:
+        """block_size in tokens; num_blocks that requests can use."""
+        self._load = replace(self._load, kv_blocks_total=num_blocks)
+        info = Gauge(
+            "vllm:cache_config_info",
+            "Sizes of the KV cache: always 1.",
+            ["block_size", "num_gpu_blocks"],
+            registry=self._registry,
+        )
+        info.labels(str(block_size), str(num_blocks)).set(1)
+
+    def _adapters(self) -> AdapterSnapshot | None:
+        return self._snapshot() if self._snapshot is not None else None
+
+
+class _Busiest:
+    """Which adapters have a label of their own: the `limit` busiest, by requests ended; the rest share `other`.
+
+    The first ones seen get a label each. Later, one that is outside and clearly busier (more than twice the requests,
+    and some) than the least busy label takes its place, and that one's series end. Counts are halved every `_WINDOW`
+    requests, so old glory fades; no more than `limit` + `_WINDOW` names are ever held. An adapter that is itself called
+    `base` or `other` never gets a label, so that no series mixes two meanings.
+    """
+
+    _WINDOW = 1024
+    _MARGIN = 8
+
+    def __init__(self, limit: int, drop: Callable[[str], None]) -> None:
+        """drop(label) ends the series of a label."""
+        self._limit = limit
+        self._drop = drop
+        self._counts: dict[str, int] = {}
+        self._outside: Tally[str] = Tally()
+        self._num_counted = 0
+
+    def label(self, adapter: str) -> str:
+        if not adapter:
+            return BASE
+        if adapter in self._counts:
+            return adapter
+        if len(self._counts) >= self._limit or adapter in (BASE, OTHER):
+            return OTHER
+        self._counts[adapter] = 0
+        return adapter
+
+    def count(self, adapter: str) -> None:
+        """One more request of this adapter ended."""
+        if adapter in self._counts:
+            self._counts[adapter] += 1
+        elif adapter not in ("", BASE, OTHER) and self._counts:
+            self._outside[adapter] += 1
+            self._challenge(adapter)
+        self._num_counted += 1
+        if self._num_counted % self._WINDOW == 0:
+            self._counts = {name: count // 2 for name, count in self._counts.items()}
+            self._outside.clear()
+
+    def _challenge(self, adapter: str) -> None:
+        least = min(self._counts, key=lambda name: self._counts[name])
+        if self._outside[adapter] > 2 * self._counts[least] + self._MARGIN:
+            del self._counts[least]
+            self._drop(least)
+            self._counts[adapter] = self._outside.pop(adapter)
+
+
+class _RequestMetrics:
+    """Requests, by adapter."""
+
+    def __init__(self, registry: CollectorRegistry, max_adapters: int) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        self._busiest = _Busiest(max_adapters, self._drop)
+        self._ended = counter("weft_requests", "Requests that ended, by outcome.", "adapter", "outcome")
+        self._prompt = counter("weft_prompt_tokens", "Prompt tokens of requests that ended.", "adapter")
+        self._generated = counter("weft_generation_tokens", "Tokens generated.", "adapter")
+        self._queue = histogram("weft_request_queue_seconds", "Time until first run.", TTFT_BUCKETS, "adapter")
+        self._ttft = histogram("weft_time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS, "adapter")
+        self._inter_token = histogram(
+            "weft_inter_token_latency_seconds", "Time between tokens.", INTER_TOKEN_BUCKETS, "adapter"
+        )
+        self._e2e = histogram("weft_e2e_request_latency_seconds", "Time from arrival to end.", E2E_BUCKETS, "adapter")
+        self._prompt_sizes = histogram("weft_request_prompt_tokens", "Prompt tokens a request.", _TOKEN_BUCKETS)
+        self._completion_sizes = histogram(
+            "weft_request_generation_tokens", "Generated tokens a request.", _TOKEN_BUCKETS
+        )
+        self._outcomes: set[str] = set()
+
+    def first_token(self, adapter: str, queue_s: float, ttft_s: float) -> None:
+        label = self._busiest.label(adapter)
+        self._generated.labels(label).inc()
+        self._queue.labels(label).observe(queue_s)
+        self._ttft.labels(label).observe(ttft_s)
+
+    def inter_token(self, adapter: str, seconds: float) -> None:
+        label = self._busiest.label(adapter)
+        self._generated.labels(label).inc()
+        self._inter_token.labels(label).observe(seconds)
+
+    def finished(self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int, e2e_s: float) -> None:
+        label = self._busiest.label(adapter)
+        self._outcomes.add(outcome)
+        self._ended.labels(label, outcome).inc()
+        self._prompt.labels(label).inc(prompt_tokens)
+        self._e2e.labels(label).observe(e2e_s)
+        self._prompt_sizes.observe(prompt_tokens)
+        self._completion_sizes.observe(completion_tokens)
+        self._busiest.count(adapter)
+
+    def _drop(self, label: str) -> None:
+        for metric in (self._prompt, self._generated, self._queue, self._ttft, self._inter_token, self._e2e):
+            with suppress(KeyError):
+                metric.remove(label)
+        for outcome in self._outcomes:
+            with suppress(KeyError):
+                self._ended.remove(label, outcome)
+
+
+class _StepMetrics:
+    """Steps of the engine: what one batch held."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, registry=registry)
+
+        self._seconds = histogram("weft_step_seconds", "Time of a step.", _STEP_BUCKETS)
+        self._tokens = histogram("weft_step_tokens", "Tokens that a step computed.", _TOKEN_BUCKETS)
+        self._requests = histogram("weft_step_requests", "Requests in a step.", _COUNT_BUCKETS)
+        self._adapters = histogram("weft_step_adapters", "Different adapters in a step.", _COUNT_BUCKETS)
+        self._max_requests = gauge("weft_step_requests_max", "The most requests in one step so far.")
+        self._max_adapters = gauge("weft_step_adapters_max", "The most different adapters in one step so far.")
+        self._most = (0, 0)
+        self._phases = Counter(
+            "weft_computed_tokens", "Tokens computed, repeats after preemption included.", ["phase"], registry=registry
+        )
+        self.preemptions = Counter("weft_preemptions", "Running requests that gave up their blocks.", registry=registry)
+
+    def observe(self, stats: StepStats) -> None:
+        self._seconds.observe(stats.duration_s)
+        self._tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
+        self._phases.labels("prefill").inc(stats.num_prefill_tokens)
+        self._phases.labels("decode").inc(stats.num_decode_tokens)
+        self._requests.observe(stats.num_requests)
+        self._adapters.observe(len(stats.adapters))
+        self._most = (max(self._most[0], stats.num_requests), max(self._most[1], len(stats.adapters)))
+        self._max_requests.set(self._most[0])
+        self._max_adapters.set(self._most[1])
+
+
+class _VllmMetrics:
+    """Counters and histograms under vLLM's names, with its buckets."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, ["model_name"], buckets=buckets, registry=registry).labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=registry).labels(model_name)
+
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
+        self._inter_token = histogram("vllm:inter_token_latency_seconds", "Time between tokens.", INTER_TOKEN_BUCKETS)
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Time from arrival to end.", E2E_BUCKETS)
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of requests that ended.")
+        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
+        self._model_name = model_name
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by vLLM's reasons.",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+
+    def first_token(self, ttft_s: float) -> None:
+        self._generated.inc()
+        self._ttft.observe(ttft_s)
+
+    def inter_token(self, seconds: float) -> None:
+        self._generated.inc()
+        self._inter_token.observe(seconds)
+
+    def finished(self, outcome: str, prompt_tokens: int, e2e_s: float) -> None:
+        self._success.labels(self._model_name, _VLLM_REASONS.get(outcome, "error")).inc()
+        self._prompt.inc(prompt_tokens)
+        self._e2e.observe(e2e_s)
+
+
+class _LoadCollector(Collector):
+    """What stands now, read at each scrape. Keeps no series of what once was."""
+
+    def __init__(
+        self,
+        model_name: str,
+        load: Callable[[], _Load],
+        adapters: Callable[[], AdapterSnapshot | None],
+        now: Callable[[], float],
+    ) -> None:
+        self._model_name = model_name
+        self._load = load
+        self._adapters = adapters
+        self._now = now
+
+    def describe(self) -> list[Metric]:
+        """Nothing: what is collected at registration would call the owner too early."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        load, adapters = self._load(), self._adapters()
+        yield from self._requests(load)
+        yield self._lora_requests_info(load, adapters)
+        if adapters is not None:
+            states = GaugeMetricFamily("weft_adapters", "Registered adapters, by state.", labels=["state"])
+            for state, count in adapters.by_state.items():
+                states.add_metric([state], count)
+            yield states
+            yield GaugeMetricFamily("weft_adapter_pages_used", "Device pages in use.", value=adapters.pages_used)
+            yield GaugeMetricFamily("weft_adapter_pages", "Device pages there are.", value=adapters.pages_total)
+
+    def _requests(self, load: _Load) -> Iterator[Metric]:
+        usage = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Requests that hold KV blocks.", load.num_running),
+            ("num_requests_waiting", "Requests that wait for their turn.", load.num_waiting),
+            ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", usage),
+        ):
+            family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family
+        for name, text, value in (
+            ("requests_running", "Requests that hold KV blocks.", load.num_running),
+            ("requests_waiting", "Requests that wait for their turn.", load.num_waiting),
+            ("kv_blocks_used", "KV blocks in use.", load.kv_blocks_used),
+            ("kv_blocks", "KV blocks there are.", load.kv_blocks_total),
+        ):
+            yield GaugeMetricFamily(f"weft_{name}", text, value=value)
+
+    def _lora_requests_info(self, load: _Load, adapters: AdapterSnapshot | None) -> Metric:
+        """One series, its value the time now; max_lora: no more adapters than pages can be in device memory."""
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters of the requests that run and that wait; the value is the time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        labels = [
+            str(adapters.pages_total if adapters else 0),
+            ",".join(load.running_adapters),
+            ",".join(load.waiting_adapters),
+        ]
+        family.add_metric(labels, self._now())
+        return family

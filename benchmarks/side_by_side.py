@@ -211,7 +211,9 @@ def main(shape: str, rounds: int, output: Path) -> None:
                 )
                 for count in (1, 4, 16)
             }
-            mixed_peft = System("PEFT, 16 adapters in the batch", lambda: generate(adapted, prompts, adapter_names=names))
+            mixed_peft = System(
+                "PEFT, 16 adapters in the batch", lambda: generate(adapted, prompts, adapter_names=names)
+            )
             systems = [
                 System("transformers `generate`, base only", lambda: generate(plain, prompts)),
                 weft_base,

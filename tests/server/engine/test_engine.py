@@ -36,7 +36,9 @@ def harness(folder: Path) -> Harness:
     return start(folder)
 
 
-def ask(length: int, adapter: str | None = None, seed: int = 0, sampling: Sampling | None = None, **how: object) -> Request:
+def ask(
+    length: int, adapter: str | None = None, seed: int = 0, sampling: Sampling | None = None, **how: object
+) -> Request:
     rng = random.Random(seed)
     deadline_s = how.pop("deadline_s", None)
     stopping = Stopping(**{"max_tokens": 20, "ignore_eos": True, **how})
@@ -111,7 +113,9 @@ def test_a_mix_of_adapters_is_their_weighted_sum(harness: Harness) -> None:
         ({"max_tokens": 10_000}, FinishReason.CONTEXT_LENGTH, 256 - 9),
     ],
 )
-def test_an_answer_ends_where_it_should(harness: Harness, how: dict[str, int], reason: FinishReason, count: int) -> None:
+def test_an_answer_ends_where_it_should(
+    harness: Harness, how: dict[str, int], reason: FinishReason, count: int
+) -> None:
     answer = harness.run([ask(9, **how)])[0]
     assert answer.finish is not None
     assert (answer.finish.reason, len(answer.ids)) == (reason, count)
@@ -255,7 +259,8 @@ def ref_runs(harness: Harness, name: str) -> tuple[tuple[int, int], ...]:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"), [((), "is empty"), ((1,) * 256, "has 256 tokens; at most 255 fit"), ((1, VOCAB), "token id 260")]
+    ("prompt", "words"),
+    [((), "is empty"), ((1,) * 256, "has 256 tokens; at most 255 fit"), ((1, VOCAB), "token id 260")],
 )
 def test_prompts_that_cannot_run_are_refused_with_the_numbers(
     harness: Harness, prompt: tuple[int, ...], words: str
@@ -267,5 +272,5 @@ def test_prompts_that_cannot_run_are_refused_with_the_numbers(
 def test_metrics_count_what_happened(harness: Harness) -> None:
     harness.run(mixed(8, max_tokens=5))
     value = harness.registry.get_sample_value
-    assert value("weft_generated_tokens_total", {"adapter": "odd"}) == 10
+    assert value("weft_generation_tokens_total", {"adapter": "odd"}) == 10
     assert value("vllm:num_requests_running", {"model_name": ""}) == 0

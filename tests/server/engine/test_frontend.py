@@ -1,0 +1,169 @@
+"""Between asyncio and the engine thread: streams, cancelling, refusing, draining, and losing the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from harness import Harness
+from tiny import make_adapter, make_model, save_tokenizer
+
+from weft.errors import AdapterNotFound, InvalidRequest, OutOfCapacity, Unavailable
+from weft.server.engine.frontend import Frontend
+from weft.server.engine.request import Delta, FinishReason, Request, Stopping
+
+PROMPT = (5, 6, 7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("frontend")
+    model = make_model("llama", root / "base")
+    save_tokenizer(root / "base")
+    make_adapter(model, root / "adapters" / "one", target_modules=["q_proj"])
+    return root
+
+
+@pytest.fixture
+def harness(folder: Path) -> Harness:
+    return Harness(folder / "base", {"one": folder / "adapters" / "one"}, max_running_requests=2)
+
+
+@asynccontextmanager
+async def running(harness: Harness, max_requests: int = 100) -> AsyncIterator[Frontend]:
+    frontend = Frontend(harness.engine, harness.store, max_requests)
+    frontend.start()
+    try:
+        yield frontend
+    finally:
+        await frontend.drain(0.0)
+        harness.engine.check_pools()
+        harness.store.check()
+        assert not harness.engine.has_work
+        assert harness.store.get("one").num_in_flight == 0
+
+
+def ask(name: str = "r", max_tokens: int = 10, adapter: str = "one") -> Request:
+    stopping = Stopping(max_tokens=max_tokens, ignore_eos=True)
+    return Request(name, PROMPT, ((adapter, 1.0),) if adapter else (), stopping=stopping)
+
+
+async def collect(frontend: Frontend, request: Request) -> list[Delta]:
+    async with frontend.stream(request) as stream:
+        return [delta async for delta in stream]
+
+
+def test_many_streams_at_once_give_what_one_gives(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend:
+            alone = await collect(frontend, ask())
+            assert [token.id for delta in alone for token in delta.tokens] == harness_tokens
+            assert alone[-1].finish is not None
+            assert alone[-1].finish.reason is FinishReason.MAX_TOKENS
+            together = await asyncio.gather(*(collect(frontend, ask(f"r{i}")) for i in range(20)))
+            for deltas in together:
+                assert [token.id for delta in deltas for token in delta.tokens] == harness_tokens
+
+    harness_tokens = harness.run([ask()])[0].ids
+    asyncio.run(main())
+
+
+def test_leaving_early_frees_everything(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend:
+            for _ in range(5):
+                async with frontend.stream(ask(max_tokens=200)) as stream:
+                    async for _ in stream:
+                        break
+            assert len(await collect(frontend, ask())) == 10
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_task_frees_everything(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend:
+            tasks = [asyncio.create_task(collect(frontend, ask(f"r{i}", 200))) for i in range(30)]
+            await collect(frontend, ask("base", 1, adapter=""))
+            for task in tasks:
+                task.cancel()
+            assert all(
+                isinstance(ended, asyncio.CancelledError)
+                for ended in await asyncio.gather(*tasks, return_exceptions=True)
+            )
+
+    asyncio.run(main())
+
+
+def refused(harness: Harness, request: Request, error: type[Exception], **how: int) -> None:
+    async def main() -> None:
+        async with running(harness, **how) as frontend:
+            with pytest.raises(error):
+                await collect(frontend, request)
+
+    asyncio.run(main())
+
+
+def test_what_cannot_run_is_refused_before_it_holds_anything(harness: Harness) -> None:
+    refused(harness, Request("empty", (), (("one", 1.0),)), InvalidRequest)
+    refused(harness, ask(adapter="missing"), AdapterNotFound)
+    refused(harness, ask(), OutOfCapacity, max_requests=0)
+
+
+def test_draining_refuses_new_requests_and_finishes_those_in_flight(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend, frontend.stream(ask(max_tokens=100)) as stream:
+            deltas = stream.__aiter__()
+            await anext(deltas)
+            draining = asyncio.create_task(frontend.drain(60.0))
+            await asyncio.sleep(0)
+            with pytest.raises(Unavailable, match="draining"):
+                await collect(frontend, ask())
+            rest = [delta async for delta in deltas]
+            assert len(rest) == 99
+            await draining
+
+    asyncio.run(main())
+
+
+def test_what_outlives_the_grace_is_answered(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend, frontend.stream(ask(max_tokens=250)) as stream:
+            deltas = stream.__aiter__()
+            await anext(deltas)
+            await frontend.drain(0.0)
+            with pytest.raises(Unavailable, match="stopping"):
+                [delta async for delta in deltas]
+
+    asyncio.run(main())
+
+
+def test_a_lost_engine_answers_everybody_and_refuses_the_next(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        frontend = Frontend(harness.engine, harness.store, 10)
+        monkeypatch.setattr(harness.engine, "step", broken(harness.engine.step, after=3))
+        frontend.start()
+        with pytest.raises(Unavailable, match="stopped unexpectedly"):
+            await collect(frontend, ask(max_tokens=100))
+        assert frontend.lost.is_set()
+        with pytest.raises(Unavailable):
+            await collect(frontend, ask())
+
+    asyncio.run(main())
+
+
+def broken(step: Callable[[], list], after: int) -> Callable[[], list]:
+    left = [after]
+
+    def breaking() -> list:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("gone")
+        return step()
+
+    return breaking

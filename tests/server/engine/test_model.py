@@ -1,0 +1,116 @@
+"""Which models are served, and how the others are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import Harness
+from tiny import make_adapter, make_model, save_tokenizer
+
+from weft.errors import InvalidConfig, InvalidModel
+from weft.server.config import ModelConfig
+from weft.server.engine.model import load_model
+
+SERVED = ["gemma", "gpt_neox", "olmo2", "granite", "cohere2", "phi", "starcoder2", "opt", "qwen3_moe", "smollm3"]
+
+
+def save(kind: str, folder: Path, **settings: object) -> Path:
+    make_model(kind, folder, **settings)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_classes_that_use_the_attention_interface_are_served(kind: str, tmp_path: Path) -> None:
+    harness = Harness(save(kind, tmp_path))
+    assert "from transformers' own" in harness.info.startup_line
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bloom", "does not use transformers' attention interface"),
+        ("mamba", "layers of the kind linear_attention"),
+        ("llama4_text", "layers of the kind chunked_attention"),
+        ("bart", "can't be served"),
+        ("mpt", "can't be served"),
+        ("falcon", "can't be loaded"),
+    ],
+)
+def test_others_are_refused_in_one_line(kind: str, words: str, tmp_path: Path) -> None:
+    folder = save(kind, tmp_path)
+    with pytest.raises(InvalidModel, match=words) as refusal:
+        Harness(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_that_is_wrong_in_a_mixed_row_is_caught_by_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The position embedding of this copy looks at the row, not at position_ids: right alone, wrong in company."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    folder, forward = save("llama", tmp_path), LlamaRotaryEmbedding.forward
+
+    def by_row(self: LlamaRotaryEmbedding, x: object, position_ids: object) -> object:
+        return forward(self, x, position_ids=(position_ids * 0).cumsum(-1) + (position_ids * 0 + 1).cumsum(-1) - 1)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", by_row)
+    with pytest.raises(InvalidModel, match="can't be served exactly"):
+        Harness(folder)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    for path, words in (
+        (tmp_path / "missing", "is not a folder"),
+        (tmp_path, "holds no config.json"),
+        (save_adapter(tmp_path), "holds no config.json"),
+    ):
+        with pytest.raises(InvalidModel, match=words):
+            load_model(ModelConfig(str(path)))
+
+
+def save_adapter(root: Path) -> Path:
+    return make_adapter(make_model("llama", root / "base"), root / "adapter", target_modules=["q_proj"])
+
+
+def test_broken_or_lacking_weights_are_refused(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(InvalidModel, match=r"lacks \d+ weights of its model"):
+        load_model(ModelConfig(str(folder)))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InvalidModel, match="can't be loaded"):
+        load_model(ModelConfig(str(folder)))
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(InvalidModel, match="can't be loaded"):
+        load_model(ModelConfig(str(folder)))
+
+
+def test_a_rope_that_changes_with_length_is_served_as_far_as_it_does_not(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    harness = Harness(save("llama", tmp_path, rope_parameters=rope))
+    assert harness.info.context_length == 64
+
+
+def test_a_context_beyond_the_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="--context-length is 300; this model is exact up to 256"):
+        Harness(save("llama", tmp_path), context_length=300)
+    assert Harness(tmp_path, context_length=100).info.context_length == 100
+    assert Harness(tmp_path, kv_tokens=64).info.context_length == 64
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    with pytest.raises(InvalidModel, match="tokenizer"):
+        Harness(tmp_path)
+
+
+def test_half_precision_is_served_within_its_precision(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    model = load_model(ModelConfig(str(folder), dtype="bfloat16"))
+    assert str(model.dtype) == "torch.bfloat16"

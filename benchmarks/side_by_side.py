@@ -4,8 +4,8 @@
     python benchmarks/side_by_side.py --shape tiny # a quick try of the script itself
 
 16 requests of 64 + 64 tokens, greedy, EOS ignored; tokens a second from the first submission to the last token. The
-systems take turns, so that a slow moment of the machine hits all of them; the table shows median and range. Weft runs as
-a server of its own and is asked over gRPC.
+systems take turns, so that a slow moment of the machine hits all of them; the table shows median and range. Weft runs
+as a server of its own and is asked over gRPC.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import asyncio
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import click
 import grpc
+import peft
 import torch
 import transformers
 from peft import PeftModel
@@ -33,7 +36,6 @@ from rich.progress import Progress
 from shapes import make_adapters, make_base
 from transformers import LlamaForCausalLM
 
-import peft
 import weft
 from weft.v1 import inference_pb2, inference_pb2_grpc
 
@@ -101,22 +103,23 @@ def merge_one_at_a_time(model: PeftModel, names: list[str], prompts: Tokens) -> 
 
 @contextmanager
 def weft_server(base: Path, adapters: Path) -> Iterator[str]:
-    """A `weft serve` process on a free port; yields its address and ends it."""
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "weft.server.cli", "serve", "--model", str(base), "--adapters", str(adapters)]
-        options = ["--port", "0", "--metrics-port", "0", "--max-batch-tokens", "1024"]
-        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if "serving on" in line:
-                    yield line.split("serving on", 1)[1].split()[0].rstrip(",;")
-                    return
-            log.seek(0)
-            raise RuntimeError(f"weft serve did not start: {log.read()}")
-        finally:
-            process.terminate()
-            process.wait()
+    """A `weft serve` process on free ports; yields its address and ends it."""
+    command = [Path(sys.executable).with_name("weft"), "serve", "--model", base, "--adapters", adapters]
+    options = ["--port", "0", "--metrics-port", "0", "--max-batch-tokens", "1024"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    log: list[str] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r"gRPC on (\S+),", line):
+                threading.Thread(target=process.stderr.read, daemon=True).start()
+                yield found[1]
+                return
+        raise RuntimeError(f"weft serve did not start: {''.join(log)}")
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def ask_weft(address: str, prompts: Tokens, names: list[str]) -> Tokens:
@@ -173,7 +176,7 @@ def table(systems: list[System], ceiling: System) -> str:
     for system in systems:
         low, *_, high = system.rates
         ratio = system.median / ceiling.median
-        lines.append(f"| {system.name} | {system.median:.1f} ({low:.1f}–{high:.1f}) | {ratio:.2f} |")
+        lines.append(f"| {system.name} | {system.median:.1f} ({low:.1f} to {high:.1f}) | {ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -181,7 +184,8 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, {versions}, {torch.get_num_threads()} threads"
+    cores = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+    return f"{cores}, {versions}, {torch.get_num_threads()} threads"
 
 
 @click.command(help=__doc__)

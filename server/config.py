@@ -28,7 +28,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model."""
+    """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
+
+    threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
+    machine runs best on one.
+    """
 
     max_batch_tokens: int = 512
     max_running_requests: int = 64
@@ -38,6 +42,7 @@ class EngineConfig:
     block_tokens: int = 16
     adapter_pages: int = 256
     lora_backend: str = "torch"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)
@@ -47,6 +52,7 @@ class EngineConfig:
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
+        _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:
             raise InvalidConfig(
                 f"--max-batch-tokens is {self.max_batch_tokens}, less than --max-running-requests "

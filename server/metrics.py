@@ -78,27 +78,7 @@ class AdapterSnapshot:
     pages_total: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """What is published of requests under way."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    running_adapters: tuple[str, ...] = ()
-    waiting_adapters: tuple[str, ...] = ()
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-
-    def less_one(self) -> _Load:
-        """After one request ended between steps.
-
-        Which kind it was is not known here: the next step says, and when there is none, none are left.
-        """
-        running, waiting = self.num_running, self.num_waiting
-        running, waiting = (running - 1, waiting) if running else (0, max(0, waiting - 1))
-        if running or waiting:
-            return replace(self, num_running=running, num_waiting=waiting)
-        return _Load(kv_blocks_total=self.kv_blocks_total)
+_IDLE = StepStats(0.0, 0, 0, 0, (), 0, 0, (), (), 0, 0)
 
 
 class Metrics:
@@ -113,31 +93,20 @@ class Metrics:
     ) -> None:
         """now: seconds since the epoch."""
         self._registry = registry
-        self._load = _Load()
+        self._last = _IDLE
         self._requests = _RequestMetrics(registry, max_adapters)
         self._steps = _StepMetrics(registry)
         self._vllm = _VllmMetrics(registry, model_name)
         self._adapter_loads = Histogram(
-            "weft_adapter_load_seconds",
-            "Time to bring an adapter into device memory, by outcome.",
-            ["outcome"],
-            buckets=_LOAD_BUCKETS,
-            registry=registry,
+            "weft_adapter_load_seconds", "Time of a load.", ["outcome"], buckets=_LOAD_BUCKETS, registry=registry
         )
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
-        registry.register(_LoadCollector(model_name, lambda: self._load, self._adapters, now))
+        registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
     def step(self, stats: StepStats) -> None:
         """One forward pass was made."""
         self._steps.observe(stats)
-        self._load = _Load(
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            running_adapters=stats.running_adapters,
-            waiting_adapters=stats.waiting_adapters,
-            kv_blocks_used=stats.kv_blocks_used,
-            kv_blocks_total=stats.kv_blocks_total,
-        )
+        self._last = stats
 
     def first_token(self, adapter: str, queue_s: float, ttft_s: float) -> None:
         """A request got its first token, `ttft_s` after it came; it waited the first `queue_s` of them."""
@@ -157,7 +126,7 @@ class Metrics:
         """A request ended. outcome: a finish reason, "error" or "deadline"."""
         self._requests.finished(adapter, outcome, prompt_tokens, completion_tokens, e2e_s)
         self._vllm.finished(outcome, prompt_tokens, e2e_s)
-        self._load = self._load.less_one()
+        self._last = _less_one(self._last)
 
     def adapter_loaded(self, seconds: float, outcome: str) -> None:
         """A load ended: outcome "ok", or why not. May be called from any thread."""
@@ -168,27 +137,32 @@ class Metrics:
         self._snapshot = snapshot
 
     def set_build_info(self, version: str, model: str, dtype: str, device: str) -> None:
-        info = Gauge(
-            "weft_build_info",
-            "What runs here: always 1.",
-            ["version", "model", "dtype", "device"],
-            registry=self._registry,
-        )
-        info.labels(version, model, dtype, device).set(1)
+        labels = {"version": version, "model": model, "dtype": dtype, "device": device}
+        self._constant("weft_build_info", "What runs here: always 1.", labels)
 
     def set_cache_config(self, block_size: int, num_blocks: int) -> None:
         """block_size in tokens; num_blocks that requests can use."""
-        self._load = replace(self._load, kv_blocks_total=num_blocks)
-        info = Gauge(
-            "vllm:cache_config_info",
-            "Sizes of the KV cache: always 1.",
-            ["block_size", "num_gpu_blocks"],
-            registry=self._registry,
-        )
-        info.labels(str(block_size), str(num_blocks)).set(1)
+        self._last = replace(self._last, kv_blocks_total=num_blocks)
+        labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks)}
+        self._constant("vllm:cache_config_info", "Sizes of the KV cache: always 1.", labels)
+
+    def _constant(self, name: str, text: str, labels: Mapping[str, str]) -> None:
+        Gauge(name, text, list(labels), registry=self._registry).labels(**labels).set(1)
 
     def _adapters(self) -> AdapterSnapshot | None:
         return self._snapshot() if self._snapshot is not None else None
+
+
+def _less_one(last: StepStats) -> StepStats:
+    """How things stand after one request ended between steps.
+
+    Whether it ran or waited is not known here: the next step says, and when there is none, none are left.
+    """
+    running, waiting = last.num_running, last.num_waiting
+    running, waiting = (running - 1, waiting) if running else (0, max(0, waiting - 1))
+    if running or waiting:
+        return replace(last, num_running=running, num_waiting=waiting)
+    return replace(_IDLE, kv_blocks_total=last.kv_blocks_total)
 
 
 class _Busiest:
@@ -338,21 +312,16 @@ class _VllmMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, ["model_name"], buckets=buckets, registry=registry).labels(model_name)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=registry).labels(model_name)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, ["model_name", *labels], registry=registry)
 
+        self._model_name = model_name
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
         self._inter_token = histogram("vllm:inter_token_latency_seconds", "Time between tokens.", INTER_TOKEN_BUCKETS)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Time from arrival to end.", E2E_BUCKETS)
-        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of requests that ended.")
-        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
-        self._model_name = model_name
-        self._success = Counter(
-            "vllm:request_success",
-            "Requests that ended, by vLLM's reasons.",
-            ["model_name", "finished_reason"],
-            registry=registry,
-        )
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of requests that ended.").labels(model_name)
+        self._generated = counter("vllm:generation_tokens", "Tokens generated.").labels(model_name)
+        self._ended = counter("vllm:request_success", "Requests that ended, by vLLM's reasons.", "finished_reason")
 
     def first_token(self, ttft_s: float) -> None:
         self._generated.inc()
@@ -363,7 +332,7 @@ class _VllmMetrics:
         self._inter_token.observe(seconds)
 
     def finished(self, outcome: str, prompt_tokens: int, e2e_s: float) -> None:
-        self._success.labels(self._model_name, _VLLM_REASONS.get(outcome, "error")).inc()
+        self._ended.labels(self._model_name, _VLLM_REASONS.get(outcome, "error")).inc()
         self._prompt.inc(prompt_tokens)
         self._e2e.observe(e2e_s)
 
@@ -374,12 +343,12 @@ class _LoadCollector(Collector):
     def __init__(
         self,
         model_name: str,
-        load: Callable[[], _Load],
+        last: Callable[[], StepStats],
         adapters: Callable[[], AdapterSnapshot | None],
         now: Callable[[], float],
     ) -> None:
         self._model_name = model_name
-        self._load = load
+        self._last = last
         self._adapters = adapters
         self._now = now
 
@@ -388,9 +357,9 @@ class _LoadCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        load, adapters = self._load(), self._adapters()
-        yield from self._requests(load)
-        yield self._lora_requests_info(load, adapters)
+        last, adapters = self._last(), self._adapters()
+        yield from self._requests(last)
+        yield self._lora_requests_info(last, adapters)
         if adapters is not None:
             states = GaugeMetricFamily("weft_adapters", "Registered adapters, by state.", labels=["state"])
             for state, count in adapters.by_state.items():
@@ -399,25 +368,23 @@ class _LoadCollector(Collector):
             yield GaugeMetricFamily("weft_adapter_pages_used", "Device pages in use.", value=adapters.pages_used)
             yield GaugeMetricFamily("weft_adapter_pages", "Device pages there are.", value=adapters.pages_total)
 
-    def _requests(self, load: _Load) -> Iterator[Metric]:
-        usage = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0
+    def _requests(self, last: StepStats) -> Iterator[Metric]:
+        usage = last.kv_blocks_used / last.kv_blocks_total if last.kv_blocks_total else 0.0
+        running, waiting = "Requests that hold KV blocks.", "Requests that wait for their turn."
         for name, text, value in (
-            ("num_requests_running", "Requests that hold KV blocks.", load.num_running),
-            ("num_requests_waiting", "Requests that wait for their turn.", load.num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", usage),
+            ("vllm:num_requests_running", running, last.num_running),
+            ("vllm:num_requests_waiting", waiting, last.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", usage),
         ):
-            family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            family = GaugeMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model_name], value)
             yield family
-        for name, text, value in (
-            ("requests_running", "Requests that hold KV blocks.", load.num_running),
-            ("requests_waiting", "Requests that wait for their turn.", load.num_waiting),
-            ("kv_blocks_used", "KV blocks in use.", load.kv_blocks_used),
-            ("kv_blocks", "KV blocks there are.", load.kv_blocks_total),
-        ):
-            yield GaugeMetricFamily(f"weft_{name}", text, value=value)
+        yield GaugeMetricFamily("weft_requests_running", running, value=last.num_running)
+        yield GaugeMetricFamily("weft_requests_waiting", waiting, value=last.num_waiting)
+        yield GaugeMetricFamily("weft_kv_blocks_used", "KV blocks in use.", value=last.kv_blocks_used)
+        yield GaugeMetricFamily("weft_kv_blocks", "KV blocks there are.", value=last.kv_blocks_total)
 
-    def _lora_requests_info(self, load: _Load, adapters: AdapterSnapshot | None) -> Metric:
+    def _lora_requests_info(self, last: StepStats, adapters: AdapterSnapshot | None) -> Metric:
         """One series, its value the time now; max_lora: no more adapters than pages can be in device memory."""
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
@@ -426,8 +393,8 @@ class _LoadCollector(Collector):
         )
         labels = [
             str(adapters.pages_total if adapters else 0),
-            ",".join(load.running_adapters),
-            ",".join(load.waiting_adapters),
+            ",".join(last.running_adapters),
+            ",".join(last.waiting_adapters),
         ]
         family.add_metric(labels, self._now())
         return family

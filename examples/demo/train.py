@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from weft.demo.base import BASE_NAME, make_model, make_tokenizer, save_base, tag
+from weft.demo.model import BASE_NAME, make_model, make_tokenizer, save_base, tag
 from weft.demo.tasks import TASKS, TRAIN, Task, prompt, seeded
 
 SEED = 0
@@ -111,7 +111,7 @@ def backward(
     for batch in batches:
         loss = model(**batch, num_items_in_batch=num_answer_tokens).loss
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     return total
 
 

@@ -21,7 +21,7 @@ from weft.server.engine.attention import KvCache
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel, load_model
-from weft.server.engine.probe import probe
+from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
@@ -66,8 +66,11 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     settings = config.engine
     if settings.lora_backend not in BACKENDS:
         raise InvalidConfig(f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model)
+    expected = expect(model)
     pages = PagePool(model.module_shapes, PageConfig(settings.adapter_pages + 1, model.dtype, model.device))
     pool = BlockPool(_num_blocks(model, settings), settings.block_tokens)
     model.attach(
@@ -75,7 +78,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         pages.sites,
         settings.lora_backend,
     )
-    error = probe(model, pool)
+    error = probe(model, pool, expected)
     store = AdapterStore(pages, config.all_source_roots, time.time)
     kv_tokens = pool.capacity * pool.block_tokens
     limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)

@@ -28,7 +28,7 @@ from weft.server.engine.attention import (
     running,
 )
 from weft.server.engine.batch import Batch
-from weft.server.engine.lora import LINEAR, adapt, linear_shapes
+from weft.server.engine.linear import LINEAR, freeze, linear_shapes
 
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -46,7 +46,8 @@ class PagedModel:
         survey = _survey(model, device)
         self.kv_shapes: Mapping[int, KvShape] = survey.kv_shapes
         self.windows: frozenset[int] = frozenset(survey.windows)
-        self.module_shapes: ModuleShapes = linear_shapes(model, survey.linear_names)
+        self.module_shapes: ModuleShapes = linear_shapes(model, survey.adaptable)
+        self._linear_names = survey.linear_names
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
 
@@ -79,9 +80,9 @@ class PagedModel:
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
 
     def attach(self, cache: KvCache, sites: Mapping[str, Site], lora_backend: str) -> None:
-        """Give the model its cache, and every site a place in it."""
+        """Give the model its cache, every site its place, and every product its fastest form."""
         self.cache = cache
-        adapt(self.model, sites, BACKENDS[lora_backend])
+        freeze(self.model, self._linear_names, sites, BACKENDS[lora_backend])
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -165,7 +166,10 @@ def _stable_rope_lengths(config: PretrainedConfig) -> list[int]:
 
 
 class _Survey:
-    """A step that looks: one plain causal run over a single prompt that notes each layer's shapes and options."""
+    """A step that looks: one plain causal run over a single prompt that notes each layer's shapes and options.
+
+    linear_names: linear modules that are called; adaptable: those of them that see the whole row exactly once.
+    """
 
     plan: Plan | None = None
 
@@ -173,6 +177,7 @@ class _Survey:
         self.kv_shapes: dict[int, KvShape] = {}
         self.windows: set[int] = set()
         self.linear_names: list[str] = []
+        self.adaptable: list[str] = []
 
     def attend(
         self,
@@ -207,7 +212,7 @@ def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
     handles = [
         module.register_forward_pre_hook(_note_call(calls.setdefault(path, []), num_tokens))
         for path, module in model.named_modules()
-        if isinstance(module, LINEAR) and module is not head
+        if isinstance(module, LINEAR)
     ]
     positions = torch.arange(num_tokens, device=device)[None]
     try:
@@ -220,7 +225,10 @@ def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
         raise InvalidModel(f"{name} does not use transformers' attention interface, so Weft can't page its cache")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not survey.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
-    survey.linear_names = [path for path, whole in calls.items() if whole == [True]]
+    survey.linear_names = [path for path, whole in calls.items() if whole]
+    survey.adaptable = [
+        path for path, whole in calls.items() if whole == [True] and model.get_submodule(path) is not head
+    ]
     return survey
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -24,23 +25,39 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 _MAX_PROBED_WINDOW = 256
 
 
-def probe(paged: PagedModel, pool: BlockPool) -> float:
-    """Run two prompts as one flat row, in two uneven chunks, and compare all logits with eager runs of each alone.
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Prompts, and their logits [all tokens, vocab] by transformers itself."""
+
+    prompts: list[list[int]]
+    logits: torch.Tensor
+
+
+def expect(paged: PagedModel) -> Expectation:
+    """Run two prompts eagerly, each alone; to be called before the model is attached to anything of ours.
+
+    They are longer than the model's attention window where that is short. Raises InvalidModel where the model fails.
+    """
+    windows = [window for window in paged.windows if window <= _MAX_PROBED_WINDOW]
+    longest = min(max([11, *(window + 5 for window in windows)]), paged.context_length or 1 << 30)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(paged.vocab_size) for _ in range(max(1, longest - cut))] for cut in (0, 3)]
+    with refusing(type(paged.model).__name__):
+        logits = torch.cat([_eager(paged.model, prompt, paged.device) for prompt in prompts])
+    return Expectation(prompts, logits.float())
+
+
+def probe(paged: PagedModel, pool: BlockPool, expected: Expectation) -> float:
+    """Run the prompts as one flat row, in two uneven chunks, and compare all logits.
 
     Catches what can't be seen from the config: attention that bypasses the interface, state that leaks from one
     sequence into its neighbour, positions that are not taken from `position_ids`. Returns the relative error; raises
     InvalidModel where it is above `TOLERANCE`. The blocks used are free again, and zero, afterwards.
     """
-    windows = [window for window in paged.windows if window <= _MAX_PROBED_WINDOW]
-    room = min(paged.context_length or 1 << 30, pool.capacity // 2 * pool.block_tokens)
-    longest = min(max([11, *(window + 5 for window in windows)]), room)
-    rng = random.Random(0)
-    prompts = [[rng.randrange(paged.vocab_size) for _ in range(max(1, longest - cut))] for cut in (0, 3)]
     name = type(paged.model).__name__
     with refusing(name):
-        expected = torch.cat([_eager(paged.model, prompt, paged.device) for prompt in prompts]).float()
-        actual = _flat(paged, pool, prompts).float()
-    error: float = ((actual - expected).norm() / expected.norm()).item()
+        actual = _flat(paged, pool, expected.prompts).float()
+    error: float = ((actual - expected.logits).norm() / expected.logits.norm()).item()
     limit = TOLERANCE[paged.dtype]
     if not error <= limit:
         raise InvalidModel(

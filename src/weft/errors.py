@@ -94,3 +94,7 @@ class DeadlineExceeded(WeftError):
 
 class GenerationFailed(WeftError):
     """The step that held the request failed; the request may be sent again."""
+
+
+class AddressUnavailable(WeftError):
+    """The server can't listen where it was told to."""

@@ -77,4 +77,5 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folde
     model.generation_config.max_new_tokens = 64
     nn.Module.to(model, torch.float16)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # The chat template goes into tokenizer_config.json.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)

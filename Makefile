@@ -1,0 +1,53 @@
+# Every target sets up $(VENV) first, anew when pyproject.toml or constraints.txt changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python
+STUBS := $(VENV)/stubs
+
+# pip's PyTorch for Linux is the CUDA build, several GB. uv looks for a GPU and takes the build that fits, from PyTorch's
+# own index: CPU where there is none. Set to cpu, cu130, ... to choose. Where that fails, pip picks.
+export UV_TORCH_BACKEND ?= auto
+
+.PHONY: demo test check protos bench
+
+demo: $(READY)
+	$(BIN)/weft demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/side_by_side.py
+
+check: $(READY) $(STUBS)/.ready
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/hadolint Dockerfile
+	rm -rf $(STUBS)/out && mkdir $(STUBS)/out
+	$(call generate,$(STUBS)/out)
+	diff -r -x __pycache__ $(STUBS)/out/weft/v1 src/weft/v1
+
+protos: $(STUBS)/.ready
+	rm -f src/weft/v1/*_pb2*
+	$(call generate,src)
+
+# Writes the stubs of protos/ under the folder $(1).
+generate = $(STUBS)/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+	--plugin=$(STUBS)/bin/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:$(1) protos/weft/v1/*.proto
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt setuptools uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt torch \
+		|| echo "PyTorch's own index did not serve: installing the build that pip finds."
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(STUBS)/.ready: protos/requirements.txt
+	$(PYTHON) -m venv --without-pip $(STUBS)
+	$(PYTHON) -m pip --disable-pip-version-check --python $(STUBS)/bin/python install --quiet --requirement $<
+	touch $@

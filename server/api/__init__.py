@@ -1,0 +1,1 @@
+"""gRPC to engine and back: translation only."""

@@ -1,0 +1,70 @@
+"""Adapter loads on threads of their own, timed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from weft.adapters.store import AdapterInfo, AdapterStore, NewAdapter
+from weft.errors import WeftError
+from weft.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+
+class AdapterLoader:
+    """Loads into a store and tells the metrics how long it took."""
+
+    def __init__(self, store: AdapterStore, metrics: Metrics) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def create(self, new: NewAdapter) -> AdapterInfo:
+        """Register and load. Raises what `AdapterStore.create` raises; the name is free again then."""
+        return await asyncio.to_thread(self._timed, lambda: self._store.create(new))
+
+    def start(self, new: NewAdapter) -> AdapterInfo:
+        """Register now and load in the background; a failed load leaves the adapter FAILED, with the reason.
+
+        Raises what `AdapterStore.reserve` raises.
+        """
+        self._store.reserve(new)
+        info = self._store.get(new.name)
+        task = asyncio.create_task(self._load(new.name), name=f"load {new.name}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return info
+
+    def load_now(self, new: NewAdapter) -> bool:
+        """Register and load on this thread; what fails is logged in one line and stays FAILED. True: loaded."""
+        try:
+            self._store.reserve(new)
+            self._timed(lambda: self._store.load(new.name))
+        except WeftError as error:
+            _log.warning("%s was not loaded: %s", new.source, error)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Wait for the loads in the background: a thread that copies weights can't be stopped half-way."""
+        while self._background:
+            await asyncio.wait(self._background)
+
+    async def _load(self, name: str) -> None:
+        try:
+            await asyncio.to_thread(self._timed, lambda: self._store.load(name))
+        except WeftError as error:
+            _log.warning("adapter %s was not loaded: %s", name, error)
+
+    def _timed(self, load: Callable[[], AdapterInfo]) -> AdapterInfo:
+        started = time.monotonic()
+        outcome = "failed"
+        try:
+            info = load()
+            outcome = "ok"
+        finally:
+            self._metrics.adapter_loaded(time.monotonic() - started, outcome)
+        return info

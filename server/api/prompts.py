@@ -1,0 +1,95 @@
+"""Prompts to token ids and back, off the event loop: a long text must not hold up everybody's streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from weft.errors import InvalidRequest
+from weft.server.api.translation import GenerateRequest
+from weft.server.engine.text import Detokenizer
+from weft.v1 import inference_pb2 as pb2
+
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+"""What a chat template can raise: its own words, or Python's about a conversation that it was not made for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A prompt as a response shows it: its text, and its tokens with the text that each completed."""
+
+    text: str
+    ids: Sequence[int]
+    pieces: Sequence[str]
+
+
+class Prompts:
+    """A tokenizer for the API."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # The first call drops truncation and padding that tokenizer.json may ask for. Rust's side refuses such a
+        # change while another thread encodes, so it is made here, before there are any.
+        self._encode_text("", add_special_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    async def encode(
+        self, request: GenerateRequest | pb2.TokenizeRequest, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of a checked prompt. Raises InvalidRequest for a conversation that the template refuses."""
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await asyncio.to_thread(self._encode_text, request.text, add_special_tokens=add_special_tokens)
+            case "chat":
+                return await asyncio.to_thread(self._encode_chat, request.chat)
+            case _:
+                assert not isinstance(request, pb2.TokenizeRequest)
+                return list(request.token_ids.ids)
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids."""
+        return await asyncio.to_thread(self._decode, ids, skip_special_tokens)
+
+    async def show(self, request: GenerateRequest, ids: Sequence[int]) -> Shown:
+        """The prompt for a response: a text as it was sent, else the text of its ids."""
+        given = request.text if request.WhichOneof("prompt") == "text" else None
+        return await asyncio.to_thread(self._show, given, ids)
+
+    def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _encode_chat(self, chat: pb2.ChatPrompt) -> list[int]:
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        opens_turn = (
+            chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
+        )
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=opens_turn,
+                continue_final_message=chat.continue_final_message,
+                return_dict=False,
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise InvalidRequest.of("chat", f"is refused by the model's chat template: {error}") from None
+        return list(ids)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _show(self, given: str | None, ids: Sequence[int]) -> Shown:
+        detokenizer = Detokenizer(lambda window: self._decode(window, skip_special_tokens=True))
+        pieces = [detokenizer.push(token) for token in ids]
+        rest = detokenizer.flush()
+        return Shown("".join([*pieces, rest]) if given is None else given, ids, pieces)

@@ -1,0 +1,297 @@
+"""The server as a whole: two ports, one engine, from loading to draining."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import signal
+import socket
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar, cast
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from weft.adapters.folder import WEIGHTS_FILE
+from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.store import AdapterStore, NewAdapter
+from weft.errors import AddressUnavailable, Unavailable
+from weft.server.api.adapters import AdapterServicer
+from weft.server.api.edge import Edge
+from weft.server.api.inference import InferenceServicer
+from weft.server.api.loading import AdapterLoader
+from weft.server.api.prompts import Prompts
+from weft.server.api.server_info import ServerServicer
+from weft.server.api.translation import RequestLimits
+from weft.server.config import ServerConfig
+from weft.server.engine.frontend import Frontend
+from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
+from weft.server.metrics import AdapterSnapshot, Metrics
+from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""Of a request: more than any prompt that is taken, so that one too long is refused in words."""
+
+CLOSING_GRACE_S = 1.0
+"""How long answers that are complete may take to reach their clients once the engine has stopped."""
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
+)
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What there is once the model is loaded."""
+
+    info: EngineInfo
+    frontend: Frontend
+    num_adapters: int
+    num_failed_adapters: int
+    watcher: asyncio.Task[None]
+
+
+class Server:
+    """One server from its ports to its end: `open`, `load`, `drain`, `close`, each once and in this order."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._registry = CollectorRegistry()
+        self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
+        self._health = health.aio.HealthServicer()
+        self._edge = Edge()
+        self._grpc: grpc.aio.Server | None = None
+        self._http: tuple[WSGIServer, threading.Thread] | None = None
+        self._loaded: _Loaded | None = None
+        self.address = ""
+        self.metrics_address = ""
+
+    async def open(self) -> None:
+        """Listen. Health says NOT_SERVING, and every other RPC is refused until `load` is done.
+
+        Raises AddressUnavailable.
+        """
+        config = self._config
+        _check_free("--port", config.host, config.port)
+        _check_free("--metrics-port", config.host, config.metrics_port)
+        self._grpc = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        )
+        await self._set_health(_NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._grpc.add_generic_rpc_handlers((self._edge,))
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        try:
+            port = self._grpc.add_insecure_port(_join(config.host, config.port))
+        except RuntimeError as error:
+            raise _unavailable("--port", config.host, config.port, "") from error
+        self.address = _join(config.host, port)
+        try:
+            self._http = start_http_server(config.metrics_port, config.host, self._registry)
+        except OSError as error:
+            raise _unavailable("--metrics-port", config.host, config.metrics_port, error.strerror) from error
+        self.metrics_address = _join(config.host, self._http[0].server_port)
+        await self._grpc.start()
+
+    async def load(self) -> None:
+        """Load the model and the adapters, and start to serve. Raises InvalidModel, InvalidConfig."""
+        loaded = await _in_daemon_thread(lambda: load_engine(self._config, self._metrics))
+        info, store, engine = loaded.info, loaded.store, self._config.engine
+        self._metrics.set_build_info(version("weft"), info.model, info.dtype, info.device)
+        self._metrics.set_cache_config(engine.block_tokens, info.kv_tokens // engine.block_tokens)
+        self._metrics.watch_adapters(lambda: _snapshot(store))
+        loader = AdapterLoader(store, self._metrics)
+        outcomes = await _in_daemon_thread(lambda: self._load_folders(loader))
+        frontend = Frontend(loaded.engine, store, engine.max_running_requests + engine.max_queued_requests)
+        frontend.start()
+        self._loaded = _Loaded(
+            info=info,
+            frontend=frontend,
+            num_adapters=sum(outcomes),
+            num_failed_adapters=len(outcomes) - sum(outcomes),
+            watcher=asyncio.create_task(self._watch(frontend), name="watch the engine"),
+        )
+        self._add_services(loaded, frontend, loader)
+        await self._set_health(_SERVING)
+
+    async def until_lost(self) -> None:
+        """Wait for the loaded engine to stop by itself, which it never should."""
+        assert self._loaded is not None, "nothing is loaded yet"
+        await self._loaded.frontend.lost.wait()
+
+    async def drain(self) -> None:
+        """Refuse new requests and let those in flight finish, as long as the configuration says."""
+        await self._health.enter_graceful_shutdown()
+        if self._loaded is not None:
+            await self._loaded.frontend.drain(self._config.drain_grace_s)
+
+    async def close(self) -> None:
+        """Give the ports back. Requests still in flight are cancelled."""
+        if self._grpc is not None:
+            await self._grpc.stop(CLOSING_GRACE_S)
+        if self._loaded is not None:
+            self._loaded.watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._loaded.watcher
+        if self._http is not None:
+            httpd, thread = self._http
+            await asyncio.to_thread(httpd.shutdown)
+            httpd.server_close()
+            thread.join()
+
+    @property
+    def startup_line(self) -> str:
+        """What is served, and where; once loaded."""
+        assert self._loaded is not None, "nothing is loaded yet"
+        failed = self._loaded.num_failed_adapters
+        adapters = f"{self._loaded.num_adapters} adapters" + (f" ({failed} more failed to load)" if failed else "")
+        return (
+            f"{self._loaded.info.startup_line}; {adapters}; "
+            f"gRPC on {self.address}, metrics on http://{self.metrics_address}/metrics"
+        )
+
+    def _load_folders(self, loader: AdapterLoader) -> list[bool]:
+        """Load every PEFT folder directly under --adapters; whether each was loaded."""
+        if self._config.adapters is None:
+            return []
+        root = self._config.adapters.absolute()
+        folders = sorted({path.parent for name in (CONFIG_FILE, WEIGHTS_FILE) for path in root.glob(f"*/{name}")})
+        return [loader.load_now(NewAdapter(folder.name, f"file:{folder}")) for folder in folders]
+
+    def _add_services(self, loaded: LoadedEngine, frontend: Frontend, loader: AdapterLoader) -> None:
+        config = self._config
+        prompts = Prompts(loaded.tokenizer)
+        limits = RequestLimits(loaded.info.vocab_size, config.max_prompt_bytes, prompts.has_chat_template)
+        inference = InferenceServicer(frontend, prompts, limits, loaded.engine.clock, config.max_request_s)
+        edge = cast("Any", self._edge)  # takes handlers as a server does
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, edge)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(loaded.store, loader), edge)
+        server_info = ServerServicer(version("weft"), config, loaded.info)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(server_info, edge)
+
+    async def _watch(self, frontend: Frontend) -> None:
+        await frontend.lost.wait()
+        await self._set_health(_NOT_SERVING)
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+
+@asynccontextmanager
+async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
+    """A server that serves; drained and closed at the end of the block."""
+    async with _listening_server(config) as server:
+        await server.load()
+        yield server
+
+
+async def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT comes, then drain; a second signal ends the process at once.
+
+    Raises AddressUnavailable, InvalidConfig, InvalidModel, and Unavailable when the engine stopped by itself.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
+    async with _listening_server(config) as server:
+        await _first_of(_serve_until_lost(server), stop.wait())
+
+
+async def _serve_until_lost(server: Server) -> None:
+    await server.load()
+    _log.info("serving %s", server.startup_line)
+    await server.until_lost()
+    raise Unavailable("the engine stopped unexpectedly; the log says how")
+
+
+def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        _log.warning("%s again: stopping at once", number.name)
+        os._exit(128 + number)  # whatever is still running is not to be waited for
+    _log.info("%s: draining", number.name)
+    stop.set()
+
+
+@asynccontextmanager
+async def _listening_server(config: ServerConfig) -> AsyncIterator[Server]:
+    async with AsyncExitStack() as stack:
+        server = Server(config)
+        stack.push_async_callback(server.close)
+        await server.open()
+        stack.push_async_callback(server.drain)
+        yield server
+
+
+async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
+    """Run all until one ends, and cancel the others. Raises what that one raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """As asyncio.to_thread, but the thread holds up neither its caller's cancellation nor the end of the process."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weft-load", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+def _snapshot(store: AdapterStore) -> AdapterSnapshot:
+    used, total = store.num_pages
+    return AdapterSnapshot(Counter(info.state.value for info in store.list()), used, total)
+
+
+def _check_free(option: str, host: str, port: int) -> None:
+    """Raises AddressUnavailable, in words, where gRPC would fill a page."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise _unavailable(option, host, port, error.strerror) from error
+
+
+def _unavailable(option: str, host: str, port: int, reason: str | None) -> AddressUnavailable:
+    return AddressUnavailable(
+        f"{option} is {port}; can't listen on {_join(host, port)} ({reason or 'in use'}): choose another port, "
+        "or 0 for any that is free"
+    )
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

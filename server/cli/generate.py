@@ -1,0 +1,80 @@
+"""`weft generate`: one prompt to a running server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from weft.server.cli.client import address_option, connected
+from weft.v1 import inference_pb2 as pb2
+from weft.v1 import inference_pb2_grpc
+
+_SAMPLING: Mapping[str, tuple[Any, str]] = {
+    "temperature": (float, "0 is greedy."),
+    "top_k": (int, "Draw from the k likeliest tokens."),
+    "top_p": (float, "Draw from the likeliest tokens that make up this share."),
+    "min_p": (float, "Draw from tokens at least this times as likely as the likeliest."),
+    "typical_p": (float, "Draw from the most typical tokens that make up this share."),
+    "repetition_penalty": (float, "Above 1 makes tokens that are there already less likely."),
+    "presence_penalty": (float, "Off the logit of each token that the answer holds."),
+    "frequency_penalty": (float, "The same, for each time that it holds it."),
+    "seed": (int, "Draws the same tokens again."),
+}
+_STOPPING: Mapping[str, tuple[Any, str]] = {
+    "max_tokens": (int, "The longest answer."),
+    "min_tokens": (int, "The shortest answer."),
+}
+
+
+def _with_fields(fields: Mapping[str, tuple[Any, str]]) -> Callable[[Any], Callable[..., Any]]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name, (kind, text) in reversed(list(fields.items())):
+            function = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=text)(function)
+        return function
+
+    return decorate
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--adapter", default="", metavar="ID", help="NAME or NAME@sha256:…; without it the base answers.")
+@address_option
+@click.option("--stream", is_flag=True, help="Print the answer as it comes.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message.")
+@_with_fields(_SAMPLING)
+@_with_fields(_STOPPING)
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
+def generate(prompt: str, address: str, stream: bool, timeout: float | None, **options: Any) -> None:
+    """Answer PROMPT (`-` reads it from standard input)."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    fields = _request_fields(text, options)
+    with connected(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        if stream:
+            for message in stub.StreamGenerate(pb2.StreamGenerateRequest(**fields), timeout=timeout):
+                click.echo(message.text, nl=False)
+            click.echo()
+        else:
+            click.echo(stub.Generate(pb2.GenerateRequest(**fields), timeout=timeout).text)
+
+
+def _request_fields(text: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request; ranges are the server's to check, and what is not given is not set."""
+    try:
+        sampling = pb2.Sampling(**{name: options[name] for name in _SAMPLING})
+        stopping = pb2.Stopping(
+            **{name: options[name] for name in _STOPPING},
+            stop_sequences=options["stop"],
+            ignore_eos=options["ignore_eos"],
+        )
+    except ValueError as error:
+        raise click.UsageError(f"a number is too large or too small to be sent ({error})") from None
+    prompt: dict[str, Any] = {"text": text}
+    if options["chat"]:
+        prompt = {"chat": pb2.ChatPrompt(messages=[pb2.ChatMessage(role="user", content=text)])}
+    return {"adapter_id": options["adapter"], "sampling": sampling, "stopping": stopping, **prompt}

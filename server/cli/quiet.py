@@ -1,0 +1,11 @@
+"""Keeps libraries from writing over what the commands say. Brings transformers."""
+
+from __future__ import annotations
+
+from transformers.utils import logging
+
+
+def quiet_transformers() -> None:
+    """Leave errors; drop progress bars, warnings and advice."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,167 @@
+"""`weft serve`: options, environment and file -> configuration -> server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+
+_PATH = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of the configuration as an option, an environment variable and a key of the file."""
+
+    option: str
+    owner: type
+    field: str
+    type: Any
+    help: str
+    multiple: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.option.replace("-", "_")
+
+    @property
+    def default(self) -> str:
+        """How the help shows the default; empty where there is none to show."""
+        (field,) = (field for field in fields(self.owner) if field.name == self.field)
+        return "" if field.default in (MISSING, None, ()) else str(field.default)
+
+    def to_option(self) -> Callable[[Any], Any]:
+        return click.option(
+            f"--{self.option}",
+            self.name,
+            type=self.type,
+            multiple=self.multiple,
+            envvar=f"WEFT_{self.name.upper()}",
+            show_envvar=True,
+            help=self.help + (f"  [default: {self.default}]" if self.default else ""),
+        )
+
+
+SETTINGS = (
+    Setting("model", ModelConfig, "path", str, "The base: a folder in Hugging Face's format, or a hub id."),
+    Setting("dtype", ModelConfig, "dtype", str, "auto, float32, bfloat16 or float16."),
+    Setting("device", ModelConfig, "device", str, "auto, cpu, cuda or cuda:N."),
+    Setting("adapters", ServerConfig, "adapters", _PATH, "A folder of PEFT folders, each loaded at the start."),
+    Setting(
+        "source-root", ServerConfig, "source_roots", _PATH, "A folder that adapters may be loaded from later.", True
+    ),
+    Setting("host", ServerConfig, "host", str, "The address to listen on."),
+    Setting("port", ServerConfig, "port", int, "For gRPC; 0 takes any free one."),
+    Setting("metrics-port", ServerConfig, "metrics_port", int, "For Prometheus; 0 takes any free one."),
+    Setting("max-batch-tokens", EngineConfig, "max_batch_tokens", int, "The most tokens that a step computes."),
+    Setting("max-running-requests", EngineConfig, "max_running_requests", int, "The most requests in a step."),
+    Setting("max-queued-requests", EngineConfig, "max_queued_requests", int, "The most requests that wait."),
+    Setting("context-length", EngineConfig, "context_length", int, "Prompt and answer in tokens; else the model's."),
+    Setting("kv-tokens", EngineConfig, "kv_tokens", int, "Tokens that the KV cache holds; else what memory allows."),
+    Setting("block-tokens", EngineConfig, "block_tokens", int, "Tokens in a KV block."),
+    Setting("adapter-pages", EngineConfig, "adapter_pages", int, "Pages of rank rows for adapters on the device."),
+    Setting("lora-backend", EngineConfig, "lora_backend", str, "What computes the adapters' part."),
+    Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
+    Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
+    Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),
+    Setting("max-prompt-bytes", ServerConfig, "max_prompt_bytes", int, "The longest text that is taken as a prompt."),
+    Setting("metrics-adapters", ServerConfig, "metrics_adapters", int, "Adapters with a metrics label of their own."),
+)
+
+
+def build_config(values: Mapping[str, Any]) -> ServerConfig:
+    """The configuration from option values by name; what is None or missing keeps its default.
+
+    Raises InvalidConfig, and click.UsageError without a model.
+    """
+
+    def given(owner: type) -> dict[str, Any]:
+        return {
+            setting.field: values[setting.name]
+            for setting in SETTINGS
+            if setting.owner is owner and values.get(setting.name) not in (None, ())
+        }
+
+    model = given(ModelConfig)
+    if "path" not in model:
+        raise click.UsageError("--model is missing: give a folder or a hub id")
+    return ServerConfig(ModelConfig(**model), EngineConfig(**given(EngineConfig)), **given(ServerConfig))
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Option values from a TOML file; a key is an option's name. Raises click.UsageError."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise click.UsageError(f"--config {path} can't be read as TOML ({reason})") from None
+    known = {setting.option: setting.name for setting in SETTINGS}
+    values = {}
+    for key, value in raw.items():
+        option = key.replace("_", "-")
+        if option not in known:
+            close = get_close_matches(option, known, n=1, cutoff=0.0)
+            raise click.UsageError(f"--config {path}: {key!r} is no key; did you mean {close[0]!r}?")
+        values[known[option]] = _as_given(path, key, value)
+    return values
+
+
+def _as_given(path: Path, key: str, value: Any) -> str | list[str]:
+    """As the command line would give it, so that both are read alike."""
+    if isinstance(value, list):
+        return [str(_as_given(path, key, item)) for item in value]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise click.UsageError(f"--config {path}: {key!r} is {value!r}; must be a text, a number or a list of them")
+    return str(value)
+
+
+def _use_file(context: click.Context, _option: click.Parameter, path: Path | None) -> None:
+    if path is not None:
+        context.default_map = read_file(path)
+
+
+def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    for setting in reversed(SETTINGS):
+        function = setting.to_option()(function)
+    return function
+
+
+@click.command()
+@click.option(
+    "--config",
+    type=_PATH,
+    is_eager=True,
+    expose_value=False,
+    callback=_use_file,
+    envvar="WEFT_CONFIG",
+    help="A TOML file whose keys are these options. The command line and the environment go before it.",
+)
+@_with_settings
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    envvar="WEFT_LOG_LEVEL",
+    help="How much to log on stderr.",
+)
+def serve(log_level: str, **values: Any) -> None:
+    """Serve a base model and its adapters until SIGTERM or Ctrl-C; then finish what is in flight."""
+    config = build_config(values)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("weft").setLevel(log_level.upper())
+    # Bring torch and transformers, which no other command should wait for.
+    from weft.server import app  # noqa: PLC0415
+    from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
+
+    quiet_transformers()
+    asyncio.run(app.serve(config))

@@ -1,0 +1,391 @@
+"""The commands, run as a shell would: exit codes, standard output, one line on standard error."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from serving import served
+from tiny import make_adapter, make_model, save_tokenizer
+
+from weft.demo import tasks
+from weft.server.cli import main
+from weft.server.cli.serve import SETTINGS, build_config, serve
+from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.v1 import inference_pb2, inference_pb2_grpc
+
+DEMO_FOLDER = Path(tasks.__file__).parent
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    exit_code: int
+    output: str
+    error: str
+
+    @property
+    def error_line(self) -> str:
+        """Standard error, which must be one line that names the program."""
+        assert self.error.startswith("weft: ")
+        assert self.error.count("\n") == 1
+        return self.error.removeprefix("weft: ").rstrip("\n")
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def run(*args: str) -> Ran:
+        capfd.readouterr()
+        exit_code = main(args)
+        captured = capfd.readouterr()
+        return Ran(exit_code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    model = make_model("llama", root / "base")
+    save_tokenizer(root / "base", CHAT_TEMPLATE)
+    for seed, name in enumerate(("one", "two")):
+        make_adapter(model, root / "adapters" / name, seed=seed, target_modules=["q_proj", "v_proj"])
+    (root / "adapters" / "broken").mkdir()
+    shutil.copy(root / "adapters" / "one" / "adapter_config.json", root / "adapters" / "broken")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(root: Path) -> Iterator[str]:
+    config = ServerConfig(
+        model=ModelConfig(str(root / "base"), dtype="float32", device="cpu"),
+        engine=EngineConfig(max_batch_tokens=64, max_running_requests=8, kv_tokens=4096, adapter_pages=16),
+        port=0,
+        metrics_port=0,
+        adapters=root / "adapters",
+    )
+    with served(config) as server:
+        yield server.address
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def parse(*args: str) -> ServerConfig:
+    with serve.make_context("serve", list(args)) as context:
+        return build_config(context.params)
+
+
+class TestUsage:
+    def test_no_command_shows_the_help(self, run: Run) -> None:
+        ran = run()
+        assert ran.exit_code == 2
+        assert "serve" in ran.error
+
+    def test_help_and_version_succeed(self, run: Run) -> None:
+        assert run("--help").exit_code == 0
+        assert run("serve", "--help").exit_code == 0
+        assert "weft" in run("--version").output
+
+    def test_an_unknown_option_is_named_with_the_nearest(self, run: Run) -> None:
+        ran = run("serve", "--prot", "1")
+        assert ran.exit_code == 2
+        assert "--prot" in ran.error_line
+        assert "--port" in ran.error_line
+
+    def test_an_unknown_command_is_named(self, run: Run) -> None:
+        ran = run("sevre")
+        assert ran.exit_code == 2
+        assert "sevre" in ran.error_line
+
+    def test_commands_of_a_client_do_not_wait_for_torch(self) -> None:
+        script = (
+            "import sys; from weft.server.cli import main; main(['--help']); "
+            "main(['generate', 'x', '--address', '127.0.0.1:1']); "
+            "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+        )
+        assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+class TestServeOptions:
+    def test_every_field_of_the_configuration_has_an_option(self) -> None:
+        given = {(setting.owner, setting.field) for setting in SETTINGS}
+        wanted = {(owner, field.name) for owner in (ModelConfig, EngineConfig, ServerConfig) for field in fields(owner)}
+        assert wanted - given == {(ServerConfig, "model"), (ServerConfig, "engine")}
+        assert given <= wanted
+
+    def test_no_option_leaves_the_defaults(self) -> None:
+        assert parse("--model", "m") == ServerConfig(ModelConfig("m"))
+
+    def test_options_reach_their_fields(self, tmp_path: Path) -> None:
+        config = parse(
+            *("--model", "m", "--dtype", "float16", "--port", "7", "--max-request-seconds", "2.5"),
+            *("--kv-tokens", "128", "--adapters", str(tmp_path)),
+            *("--source-root", str(tmp_path), "--source-root", str(tmp_path.parent)),
+        )
+        assert config == ServerConfig(
+            model=ModelConfig("m", dtype="float16"),
+            engine=EngineConfig(kv_tokens=128),
+            port=7,
+            max_request_s=2.5,
+            adapters=tmp_path,
+            source_roots=(tmp_path, tmp_path.parent),
+        )
+
+    def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "weft.toml"
+        file.write_text('model = "from-file"\nport = 1\nmetrics_port = 1\nblock-tokens = 32\n')
+        monkeypatch.setenv("WEFT_PORT", "2")
+        monkeypatch.setenv("WEFT_METRICS_PORT", "2")
+        config = parse("--config", str(file), "--port", "3")
+        assert (config.port, config.metrics_port) == (3, 2)
+        assert (config.model.path, config.engine.block_tokens) == ("from-file", 32)
+
+    def test_the_file_may_come_from_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "weft.toml"
+        file.write_text(f'model = "m"\nsource-root = ["{tmp_path}"]\n')
+        monkeypatch.setenv("WEFT_CONFIG", str(file))
+        assert parse().source_roots == (tmp_path,)
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("prot = 1", "'prot' is no key; did you mean 'port'?"),
+            ("[engine]\nkv_tokens = 1", "'engine' is no key"),
+            ("port =", "can't be read as TOML"),
+            ('port = "many"', "--port"),
+        ],
+    )
+    def test_a_bad_file_is_refused_by_name(self, run: Run, tmp_path: Path, text: str, says: str) -> None:
+        file = tmp_path / "weft.toml"
+        file.write_text(text)
+        ran = run("serve", "--config", str(file))
+        assert ran.exit_code == 2
+        assert says in ran.error_line
+
+    def test_a_missing_file_is_named(self, run: Run, tmp_path: Path) -> None:
+        ran = run("serve", "--config", str(tmp_path / "none.toml"))
+        assert ran.exit_code == 2
+        assert "none.toml can't be read as TOML (No such file or directory)" in ran.error_line
+
+    @pytest.mark.parametrize(
+        ("args", "says"),
+        [
+            ([], "--model is missing"),
+            (["--model", "m", "--port", "65536"], "--port is 65536; must be from 0 to 65535"),
+            (["--model", "m", "--port", "x"], "--port"),
+            (["--model", "m", "--dtype", "int4"], "--dtype is 'int4'; must be one of auto"),
+            (["--model", "m", "--adapters", "/no/such"], "--adapters is '/no/such'; must be an existing folder"),
+        ],
+    )
+    def test_a_bad_value_is_wrong_usage(self, run: Run, args: list[str], says: str) -> None:
+        ran = run("serve", *args)
+        assert ran.exit_code == 2
+        assert says in ran.error_line
+
+
+class TestGenerate:
+    def answer(self, address: str, **fields: Any) -> str:
+        with grpc.insecure_channel(address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            return stub.Generate(inference_pb2.GenerateRequest(**fields)).text
+
+    def test_prints_the_answer(self, run: Run, address: str) -> None:
+        expected = self.answer(address, text="hello", adapter_id="one", stopping={"max_tokens": 5, "ignore_eos": True})
+        args = ("generate", "hello", "--address", address, "--adapter", "one", "--max-tokens", "5", "--ignore-eos")
+        for more in ((), ("--stream",)):
+            ran = run(*args, *more)
+            assert (ran.exit_code, ran.output) == (0, expected + "\n")
+
+    def test_sampling_and_stopping_reach_the_server(self, run: Run, address: str) -> None:
+        fields = {
+            "sampling": {"temperature": 5, "top_k": 200, "seed": 3, "repetition_penalty": 1.5},
+            "stopping": {"max_tokens": 8, "min_tokens": 8, "stop_sequences": ["~", "#"]},
+        }
+        ran = run(
+            *("generate", "hello", "--address", address, "--temperature", "5", "--top-k", "200", "--seed", "3"),
+            *("--repetition-penalty", "1.5", "--max-tokens", "8", "--min-tokens", "8", "--stop", "~", "--stop", "#"),
+        )
+        assert ran.output == self.answer(address, text="hello", **fields) + "\n"
+
+    def test_a_dash_reads_standard_input(self, run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+        ran = run("generate", "-", "--address", address, "--max-tokens", "3")
+        assert ran.output == self.answer(address, text="from a pipe", stopping={"max_tokens": 3}) + "\n"
+
+    def test_chat_sends_a_users_message(self, run: Run, address: str) -> None:
+        chat = {"messages": [{"role": "user", "content": "hi"}]}
+        ran = run("generate", "hi", "--chat", "--address", address, "--max-tokens", "3")
+        assert ran.output == self.answer(address, chat=chat, stopping={"max_tokens": 3}) + "\n"
+
+    def test_an_unknown_adapter_is_named(self, run: Run, address: str) -> None:
+        ran = run("generate", "x", "--address", address, "--adapter", "onne")
+        assert ran.exit_code == 1
+        assert ran.error_line == "NOT_FOUND: adapter 'onne' is not loaded: did you mean 'one'?"
+
+    def test_every_bad_field_is_named(self, run: Run, address: str) -> None:
+        ran = run("generate", "x", "--address", address, "--temperature", "-1", "--top-p", "2")
+        assert ran.exit_code == 1
+        assert ran.error_line.startswith("INVALID_ARGUMENT: sampling.temperature is -1; ")
+        assert "sampling.top_p is 2; " in ran.error_line
+
+    def test_a_number_that_no_message_can_hold_is_wrong_usage(self, run: Run) -> None:
+        ran = run("generate", "x", "--top-k", str(1 << 40))
+        assert ran.exit_code == 2
+        assert str(1 << 40) in ran.error_line
+
+    def test_a_timeout_is_an_error(self, run: Run, address: str) -> None:
+        ran = run("generate", "x", "--address", address, "--timeout", "0.000001")
+        assert ran.exit_code == 1
+        assert ran.error_line.startswith("DEADLINE_EXCEEDED")
+
+    def test_no_server_says_how_to_start_one(self, run: Run) -> None:
+        address = f"127.0.0.1:{free_port()}"
+        ran = run("generate", "x", "--address", address)
+        assert ran.exit_code == 1
+        assert ran.error_line == f"no server answers at {address}: start one with `weft serve`"
+
+    def test_the_address_may_come_from_the_environment(
+        self, run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WEFT_ADDRESS", address)
+        assert run("generate", "x", "--max-tokens", "1").exit_code == 0
+
+    def test_an_interrupt_is_quiet(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            script = "import sys; from weft.server.cli import main; sys.exit(main())"
+            command = [sys.executable, "-c", script, "generate", "x"]
+            environment = {**os.environ, "WEFT_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}
+            with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+                connection, _ = silent.accept()
+                with connection:
+                    process.send_signal(signal.SIGINT)
+                    _, error = process.communicate()
+        assert process.returncode == 1
+        assert error.strip() == ""
+
+
+class TestAdapters:
+    def test_list_shows_each_with_its_state(self, run: Run, address: str) -> None:
+        ran = run("adapters", "list", "--address", address)
+        assert ran.exit_code == 0
+        header, *rows = [line.split() for line in ran.output.splitlines()]
+        assert header[:3] == ["name", "state", "ranks"]
+        assert [row[:2] for row in rows] == [["broken", "failed"], ["one", "device"], ["two", "device"]]
+        assert "adapter_model.safetensors: is missing" in ran.output
+
+    def test_list_turns_pages(self, run: Run, address: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("weft.server.api.adapters.DEFAULT_PAGE_SIZE", 1)
+        ran = run("adapters", "list", "--address", address)
+        assert [line.split()[0] for line in ran.output.splitlines()[1:]] == ["broken", "one", "two"]
+
+    def test_load_show_unload(self, run: Run, address: str, root: Path) -> None:
+        source = root / "adapters" / "two"
+        ran = run(
+            *("adapters", "load", "mine", str(source), "--address", address),
+            *("--label", "team=a", "--label", "made=by=hand", "--pinned"),
+        )
+        assert ran.exit_code == 0
+        shown = run("adapters", "show", "mine", "--address", address)
+        assert shown.output == ran.output
+        rows = dict(line.split(maxsplit=1) for line in shown.output.splitlines())
+        assert rows["source"].strip() == f"file:{source}"
+        assert rows["labels"].strip() == "made=by=hand, team=a"
+        assert rows["pinned"].strip() == "yes"
+        assert rows["modules"].strip() == "q_proj, v_proj"
+        assert run("adapters", "unload", "mine", "--address", address).output == "mine is unloaded\n"
+        ran = run("adapters", "show", "mine", "--address", address)
+        assert ran.exit_code == 1
+        assert ran.error_line.startswith("NOT_FOUND: adapter 'mine'")
+
+    def test_load_without_waiting_shows_it_loading(self, run: Run, address: str, root: Path) -> None:
+        ran = run("adapters", "load", "later", f"file:{root}/adapters/one", "--no-wait", "--address", address)
+        assert ran.exit_code == 0
+        assert "loading" in ran.output
+        run("adapters", "unload", "later", "--address", address)
+
+    def test_every_problem_of_an_adapter_is_named(self, run: Run, address: str, root: Path) -> None:
+        ran = run("adapters", "load", "bad", str(root / "adapters" / "broken"), "--address", address)
+        assert ran.exit_code == 1
+        assert ran.error_line == "FAILED_PRECONDITION: adapter_model.safetensors: is missing"
+
+    def test_a_taken_name_is_refused(self, run: Run, address: str, root: Path) -> None:
+        ran = run("adapters", "load", "one", str(root / "adapters" / "two"), "--address", address)
+        assert ran.exit_code == 1
+        assert ran.error_line.startswith("ALREADY_EXISTS: adapter 'one' exists already")
+
+    def test_a_label_without_a_value_is_wrong_usage(self, run: Run) -> None:
+        ran = run("adapters", "load", "x", "/x", "--label", "team")
+        assert ran.exit_code == 2
+        assert "--label is 'team'; must be KEY=VALUE" in ran.error_line
+
+    def test_no_server_says_how_to_start_one(self, run: Run) -> None:
+        ran = run("adapters", "list", "--address", f"127.0.0.1:{free_port()}")
+        assert ran.exit_code == 1
+        assert "start one with `weft serve`" in ran.error_line
+
+
+class TestDemo:
+    def test_one_mixed_batch_is_answered_rightly(self, run: Run) -> None:
+        ran = run("demo")
+        assert ran.exit_code == 0, ran.output + ran.error
+        names = {folder.name for folder in (DEMO_FOLDER / "adapters").iterdir()}
+        lines = ran.output.splitlines()
+        assert {line.split()[0] for line in lines if "✓" in line} == names
+        assert f"{len(names)} of {len(names)} answers are right" in ran.output
+        assert "✗" not in ran.output
+
+    def test_adapters_that_are_mixed_up_fail_it(self, run: Run, tmp_path: Path) -> None:
+        shutil.copytree(DEMO_FOLDER / "base", tmp_path / "base")
+        shutil.copytree(DEMO_FOLDER / "adapters", tmp_path / "adapters")
+        (tmp_path / "adapters" / "upper").rename(tmp_path / "aside")
+        (tmp_path / "adapters" / "reverse").rename(tmp_path / "adapters" / "upper")
+        (tmp_path / "aside").rename(tmp_path / "adapters" / "reverse")
+        ran = run("demo", "--folder", str(tmp_path))
+        assert ran.exit_code == 1
+        wrong = {line.split()[0] for line in ran.output.splitlines() if "✗" in line}
+        assert wrong == {"upper", "reverse"}
+
+    def test_a_folder_without_a_demo_says_how_to_make_one(self, run: Run, tmp_path: Path) -> None:
+        ran = run("demo", "--folder", str(tmp_path))
+        assert ran.exit_code == 1
+        assert "python -m weft.demo.train" in ran.error_line
+
+
+def test_a_model_that_is_none_fails_in_one_line(run: Run, tmp_path: Path) -> None:
+    ran = run("serve", "--model", str(tmp_path), "--port", "0", "--metrics-port", "0", "--log-level", "error")
+    assert ran.exit_code == 1
+    assert str(tmp_path) in ran.error_line
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+def test_a_taken_port_fails_in_one_line(run: Run, root: Path, option: str) -> None:
+    ports = {"--port": "0", "--metrics-port": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports[option] = str(taken.getsockname()[1])
+        args = [word for pair in ports.items() for word in pair]
+        ran = run("serve", "--model", str(root / "base"), *args, "--log-level", "error")
+    assert ran.exit_code == 1
+    assert ran.error_line.startswith(f"{option} is {ports[option]}; can't listen on 127.0.0.1:{ports[option]} (")

@@ -1,0 +1,161 @@
+"""A whole server on loopback, stubs to talk to it, and its insides to audit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc.status_pb2 import Status
+from transformers import PreTrainedTokenizerBase
+
+from weft.server.app import Server
+from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2_grpc
+
+ENDLESS = 60_000
+"""More tokens than the tiny model makes in any test's time: a request for so many runs until it is stopped."""
+
+MAX_RUNNING = 4
+MAX_QUEUED = 8
+MAX_PROMPT_BYTES = 4096
+ADAPTER_PAGES = 16
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'villain' %}{{ raise_exception('villains are not served') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% if not loop.last or not continue_final_message %}</>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True)
+class House:
+    """A running server, stubs to talk to it, and its insides to audit."""
+
+    server: Server
+    loop: asyncio.AbstractEventLoop
+    channel: grpc.Channel
+    root: Path
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def inference(self) -> Any:
+        return inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    @property
+    def adapters(self) -> Any:
+        return adapter_pb2_grpc.AdapterServiceStub(self.channel)
+
+    @property
+    def info(self) -> Any:
+        return server_pb2_grpc.ServerServiceStub(self.channel)
+
+    @property
+    def frontend(self) -> Any:
+        assert self.server._loaded is not None
+        return self.server._loaded.frontend
+
+    @property
+    def store(self) -> Any:
+        return self.frontend._store
+
+    def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def audit(self) -> None:
+        """Wait until nothing is in flight, and assert that nothing is held."""
+
+        async def idle() -> None:
+            await asyncio.wait_for(self.frontend._idle.wait(), 60)
+
+        self.on_loop(idle())
+        # The engine takes its commands in order: once it answers this one, it has obeyed the cancels before.
+        self.inference.Generate(generate(text="x", stopping={"max_tokens": 1}))
+        engine = self.frontend._engine
+        assert not engine.has_work
+        engine.check_pools()
+        self.store.check()
+        pool = engine._scheduler.pool
+        assert pool.num_free == pool.capacity
+        assert all(info.num_in_flight == 0 for info in self.store.list())
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.server._registry.get_sample_value(name, labels)
+
+    def source(self, name: str) -> str:
+        return f"file:{self.root / 'adapters' / name}"
+
+    def digest(self, name: str) -> str:
+        response = self.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=name))
+        return str(response.adapter.digest)
+
+    def create(self, name: str, folder: str = "one", *, wait: bool = True, **fields: Any) -> adapter_pb2.Adapter:
+        adapter = {"name": name, "source": self.source(folder), **fields}
+        response = self.adapters.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=wait))
+        assert isinstance(response.adapter, adapter_pb2.Adapter)
+        return response.adapter
+
+    def delete(self, name: str) -> adapter_pb2.Adapter:
+        response = self.adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
+        assert isinstance(response.adapter, adapter_pb2.Adapter)
+        return response.adapter
+
+
+def generate(**fields: Any) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(**fields)
+
+
+def stream(**fields: Any) -> inference_pb2.StreamGenerateRequest:
+    return inference_pb2.StreamGenerateRequest(**fields)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The status that an RPC ended with."""
+
+    code: grpc.StatusCode
+    message: str
+    status: Status
+
+    def detail(self, kind: type[M]) -> M:
+        """Its one detail of this type."""
+        (packed,) = [packed for packed in self.status.details if packed.Is(kind.DESCRIPTOR)]
+        detail = kind()
+        packed.Unpack(detail)
+        return detail
+
+    @property
+    def reason(self) -> str:
+        info = self.detail(details_pb2.ErrorInfo)
+        assert info.domain == "weft"
+        return info.reason
+
+    @property
+    def violations(self) -> dict[str, str]:
+        return {v.field: v.description for v in self.detail(details_pb2.BadRequest).field_violations}
+
+
+def refusal(call: Callable[[], Any]) -> Refusal:
+    """How an RPC is refused; it must be."""
+    with pytest.raises(grpc.RpcError) as raised:
+        call()
+    return refusal_of(raised.value)
+
+
+def refusal_of(error: Any) -> Refusal:
+    """The refusal that a client raised. Its status is empty where the client itself gave up."""
+    status = Status()
+    status.ParseFromString(dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b""))
+    if status.details:
+        assert (status.code, status.message) == (error.code().value[0], error.details())
+    return Refusal(error.code(), error.details(), status)

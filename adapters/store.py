@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from weft.adapters.folder import WEIGHTS_FILE, LoraWeights, load_folder
-from weft.adapters.pages import PagePool
+from weft.adapters.pages import PagePool, Runs
 from weft.adapters.peft_config import CONFIG_FILE
 from weft.errors import (
     AdapterExists,
@@ -144,14 +144,18 @@ class AdapterStore:
             entry = self._entries.get(name)
         if entry is None:
             raise AdapterNotFound(name)
+        reason = "the load failed unexpectedly; the log says how"
         try:
             folder = self._folder_of(entry.source)
             self._check_links(folder, entry.source)
             self._make_resident(entry, load_folder(folder, entry.source, self._pool.shapes))
         except WeftError as error:
-            with self._lock:
-                entry.state, entry.error = AdapterState.FAILED, str(error)
+            reason = str(error)
             raise
+        finally:
+            with self._lock:
+                if entry.version is None:
+                    entry.state, entry.error = AdapterState.FAILED, reason
         return self.get(name)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
@@ -159,7 +163,7 @@ class AdapterStore:
         self.reserve(new)
         try:
             return self.load(new.name)
-        except WeftError:
+        except BaseException:
             with self._lock:
                 self._entries.pop(new.name, None)
             raise
@@ -241,7 +245,7 @@ class AdapterStore:
         with self._lock:
             known = self._versions.get(weights.digest)
             runs = None if known else self._pool.allocate(weights)
-        fresh = self._new_version(weights, self._pool.write(runs, weights)) if runs else None
+        fresh = self._new_version(weights, self._write(runs, weights)) if runs else None
         with self._lock:
             version = self._versions.get(weights.digest) or fresh
             if fresh is not None and version is not fresh:  # another load of the same content was first
@@ -255,6 +259,14 @@ class AdapterStore:
             else:
                 self._drop_if_unused(version)
                 raise AdapterNotFound(entry.name, "it was deleted while it loaded")
+
+    def _write(self, runs: Runs, weights: LoraWeights) -> PagedAdapter:
+        try:
+            return self._pool.write(runs, weights)
+        except BaseException:
+            with self._lock:
+                self._pool.free(runs)
+            raise
 
     def _new_version(self, weights: LoraWeights, paged: PagedAdapter) -> AdapterVersion:
         modules = weights.modules

@@ -127,6 +127,23 @@ def test_a_failed_reservation_says_why_and_may_be_taken_over(store: AdapterStore
     store.check()
 
 
+def test_a_load_that_breaks_leaves_neither_pages_nor_the_name_behind(
+    store: AdapterStore, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(store._pool, "write", out_of_memory)
+    with pytest.raises(MemoryError):
+        store.create(new(folders, "r4"))
+    assert store.list() == []
+    store.reserve(new(folders, "r4"))
+    with pytest.raises(MemoryError):
+        store.load("r4")
+    assert store.get("r4").state is AdapterState.FAILED
+    store.check()
+
+
 def test_a_taken_name_is_refused(store: AdapterStore, folders: Path) -> None:
     store.create(new(folders, "r4"))
     with pytest.raises(AdapterExists, match="'r4' exists already"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import logging
 import os
 import signal
@@ -162,11 +163,10 @@ class Server:
     def startup_line(self) -> str:
         """What is served, and where; once loaded."""
         assert self._loaded is not None, "nothing is loaded yet"
-        failed = self._loaded.num_failed_adapters
-        adapters = f"{self._loaded.num_adapters} adapters" + (f" ({failed} more failed to load)" if failed else "")
         return (
-            f"{self._loaded.info.startup_line}; {adapters}; "
-            f"gRPC on {self.address}, metrics on http://{self.metrics_address}/metrics"
+            f"{self._loaded.info.startup_line}; adapters loaded: {self._loaded.num_adapters}, "
+            f"failed: {self._loaded.num_failed_adapters}; gRPC on {self.address}, "
+            f"metrics on http://{self.metrics_address}/metrics"
         )
 
     def _load_folders(self, loader: AdapterLoader) -> list[bool]:
@@ -214,6 +214,7 @@ async def serve(config: ServerConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     async with _listening_server(config) as server:
+        _log.info("listening on %s, loading %s", server.address, config.model.path)
         await _first_of(_serve_until_lost(server), stop.wait())
 
 
@@ -283,6 +284,8 @@ def _check_free(option: str, host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise AddressUnavailable(f"--host is {host!r}; can't listen there ({error.strerror})") from error
         raise _unavailable(option, host, port, error.strerror) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise InvalidConfig(f"--device is {self.device!r}; must be auto, cpu, cuda or cuda:N")
 
 

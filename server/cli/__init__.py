@@ -12,7 +12,6 @@ from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
 from weft.server.cli.serve import serve
 
-
 INTERRUPTED = 130
 """The exit code that shells give to what Ctrl-C ended."""
 

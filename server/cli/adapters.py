@@ -7,17 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from weft.server.cli.client import address_option, connected
+from weft.server.cli.output import wide_console
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
-
-_WIDTH_OF_FILES = 400
-"""Columns where the output is no terminal: wide enough that nothing is cut."""
-
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 """How a source begins that is no plain path."""
@@ -48,7 +44,7 @@ def list_(address: str) -> None:
             adapter.digest[:19],
             Text(adapter.error),
         )
-    _console().print(table)
+    wide_console().print(table)
 
 
 @adapters.command()
@@ -119,12 +115,7 @@ def _print(adapter: pb2.Adapter) -> None:
     for key, value in rows.items():
         if value:
             table.add_row(key, Text(value))
-    _console().print(table)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_OF_FILES)
+    wide_console().print(table)
 
 
 def _state(adapter: pb2.Adapter) -> str:

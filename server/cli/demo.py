@@ -1,4 +1,7 @@
-"""`weft demo`: the real server on loopback, one mixed batch through the real client, the answers checked."""
+"""`weft demo`: the real server on loopback, one mixed batch through the real client, the answers checked.
+
+What it shows of the server comes from the server's own ports: answers and ranks over gRPC, steps from the metrics.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import http.client
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,9 +23,10 @@ from rich.text import Text
 
 from weft.demo import tasks
 from weft.server.cli.client import failures_in_words
+from weft.server.cli.output import wide_console
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2_grpc
 from weft.v1 import inference_pb2 as pb2
-from weft.v1 import inference_pb2_grpc
 
 MIN_ADAPTERS = 8
 MAX_TOKENS = 48
@@ -30,7 +34,7 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt for one adapter, and the answer that a program knows to be right."""
+    """One prompt for one adapter ("" is the base), and the answer that a program knows to be right."""
 
     adapter: str
     prompt: str
@@ -59,20 +63,39 @@ class Batching:
     max_adapters: int
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """All that a run of the demo brought. base: the base's own answer to the first question."""
+
+    startup_line: str
+    ranks: Mapping[str, Sequence[int]]
+    replies: Sequence[Reply]
+    base: Reply
+    batching: Batching
+
+    @property
+    def num_right(self) -> int:
+        return sum(reply.is_right for reply in self.replies)
+
+    @property
+    def is_good(self) -> bool:
+        return self.num_right == len(self.replies) and self.batching.max_adapters > 1
+
+
 @click.command()
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the examples.")
 @click.option(
-    "--requests", type=click.IntRange(1, 50), default=1, show_default=True, help="Examples of each task, all at once."
+    "--per-task", type=click.IntRange(1, 50), default=1, show_default=True, help="Examples of each task, all at once."
 )
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
     help="Where base/ and adapters/ are.  [default: the demo's own]",
 )
-def demo(seed: int, requests: int, folder: Path | None) -> int:
+def demo(seed: int, per_task: int, folder: Path | None) -> int:
     """Serve the demo's base and adapters, send one mixed batch, show and check the answers."""
     place = folder or Path(tasks.__file__).parent
-    questions = choose_questions(place, seed, requests)
+    questions = choose_questions(place, seed, per_task)
     config = ServerConfig(
         model=ModelConfig(str(place / "base")),
         engine=EngineConfig(threads=1),  # so small a model gains nothing from more
@@ -81,18 +104,11 @@ def demo(seed: int, requests: int, folder: Path | None) -> int:
         metrics_port=0,
     )
     logging.getLogger("weft").setLevel(logging.WARNING)
-    console = Console()
+    console = wide_console()
     with console.status("loading the base and its adapters"), failures_in_words():
-        startup_line, replies, batching = asyncio.run(_run(config, questions))
-    console.print(Text(startup_line))
-    console.print(_table(replies))
-    num_right = sum(reply.is_right for reply in replies)
-    console.print(
-        f"{num_right} of {len(replies)} answers are right. By its metrics, the server made them in "
-        f"{batching.num_steps} steps; one step held up to {batching.max_requests} requests of "
-        f"{batching.max_adapters} different adapters."
-    )
-    return 0 if num_right == len(replies) and batching.max_adapters > 1 else 1
+        outcome = asyncio.run(_run(config, questions))
+    _show(outcome, console)
+    return 0 if outcome.is_good else 1
 
 
 def choose_questions(place: Path, seed: int, num_each: int) -> list[Question]:
@@ -109,25 +125,28 @@ def choose_questions(place: Path, seed: int, num_each: int) -> list[Question]:
     ]
 
 
-async def _run(config: ServerConfig, questions: Sequence[Question]) -> tuple[str, list[Reply], Batching]:
-    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - as the next one
+async def _run(config: ServerConfig, questions: Sequence[Question]) -> Outcome:
+    # Bring torch and transformers, which no other command should wait for.
+    from weft.server import app  # noqa: PLC0415
+    from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
 
-    from weft.server import app  # noqa: PLC0415 - brings torch, which no other command should wait for
-
-    disable_progress_bar()
+    quiet_transformers()
     async with app.running_server(config) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
-            stub = cast(
+            inference = cast(
                 "inference_pb2_grpc.InferenceServiceAsyncStub", inference_pb2_grpc.InferenceServiceStub(channel)
             )
-            replies = await asyncio.gather(*(_ask(stub, question) for question in questions))
-        metrics = await asyncio.to_thread(_scrape, server.metrics_address)
-        batching = Batching(
-            num_steps=int(metrics["weft_step_seconds_count"]),
-            max_requests=int(metrics["weft_step_requests_max"]),
-            max_adapters=int(metrics["weft_step_adapters_max"]),
+            adapters = cast("adapter_pb2_grpc.AdapterServiceAsyncStub", adapter_pb2_grpc.AdapterServiceStub(channel))
+            replies = await asyncio.gather(*(_ask(inference, question) for question in questions))
+            base = await _ask(inference, replace(questions[0], adapter=""))
+            listed = await adapters.ListAdapters(adapter_pb2.ListAdaptersRequest())
+        return Outcome(
+            startup_line=server.startup_line,
+            ranks={adapter.name: adapter.ranks for adapter in listed.adapters},
+            replies=replies,
+            base=base,
+            batching=await asyncio.to_thread(_batching, server.metrics_address),
         )
-        return server.startup_line, replies, batching
 
 
 async def _ask(stub: inference_pb2_grpc.InferenceServiceAsyncStub, question: Question) -> Reply:
@@ -143,6 +162,15 @@ async def _ask(stub: inference_pb2_grpc.InferenceServiceAsyncStub, question: Que
     return Reply(question, text, (first or time.perf_counter()) - started)
 
 
+def _batching(metrics_address: str) -> Batching:
+    metrics = _scrape(metrics_address)
+    return Batching(
+        num_steps=int(metrics["weft_step_seconds_count"]),
+        max_requests=int(metrics["weft_step_requests_max"]),
+        max_adapters=int(metrics["weft_step_adapters_max"]),
+    )
+
+
 def _scrape(address: str) -> Mapping[str, float]:
     """The metrics without labels, by name."""
     connection = http.client.HTTPConnection(address)
@@ -155,12 +183,40 @@ def _scrape(address: str) -> Mapping[str, float]:
     return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
 
 
-def _table(replies: Sequence[Reply]) -> Table:
-    table = Table("adapter", "prompt", "answer", "expected", "", box=None)
+def _show(outcome: Outcome, console: Console) -> None:
+    base, batching = outcome.base, outcome.batching
+    console.print(Text(outcome.startup_line))
+    console.print(_table(outcome))
+    console.print(
+        Text(f"The base alone, asked {base.question.prompt!r}, answers {base.text!r}, not {base.question.expected!r}.")
+        if not base.is_right
+        else Text(f"The base alone answers {base.question.prompt!r} rightly too.")
+    )
+    console.print(
+        Text(
+            f"{outcome.num_right} of {len(outcome.replies)} answers are right. By its own metrics, the server ran "
+            f"{batching.num_steps} steps; one step held up to {batching.max_requests} requests of "
+            f"{batching.max_adapters} different adapters."
+        )
+    )
+
+
+def _table(outcome: Outcome) -> Table:
+    table = Table(box=None)
+    table.add_column("adapter")
+    table.add_column("rank", justify="right")
+    for name in ("prompt", "answer", "expected", ""):
+        table.add_column(name, overflow="fold")
     table.add_column("TTFT ms", justify="right")
-    for reply in replies:
+    for reply in outcome.replies:
         question = reply.question
-        mark = Text("✓", "green") if reply.is_right else Text("✗", "red")
-        texts = (question.adapter, question.prompt, reply.text, question.expected)
-        table.add_row(*map(Text, texts), mark, f"{1000 * reply.ttft_s:.0f}")
+        table.add_row(
+            question.adapter,
+            ", ".join(map(str, outcome.ranks[question.adapter])),
+            Text(question.prompt),
+            Text(reply.text),
+            Text(question.expected),
+            Text("✓", "green") if reply.is_right else Text("✗", "red"),
+            f"{1000 * reply.ttft_s:.0f}",
+        )
     return table

@@ -7,5 +7,5 @@ from transformers.utils import logging
 
 def quiet_transformers() -> None:
     """Leave errors; drop progress bars, warnings and advice."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -104,24 +104,24 @@ def read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise click.UsageError(f"--config {path} can't be read as TOML ({reason})") from None
-    known = {setting.option: setting.name for setting in SETTINGS}
+    known = {setting.option: setting for setting in SETTINGS}
     values = {}
     for key, value in raw.items():
-        option = key.replace("_", "-")
-        if option not in known:
-            close = get_close_matches(option, known, n=1, cutoff=0.0)
+        setting = known.get(key.replace("_", "-"))
+        if setting is None:
+            close = get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.0)
             raise click.UsageError(f"--config {path}: {key!r} is no key; did you mean {close[0]!r}?")
-        values[known[option]] = _as_given(path, key, value)
+        values[setting.name] = _as_given(value, f"--config {path}: {key!r}", setting)
     return values
 
 
-def _as_given(path: Path, key: str, value: Any) -> str | list[str]:
+def _as_given(value: Any, subject: str, setting: Setting) -> str | list[str]:
     """As the command line would give it, so that both are read alike."""
-    if isinstance(value, list):
-        return [str(_as_given(path, key, item)) for item in value]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise click.UsageError(f"--config {path}: {key!r} is {value!r}; must be a text, a number or a list of them")
-    return str(value)
+    items = value if setting.multiple and isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
+        wanted = "a text or a list of texts" if setting.multiple else "a text or a number"
+        raise click.UsageError(f"{subject} is {value!r}; must be {wanted}")
+    return [str(item) for item in items] if setting.multiple else str(value)
 
 
 def _use_file(context: click.Context, _option: click.Parameter, path: Path | None) -> None:

@@ -64,11 +64,11 @@ def _edits(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int])
     if not (too_short or penalised or sampling.logit_bias):
         return None
     row = row.clone()
-    if penalised:
-        _penalise(row, sequence, sampling)
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=row.device)
         row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=row.device)
+    if penalised:
+        _penalise(row, sequence, sampling)
     if too_short:
         row[list(eos_token_ids | stopping.stop_token_ids)] = float("-inf")
     return row

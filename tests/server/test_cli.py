@@ -283,7 +283,7 @@ class TestGenerate:
                 with connection:
                     process.send_signal(signal.SIGINT)
                     _, error = process.communicate()
-        assert process.returncode == 1
+        assert process.returncode == 130
         assert error.strip() == ""
 
 

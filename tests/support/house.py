@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import pytest
@@ -15,6 +16,10 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 from transformers import PreTrainedTokenizerBase
 
+from weft.server.api.edge import Edge
+from weft.server.api.inference import InferenceServicer
+from weft.server.api.prompts import Prompts
+from weft.server.api.translation import RequestLimits
 from weft.server.app import Server
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2_grpc
 
@@ -71,6 +76,29 @@ class House:
 
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    @contextmanager
+    def variant(self, *, max_request_s: float = 600.0, has_chat_template: bool = True) -> Iterator[Any]:
+        """A stub to a second port of the same engine, where InferenceService is set up in another way."""
+        engine = self.frontend._engine
+        limits = RequestLimits(engine.limits.vocab_size, MAX_PROMPT_BYTES, has_chat_template)
+        servicer = InferenceServicer(self.frontend, Prompts(self.tokenizer), limits, engine.clock, max_request_s)
+
+        async def start() -> tuple[grpc.aio.Server, int]:
+            edge = Edge()
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
+            server = grpc.aio.server()
+            server.add_generic_rpc_handlers((edge,))
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            return server, port
+
+        server, port = self.on_loop(start())
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                yield inference_pb2_grpc.InferenceServiceStub(channel)
+        finally:
+            self.on_loop(server.stop(None))
 
     def audit(self) -> None:
         """Wait until nothing is in flight, and assert that nothing is held."""

@@ -43,7 +43,7 @@ def test_cancelling_a_unary_call_frees_everything(house: House) -> None:
 
 
 def test_a_deadline_ends_a_stream_that_runs(house: House) -> None:
-    call = house.inference.StreamGenerate(stream(adapter_id="one", stopping=FOR_EVER, **PROMPT), timeout=1.0)
+    call = house.inference.StreamGenerate(stream(adapter_id="one", stopping=FOR_EVER, **PROMPT), timeout=2.0)
     parts: list[Any] = []
     with pytest.raises(grpc.RpcError) as raised:
         parts.extend(call)
@@ -60,6 +60,17 @@ def test_a_deadline_ends_a_request_that_waits(house: House) -> None:
     for call in running:
         next(call)
         call.cancel()
+    house.audit()
+
+
+def test_without_a_deadline_the_servers_own_applies(house: House) -> None:
+    request = generate(adapter_id="one", stopping=FOR_EVER, **PROMPT)
+    with house.variant(max_request_s=0.5) as inference:
+        refused = refusal(lambda: inference.Generate(request))
+        assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert refused.reason == "DEADLINE_EXCEEDED"
+        later = inference.Generate(generate(stopping={"max_tokens": 1}, **PROMPT), timeout=60)
+        assert later.usage.completion_tokens == 1
     house.audit()
 
 

@@ -202,6 +202,14 @@ def test_detokenize_checks_its_ids(house: House) -> None:
     assert_bad_field(refused, "token_ids[1]", f"is {VOCAB}")
 
 
+def test_chat_is_refused_by_name_where_there_is_no_template(house: House) -> None:
+    with house.variant(has_chat_template=False) as inference:
+        generated = refusal(lambda: inference.Generate(generate(**chat(USER))))
+        tokenized = refusal(lambda: inference.Tokenize(pb2.TokenizeRequest(**chat(USER))))
+    assert_bad_field(generated, "chat", "no chat template")
+    assert_bad_field(tokenized, "chat", "no chat template")
+
+
 @pytest.mark.parametrize("adapter_id", ["missing", "one@sha256:" + "0" * 64, "one@", "one@sha256:xyz", "on e, two"])
 def test_an_adapter_that_is_not_there_is_not_found(house: House, adapter_id: str) -> None:
     for fields in ({"adapter_id": adapter_id}, {"adapters": [{"adapter_id": "two"}, {"adapter_id": adapter_id}]}):

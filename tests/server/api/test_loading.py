@@ -1,0 +1,93 @@
+"""Loads on threads: awaited at the end, timed, and their failures kept."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+from harness import Harness
+from prometheus_client import CollectorRegistry
+from tiny import make_adapter, make_model, save_tokenizer
+
+from weft.adapters.store import AdapterState, AdapterStore, NewAdapter
+from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest
+from weft.server.api.loading import AdapterLoader
+from weft.server.metrics import Metrics
+
+
+class Loading:
+    """A loader, its store and its metrics."""
+
+    def __init__(self, store: AdapterStore, folders: Path) -> None:
+        self.store = store
+        self.registry = CollectorRegistry()
+        self.loader = AdapterLoader(store, Metrics(self.registry))
+        self._folders = folders
+
+    def new(self, name: str, folder: str = "good") -> NewAdapter:
+        return NewAdapter(name, f"file:{self._folders / folder}")
+
+    def count(self, outcome: str) -> float | None:
+        return self.registry.get_sample_value("weft_adapter_load_seconds_count", {"outcome": outcome})
+
+
+@pytest.fixture
+def loading(tmp_path: Path) -> Loading:
+    model = make_model("llama", tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    folders = tmp_path / "adapters"
+    make_adapter(model, folders / "first", target_modules=["q_proj"])
+    make_adapter(model, folders / "good", seed=1, target_modules=["q_proj"])
+    (folders / "bad").mkdir()
+    return Loading(Harness(tmp_path / "base", {"first": folders / "first"}).store, folders)
+
+
+def test_closing_waits_for_the_loads_in_the_background(loading: Loading) -> None:
+    async def main() -> None:
+        infos = [loading.loader.start(loading.new(f"n{i}")) for i in range(4)]
+        assert {info.state for info in infos} == {AdapterState.LOADING}
+        await loading.loader.close()
+
+    asyncio.run(main())
+    assert {info.state for info in loading.store.list()} == {AdapterState.DEVICE}
+    assert loading.count("ok") == 4
+    loading.store.check()
+
+
+def test_a_failure_in_the_background_is_kept_and_logged_in_one_line(
+    loading: Loading, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        loading.loader.start(loading.new("n", "bad"))
+        await loading.loader.close()
+
+    with caplog.at_level(logging.WARNING, "weft"):
+        asyncio.run(main())
+    assert loading.store.get("n").state is AdapterState.FAILED
+    assert [record.exc_info for record in caplog.records] == [None]
+    assert loading.count("failed") == 1
+
+
+def test_what_can_not_be_reserved_is_refused_at_once(loading: Loading) -> None:
+    async def main() -> None:
+        with pytest.raises(AdapterExists):
+            loading.loader.start(loading.new("first"))
+        with pytest.raises(InvalidRequest):
+            loading.loader.start(NewAdapter("n", "elsewhere"))
+
+    asyncio.run(main())
+    assert [info.name for info in loading.store.list()] == ["first"]
+
+
+def test_create_gives_the_name_back_when_it_fails(loading: Loading) -> None:
+    with pytest.raises(InvalidAdapter):
+        asyncio.run(loading.loader.create(loading.new("n", "bad")))
+    assert asyncio.run(loading.loader.create(loading.new("n"))).state is AdapterState.DEVICE
+
+
+def test_load_now_says_whether_it_did(loading: Loading) -> None:
+    assert loading.loader.load_now(loading.new("n"))
+    assert not loading.loader.load_now(loading.new("m", "bad"))
+    assert loading.store.get("m").state is AdapterState.FAILED

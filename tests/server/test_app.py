@@ -1,0 +1,304 @@
+"""The server as a whole: its ports, its start with whatever adapters are there, its health, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tiny import make_adapter, make_model, save_tokenizer
+
+from weft.errors import AddressUnavailable, InvalidModel, Unavailable
+from weft.server.app import SERVICES, Server, _serve_until_lost, running_server
+from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.server.engine.frontend import _Cancel
+from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+CONTEXT = 1 << 16
+ENDLESS = {"max_tokens": CONTEXT - 8, "ignore_eos": True}
+"""More tokens than the tiny model makes in any test's time."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`; `adapters` with a good one, four that can't be served, and two things that are no adapters."""
+    root = tmp_path_factory.mktemp("app")
+    model = make_model("llama", root / "base", max_position_embeddings=CONTEXT)
+    save_tokenizer(root / "base")
+    folders = root / "adapters"
+    make_adapter(model, folders / "good", target_modules=["q_proj"])
+    stranger = make_model("llama", root / "stranger", hidden_size=32, num_hidden_layers=1)
+    make_adapter(stranger, folders / "stranger", target_modules=["q_proj"])
+    shutil.copytree(folders / "good", folders / "a bad name")
+    shutil.copytree(folders / "good", folders / "torn")
+    (folders / "torn" / "adapter_config.json").write_text("{")
+    shutil.copytree(folders / "good", folders / "bare")
+    (folders / "bare" / "adapter_config.json").unlink()
+    (folders / "notes").mkdir()
+    (folders / "README.md").write_text("not an adapter")
+    return root
+
+
+@pytest.fixture
+def config(root: Path) -> ServerConfig:
+    return ServerConfig(
+        model=ModelConfig(str(root / "base"), dtype="float32", device="cpu"),
+        engine=EngineConfig(max_batch_tokens=64, max_running_requests=8, kv_tokens=2 * CONTEXT, adapter_pages=16),
+        port=0,
+        metrics_port=0,
+        drain_grace_s=0.0,
+    )
+
+
+def inference(channel: Any) -> Any:
+    return inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+def prompt(**stopping: Any) -> Any:
+    return inference_pb2.StreamGenerateRequest(text="hello", stopping=stopping)
+
+
+async def statuses(channel: grpc.aio.Channel) -> set[int]:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    names = ("", *SERVICES)
+    return {(await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in names}
+
+
+async def refusal(answer: Callable[[], Awaitable[object]]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await answer()
+    return raised.value
+
+
+async def read_all(call: Any) -> list[Any]:
+    return [message async for message in call]
+
+
+class TestStart:
+    def test_adapters_that_cannot_be_served_do_not_stop_it(
+        self, config: ServerConfig, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def main() -> None:
+            async with (
+                running_server(replace(config, adapters=root / "adapters")) as server,
+                grpc.aio.insecure_channel(server.address) as channel,
+            ):
+                stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
+                listed = (await stub.ListAdapters(adapter_pb2.ListAdaptersRequest())).adapters
+                states = {a.name: adapter_pb2.AdapterState.Name(a.state).removeprefix("ADAPTER_STATE_") for a in listed}
+                assert states == {"good": "DEVICE", "stranger": "FAILED", "torn": "FAILED", "bare": "FAILED"}
+                assert all(bool(adapter.error) == (adapter.name != "good") for adapter in listed)
+                assert "adapters loaded: 1, failed: 4; " in server.startup_line
+                request = inference_pb2.GenerateRequest(text="hello", adapter_id="good", stopping={"max_tokens": 1})
+                assert (await inference(channel).Generate(request)).adapters[0].adapter_id == "good"
+
+        asyncio.run(main())
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 4
+        for name in ("a bad name", "bare", "stranger", "torn"):
+            (warning,) = (text for text in warnings if f"/{name}" in text)
+            assert "\n" not in warning
+
+    def test_health_and_refusals_follow_the_state(self, config: ServerConfig) -> None:
+        async def main() -> None:
+            server = Server(config)
+            await server.open()
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                stub = inference(channel)
+                assert await statuses(channel) == {NOT_SERVING}
+                early = await refusal(lambda: read_all(stub.StreamGenerate(prompt())))
+                assert early.code() is grpc.StatusCode.UNAVAILABLE
+                assert "loading" in str(early.details())
+                await server.load()
+                assert await statuses(channel) == {SERVING}
+                assert await read_all(stub.StreamGenerate(prompt(max_tokens=1)))
+                await server.drain()
+                assert await statuses(channel) == {NOT_SERVING}
+                late = await refusal(lambda: read_all(stub.StreamGenerate(prompt())))
+                assert late.code() is grpc.StatusCode.UNAVAILABLE
+                assert "draining" in str(late.details())
+            await server.close()
+
+        asyncio.run(main())
+
+    def test_metrics_are_served_on_their_own_port(self, config: ServerConfig) -> None:
+        async def main() -> tuple[str, str]:
+            async with running_server(config) as server:
+                url = f"http://{server.metrics_address}/metrics"
+                with await asyncio.to_thread(urllib.request.urlopen, url) as response:
+                    assert "weft_build_info{" in response.read().decode()
+                return server.address, server.metrics_address
+
+        for address in asyncio.run(main()):
+            host, _, port = address.rpartition(":")
+            socket.create_server((host, int(port))).close()  # given back
+
+    def test_a_model_that_is_none_gives_the_ports_back(self, config: ServerConfig, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        broken = replace(config, model=ModelConfig(str(tmp_path)), port=port)
+        with pytest.raises(InvalidModel, match=re.escape(str(tmp_path))):
+            asyncio.run(enter(broken))
+        socket.create_server(("127.0.0.1", port)).close()
+
+    @pytest.mark.parametrize(("field", "option"), [("port", "--port"), ("metrics_port", "--metrics-port")])
+    def test_a_taken_port_is_named(self, config: ServerConfig, field: str, option: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            refused = f"{option} is {port}; can't listen on 127.0.0.1:{port} (Address already in use)"
+            with pytest.raises(AddressUnavailable, match=re.escape(refused)):
+                asyncio.run(enter(replace(config, **{field: port})))
+
+    def test_one_port_for_both_is_named(self, config: ServerConfig) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with pytest.raises(AddressUnavailable, match=f"--metrics-port is {port}; .*in use"):
+            asyncio.run(enter(replace(config, port=port, metrics_port=port)))
+
+    @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+    def test_a_host_that_is_not_here_is_named(self, config: ServerConfig, host: str) -> None:
+        with pytest.raises(AddressUnavailable, match=f"--host is '{host}'; can't listen there"):
+            asyncio.run(enter(replace(config, host=host)))
+
+
+class TestEnd:
+    def test_requests_past_the_grace_are_answered(self, config: ServerConfig) -> None:
+        async def main() -> grpc.aio.AioRpcError:
+            async with running_server(config) as server:
+                channel = grpc.aio.insecure_channel(server.address)
+                call = inference(channel).StreamGenerate(prompt(**ENDLESS))
+                assert await anext(aiter(call))
+            async with channel:
+                return await refusal(lambda: read_all(call))
+
+        ended = asyncio.run(main())
+        assert ended.code() is grpc.StatusCode.UNAVAILABLE
+        assert "stopping" in str(ended.details())
+
+    def test_losing_the_engine_answers_everybody_and_fails_the_server(self, config: ServerConfig) -> None:
+        async def main() -> None:
+            server = Server(config)
+            await server.open()
+            serving = asyncio.create_task(_serve_until_lost(server))
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                health: Any = health_pb2_grpc.HealthStub(channel)
+                watch = aiter(health.Watch(health_pb2.HealthCheckRequest()))
+                while (await anext(watch)).status != SERVING:
+                    pass
+                call = inference(channel).StreamGenerate(prompt(**ENDLESS))
+                assert await anext(aiter(call))
+                assert server._loaded is not None
+                unhashable: Any = []
+                server._loaded.frontend._inbox.put(_Cancel(unhashable))
+                with pytest.raises(Unavailable, match="the engine stopped unexpectedly"):
+                    await serving
+                assert (await anext(watch)).status == NOT_SERVING
+                for stream in (call, inference(channel).StreamGenerate(prompt())):
+                    ended = await refusal(lambda stream=stream: read_all(stream))  # type: ignore[misc]
+                    assert ended.code() is grpc.StatusCode.UNAVAILABLE
+                    assert "the engine stopped unexpectedly" in str(ended.details())
+            await server.drain()
+            await server.close()
+
+        asyncio.run(main())
+
+
+@dataclass
+class Process:
+    """`weft serve` as a process of its own, read line by line."""
+
+    popen: subprocess.Popen[str]
+    address: str
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def read_until(self, text: str) -> str:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            if text in line:
+                return line
+        raise AssertionError(f"the process ended without saying {text!r}")
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what else it said."""
+        _, error = self.popen.communicate()
+        return self.popen.returncode, error
+
+
+@contextmanager
+def process(root: Path, *options: str) -> Iterator[Process]:
+    command = [sys.executable, "-m", "weft.server.cli", "serve", "--model", str(root / "base"), "--threads", "1"]
+    command += ["--port", "0", "--metrics-port", "0", "--kv-tokens", str(2 * CONTEXT), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as popen:
+        try:
+            served = Process(popen, "")
+            found = re.search(r"listening on (\S+),", served.read_until("listening on"))
+            assert found is not None
+            served.address = found[1]
+            yield served
+        finally:
+            popen.kill()
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_request_in_flight_finishes(self, root: Path, number: signal.Signals) -> None:
+        with process(root) as server, grpc.insecure_channel(server.address) as channel:
+            server.read_until("serving ")
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == SERVING
+            call = inference(channel).StreamGenerate(prompt(max_tokens=500, ignore_eos=True))
+            messages = [next(call)]
+            server.signal(number)
+            assert next(watch).status == NOT_SERVING
+            with pytest.raises(grpc.RpcError) as refused:
+                list(inference(channel).StreamGenerate(prompt(max_tokens=500)))
+            messages += call
+            exit_code, error = server.end()
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert messages[-1].finish_reason == inference_pb2.FINISH_REASON_MAX_TOKENS
+        assert sum(len(message.tokens) for message in messages) == 500
+        assert exit_code == 0
+        assert "Traceback" not in error
+
+    def test_a_second_one_ends_it_at_once(self, root: Path) -> None:
+        with process(root, "--drain-grace-seconds", "3600") as server, grpc.insecure_channel(server.address) as channel:
+            server.read_until("serving ")
+            call = inference(channel).StreamGenerate(prompt(**ENDLESS))
+            next(call)
+            server.signal(signal.SIGTERM)
+            server.read_until("SIGTERM: draining")
+            server.signal(signal.SIGTERM)
+            exit_code, error = server.end()
+        assert exit_code == 128 + signal.SIGTERM
+        assert "SIGTERM again: stopping at once" in error
+
+    def test_one_while_loading_ends_it(self, root: Path) -> None:
+        with process(root) as server:
+            server.signal(signal.SIGTERM)
+            exit_code, error = server.end()
+        assert exit_code == 0
+        assert "Traceback" not in error
+
+
+async def enter(config: ServerConfig) -> None:
+    async with running_server(config):
+        pytest.fail("it started")

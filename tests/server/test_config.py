@@ -1,0 +1,122 @@
+"""The configuration: what is refused, and that the refusal names the option, the value and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.errors import InvalidConfig
+from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+
+MODEL = ModelConfig("model")
+
+RANGES = [
+    (EngineConfig, "max_batch_tokens", "--max-batch-tokens", 1, 1 << 20),
+    (EngineConfig, "max_running_requests", "--max-running-requests", 1, 1 << 16),
+    (EngineConfig, "max_queued_requests", "--max-queued-requests", 0, 1 << 20),
+    (EngineConfig, "context_length", "--context-length", 2, 1 << 24),
+    (EngineConfig, "kv_tokens", "--kv-tokens", 2, 1 << 40),
+    (EngineConfig, "block_tokens", "--block-tokens", 1, 1024),
+    (EngineConfig, "adapter_pages", "--adapter-pages", 0, 1 << 20),
+    (EngineConfig, "threads", "--threads", 1, 1024),
+    (ServerConfig, "port", "--port", 0, 65535),
+    (ServerConfig, "metrics_port", "--metrics-port", 0, 65535),
+    (ServerConfig, "max_request_s", "--max-request-seconds", 0.001, 604800),
+    (ServerConfig, "drain_grace_s", "--drain-grace-seconds", 0, 86400),
+    (ServerConfig, "max_prompt_bytes", "--max-prompt-bytes", 1, 1 << 28),
+    (ServerConfig, "metrics_adapters", "--metrics-adapters", 0, 10000),
+]
+
+
+def build(owner: type[EngineConfig | ServerConfig], **fields: Any) -> EngineConfig | ServerConfig:
+    if owner is ServerConfig:
+        return ServerConfig(MODEL, **fields)
+    largest = {"max_batch_tokens": 1 << 20} if "max_running_requests" in fields else {}
+    smallest = {"max_running_requests": 1} if "max_batch_tokens" in fields else {}
+    return EngineConfig(**{**largest, **smallest, **fields})
+
+
+@pytest.mark.parametrize(("owner", "field", "option", "low", "high"), RANGES, ids=[row[2] for row in RANGES])
+def test_numbers_have_a_range_that_the_refusal_names(
+    owner: type[EngineConfig | ServerConfig], field: str, option: str, low: float, high: float
+) -> None:
+    for value in (low, high):
+        assert getattr(build(owner, **{field: value}), field) == value
+    for value in (low - 1, high + 1):
+        with pytest.raises(InvalidConfig, match=re.escape(f"{option} is {value}; must be from {low} to {high}")):
+            build(owner, **{field: value})
+
+
+@pytest.mark.parametrize("field", ["max_request_s", "drain_grace_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_seconds_are_finite(field: str, value: float) -> None:
+    with pytest.raises(InvalidConfig, match=f"is {value}; must be from"):
+        build(ServerConfig, **{field: value})
+
+
+def test_every_number_has_a_range() -> None:
+    tested = {(owner, field) for owner, field, *_ in RANGES}
+    for owner in (EngineConfig, ServerConfig):
+        numbers = {field.name for field in dataclasses.fields(owner) if re.search("int|float", str(field.type))}
+        assert numbers == {field for tested_owner, field in tested if tested_owner is owner}
+
+
+@pytest.mark.parametrize("field", ["context_length", "kv_tokens", "threads"])
+def test_numbers_without_a_value_are_left_to_the_model_and_the_machine(field: str) -> None:
+    assert getattr(EngineConfig(**{field: None}), field) is None
+
+
+def test_a_step_must_have_a_token_for_every_running_request() -> None:
+    assert EngineConfig(max_batch_tokens=8, max_running_requests=8).max_batch_tokens == 8
+    with pytest.raises(InvalidConfig, match=r"--max-batch-tokens is 7, less than --max-running-requests \(8\)"):
+        EngineConfig(max_batch_tokens=7, max_running_requests=8)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_dtypes(dtype: str) -> None:
+    assert ModelConfig("model", dtype=dtype).dtype == dtype
+
+
+def test_another_dtype_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InvalidConfig, match="--dtype is 'float64'; must be one of auto, float32, bfloat16, float16"):
+        ModelConfig("model", dtype="float64")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_devices(device: str) -> None:
+    assert ModelConfig("model", device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "CPU", "mps", "cuda:", "cuda:x", "cpu:0"])
+def test_another_device_is_refused_with_those_there_are(device: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"--device is '{device}'; must be auto, cpu, cuda or cuda:N"):
+        ModelConfig("model", device=device)
+
+
+def test_folders_must_exist(tmp_path: Path) -> None:
+    file, nowhere = tmp_path / "file", tmp_path / "nowhere"
+    file.touch()
+    for folder in (file, nowhere):
+        refusal = re.escape(f"{str(folder)!r}; must be an existing folder")
+        with pytest.raises(InvalidConfig, match=f"--adapters is {refusal}"):
+            ServerConfig(MODEL, adapters=folder)
+        with pytest.raises(InvalidConfig, match=f"--source-root is {refusal}"):
+            ServerConfig(MODEL, source_roots=(tmp_path, folder))
+
+
+def test_sources_may_lie_under_the_adapters_and_every_source_root(tmp_path: Path) -> None:
+    adapters, more = tmp_path / "adapters", tmp_path / "more"
+    adapters.mkdir()
+    more.mkdir()
+    assert ServerConfig(MODEL).all_source_roots == ()
+    assert ServerConfig(MODEL, source_roots=(more,)).all_source_roots == (more,)
+    assert ServerConfig(MODEL, adapters=adapters, source_roots=(more,)).all_source_roots == (adapters, more)
+
+
+def test_nothing_changes_it() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ServerConfig(MODEL).port = 1  # type: ignore[misc]

@@ -45,7 +45,9 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_MESSAGE_BYTES = 16 << 20
-"""Of a request: more than any prompt that is taken, so that one too long is refused in words."""
+"""Of a request, or twice the longest prompt if that is more: a prompt too long is refused in words, not by gRPC."""
+
+_LOAD_THREAD = "weft-load-at-start"
 
 CLOSING_GRACE_S = 1.0
 """How long answers that are complete may take to reach their clients once the engine has stopped."""
@@ -66,6 +68,7 @@ class _Loaded:
 
     info: EngineInfo
     frontend: Frontend
+    loader: AdapterLoader
     num_adapters: int
     num_failed_adapters: int
     watcher: asyncio.Task[None]
@@ -94,9 +97,8 @@ class Server:
         config = self._config
         _check_free("--port", config.host, config.port)
         _check_free("--metrics-port", config.host, config.metrics_port)
-        self._grpc = grpc.aio.server(
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        )
+        max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
+        self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)])
         await self._set_health(_NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self._grpc.add_generic_rpc_handlers((self._edge,))
@@ -127,6 +129,7 @@ class Server:
         self._loaded = _Loaded(
             info=info,
             frontend=frontend,
+            loader=loader,
             num_adapters=sum(outcomes),
             num_failed_adapters=len(outcomes) - sum(outcomes),
             watcher=asyncio.create_task(self._watch(frontend), name="watch the engine"),
@@ -153,6 +156,7 @@ class Server:
             self._loaded.watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._loaded.watcher
+            await self._loaded.loader.close()
         if self._http is not None:
             httpd, thread = self._http
             await asyncio.to_thread(httpd.shutdown)
@@ -208,6 +212,8 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
 async def serve(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT comes, then drain; a second signal ends the process at once.
 
+    A signal that comes while the model loads ends the process, with exit code 0.
+
     Raises AddressUnavailable, InvalidConfig, InvalidModel, and Unavailable when the engine stopped by itself.
     """
     stop = asyncio.Event()
@@ -216,6 +222,9 @@ async def serve(config: ServerConfig) -> None:
     async with _listening_server(config) as server:
         _log.info("listening on %s, loading %s", server.address, config.model.path)
         await _first_of(_serve_until_lost(server), stop.wait())
+    if any(thread.name == _LOAD_THREAD for thread in threading.enumerate()):
+        _log.info("stopped while loading")
+        os._exit(0)  # PyTorch aborts an interpreter that is taken down while it loads
 
 
 async def _serve_until_lost(server: Server) -> None:
@@ -267,7 +276,7 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             future.set_exception(error)
 
-    threading.Thread(target=run, name="weft-load", daemon=True).start()
+    threading.Thread(target=run, name=_LOAD_THREAD, daemon=True).start()
     return await asyncio.wrap_future(future)
 
 

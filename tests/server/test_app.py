@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 import re
 import shutil
 import signal
@@ -22,8 +22,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny import make_adapter, make_model, save_tokenizer
 
+from weft.adapters.store import AdapterState
 from weft.errors import AddressUnavailable, InvalidModel, Unavailable
-from weft.server.app import SERVICES, Server, _serve_until_lost, running_server
+from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _serve_until_lost, running_server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.server.engine.frontend import _Cancel
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -109,7 +110,7 @@ class TestStart:
                 assert (await inference(channel).Generate(request)).adapters[0].adapter_id == "good"
 
         asyncio.run(main())
-        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        warnings = [record.getMessage() for record in caplog.records if record.name == "weft.server.api.loading"]
         assert len(warnings) == 4
         for name in ("a bad name", "bare", "stranger", "torn"):
             (warning,) = (text for text in warnings if f"/{name}" in text)
@@ -148,6 +149,24 @@ class TestStart:
         for address in asyncio.run(main()):
             host, _, port = address.rpartition(":")
             socket.create_server((host, int(port))).close()  # given back
+
+    def test_a_prompt_may_be_as_long_as_the_configuration_says(self, config: ServerConfig) -> None:
+        longest = MAX_MESSAGE_BYTES + 1
+        messages = [{"role": "user", "content": "x" * longest}]
+
+        async def main() -> grpc.aio.AioRpcError:
+            async with (
+                running_server(replace(config, max_prompt_bytes=longest)) as server,
+                grpc.aio.insecure_channel(server.address) as channel,
+            ):
+                request = inference_pb2.TokenizeRequest(chat=inference_pb2.ChatPrompt(messages=messages))
+                return await refusal(lambda: inference(channel).Tokenize(request))
+
+        refused = asyncio.run(main())
+        assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT, (
+            "it reached the check of the template, not gRPC's limit"
+        )
+        assert "chat template" in str(refused.details())
 
     def test_a_model_that_is_none_gives_the_ports_back(self, config: ServerConfig, tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -190,6 +209,20 @@ class TestEnd:
         ended = asyncio.run(main())
         assert ended.code() is grpc.StatusCode.UNAVAILABLE
         assert "stopping" in str(ended.details())
+
+    def test_a_load_in_the_background_is_waited_for(self, config: ServerConfig, root: Path) -> None:
+        async def main() -> AdapterState:
+            async with running_server(replace(config, source_roots=(root,))) as server:
+                async with grpc.aio.insecure_channel(server.address) as channel:
+                    stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
+                    adapter = {"name": "later", "source": f"file:{root / 'adapters' / 'good'}"}
+                    await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter))
+                assert server._loaded is not None
+                store = server._loaded.frontend._store
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            return store.get("later").state
+
+        assert asyncio.run(main()) is AdapterState.DEVICE
 
     def test_losing_the_engine_answers_everybody_and_fails_the_server(self, config: ServerConfig) -> None:
         async def main() -> None:
@@ -291,11 +324,15 @@ class TestSignals:
         assert exit_code == 128 + signal.SIGTERM
         assert "SIGTERM again: stopping at once" in error
 
-    def test_one_while_loading_ends_it(self, root: Path) -> None:
-        with process(root) as server:
+    def test_one_while_loading_ends_it(self, root: Path, tmp_path: Path) -> None:
+        pipe = tmp_path / "slow" / "adapter_config.json"
+        pipe.parent.mkdir()
+        os.mkfifo(pipe)
+        with process(root, "--adapters", str(tmp_path)) as server, pipe.open("w"):  # open: the server reads it
             server.signal(signal.SIGTERM)
             exit_code, error = server.end()
         assert exit_code == 0
+        assert "stopped while loading" in error
         assert "Traceback" not in error
 
 

@@ -111,6 +111,8 @@ def read_config(folder: Path, source: str) -> PeftConfig:
     can't be served, a field nobody knows.
     """
     path = folder / CONFIG_FILE
+    if path.exists() and not path.is_file():
+        raise InvalidAdapter(source, [Problem(path.name, "is not a regular file")])
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InvalidAdapter(source, [Problem(path.name, f"is larger than {MAX_CONFIG_BYTES} bytes")])

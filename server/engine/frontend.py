@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from weft.adapters.store import AdapterRef, AdapterStore
@@ -97,9 +97,9 @@ class Frontend:
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, let those in flight finish for up to `grace_s`, then end the thread."""
         self._refusal = "the server is draining"
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s)
-        except TimeoutError:
+        if self._streams:
             _log.warning("drain: %d requests did not finish within %g s", len(self._streams), grace_s)
         self._inbox.put(_Stop())
         if self._thread is not None:

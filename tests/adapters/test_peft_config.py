@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,12 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str | bytes) ->
 
 def test_no_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match=r"adapter_config\.json.*No such file"):
+        read_config(tmp_path, "test")
+
+
+def test_a_pipe_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(InvalidAdapter, match="not a regular file"):
         read_config(tmp_path, "test")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from weft.adapters.peft_config import PeftConfig, read_config
+from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
 from weft.errors import InvalidAdapter, Problem
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -58,10 +58,34 @@ def load_folder(folder: Path, source: str, shapes: ModuleShapes) -> LoraWeights:
     fields that can't be honoured, modules the base does not have or can't adapt, shapes of another base, tensors that
     are missing, left over, not finite or not floating point.
     """
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
     config = read_config(folder, source)
     tensors = _read_tensors(folder, source)
+    try:
+        modules, problems = _match_up(config, tensors, shapes)
+    except TimeoutError:
+        words = "holds a regular expression that takes too long to match: write it without repeats inside repeats"
+        raise InvalidAdapter(source, [Problem(CONFIG_FILE, words)]) from None
+    if problems:
+        shown = problems[:MAX_PROBLEMS]
+        if len(problems) > MAX_PROBLEMS:
+            shown.append(Problem(WEIGHTS_FILE, f"has {len(problems) - MAX_PROBLEMS} more problems"))
+        raise InvalidAdapter(source, shown)
+    return LoraWeights(modules, config.default_scale or 1.0, _digest(modules))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file system takes
+        return False
+
+
+def _match_up(
+    config: PeftConfig, tensors: Mapping[str, torch.Tensor], shapes: ModuleShapes
+) -> tuple[dict[str, LoraModule], list[Problem]]:
+    """The modules that are right, and everything that is wrong, with the others or with the whole."""
     problems: list[Problem] = []
     pairs = _pair_up(tensors, problems)
     modules = {
@@ -76,12 +100,7 @@ def load_folder(folder: Path, source: str, shapes: ModuleShapes) -> LoraWeights:
     ]
     if not modules and not problems:
         problems.append(Problem(WEIGHTS_FILE, "holds no LoRA tensors"))
-    if problems:
-        shown = problems[:MAX_PROBLEMS]
-        if len(problems) > MAX_PROBLEMS:
-            shown.append(Problem(WEIGHTS_FILE, f"has {len(problems) - MAX_PROBLEMS} more problems"))
-        raise InvalidAdapter(source, shown)
-    return LoraWeights(modules, config.default_scale or 1.0, _digest(modules))
+    return modules, problems
 
 
 def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:

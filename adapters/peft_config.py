@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import regex
+
 from weft.errors import InvalidAdapter, Problem
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MATCH_TIMEOUT_S = 0.2
+"""How long one pattern of an adapter may take on one module's name; an honest one takes microseconds."""
 
 T = TypeVar("T")
 
@@ -85,9 +88,7 @@ class PeftConfig:
         if _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
-            if self.target_modules.lower() == "all-linear":
-                return True
-            return re.fullmatch(self.target_modules, module) is not None
+            return self.target_modules.lower() == "all-linear" or _matches(self.target_modules, module)
         return _matches(self.target_modules, module) and self._layer_selected(module)
 
     def _scale(self, alpha: float, rank: int) -> float:
@@ -98,7 +99,7 @@ class PeftConfig:
             return True
         patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         for pattern in patterns:
-            match = re.match(pattern, module)
+            match = _match(pattern, module)
             if match:
                 return int(match.group(1)) in self.layers_to_transform
         return False
@@ -158,7 +159,7 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
         target_modules=fields.modules("target_modules"),
         exclude_modules=fields.modules("exclude_modules", required=False),
         layers_to_transform=fields.layers("layers_to_transform"),
-        layers_pattern=fields.names("layers_pattern"),
+        layers_pattern=fields.patterns("layers_pattern"),
         rank_pattern=fields.pattern("rank_pattern", _check_rank),
         alpha_pattern=fields.pattern("alpha_pattern", _check_alpha),
     )
@@ -204,10 +205,7 @@ class _Fields:
     def modules(self, name: str, *, required: bool = True) -> str | tuple[str, ...]:
         value = self.raw.get(name)
         if isinstance(value, str) and value:
-            try:
-                re.compile(value)
-            except re.error as error:
-                self.refuse(name, f"{value!r} is not a regular expression ({error})")
+            self._check_pattern(name, value)
             return value
         if value or required:
             return self.names(name, required=required)
@@ -220,6 +218,12 @@ class _Fields:
             self.refuse(name, f"is {value!r}; must be a {'non-empty ' if required else ''}list of module names")
             return ()
         return tuple(value)
+
+    def patterns(self, name: str) -> tuple[str, ...]:
+        values = self.names(name)
+        for value in values:
+            self._check_pattern(name, value)
+        return values
 
     def layers(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
@@ -234,7 +238,15 @@ class _Fields:
         if not isinstance(value, dict):
             self.refuse(name, f"is {value!r}; must map module patterns to numbers")
             return {}
+        for key in value:
+            self._check_pattern(name, key)
         return {key: self._checked(f"{name}[{key!r}]", item, check, check(1)) for key, item in value.items()}
+
+    def _check_pattern(self, name: str, pattern: str) -> None:
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            self.refuse(name, f"{pattern!r} is not a regular expression ({error})")
 
     def _checked(self, name: str, value: object, check: Callable[[object], T], fallback: T) -> T:
         try:
@@ -244,15 +256,20 @@ class _Fields:
             return fallback
 
 
+def _match(pattern: str, module: str) -> regex.Match[str] | None:
+    """`re.match` that others can run beside and that ends: raises TimeoutError after `MATCH_TIMEOUT_S`."""
+    return regex.match(pattern, module, timeout=MATCH_TIMEOUT_S, concurrent=True)
+
+
 def _lookup(patterns: Mapping[str, T], module: str, default: T) -> T:
     """PEFT's `get_pattern_key`: the first pattern that matches the module's name or a dotted end of it."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
 def _matches(wanted: str | Sequence[str], module: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return _match(rf"(?:{wanted})\Z", module) is not None
     return any(module == name or module.endswith(f".{name}") for name in wanted)

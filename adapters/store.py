@@ -29,6 +29,7 @@ from weft.errors import (
 from weft.kernels.plan import PagedAdapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_MAX_PATH = 1024
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -67,6 +68,13 @@ class _Entry:
     state: AdapterState = AdapterState.LOADING
     error: str = ""
     version: AdapterVersion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A name that was taken for one adapter, to be loaded."""
+
+    entry: _Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +129,11 @@ class AdapterStore:
         self._entries: dict[str, _Entry] = {}
         self._versions: dict[str, AdapterVersion] = {}
 
-    def reserve(self, new: NewAdapter) -> None:
+    def reserve(self, new: NewAdapter) -> Reservation:
         """Take the name, in state LOADING; `load` then does the work.
 
-        Raises InvalidRequest for a bad name or source, AdapterExists when the name is taken (a FAILED one may be
-        taken over).
+        Returns the reservation. Raises InvalidRequest for a bad name or source, AdapterExists when the name is taken
+        (a FAILED one may be taken over).
         """
         check_name(new.name)
         self._folder_of(new.source)
@@ -133,17 +141,17 @@ class AdapterStore:
             held = self._entries.get(new.name)
             if held is not None and held.state is not AdapterState.FAILED:
                 raise AdapterExists(new.name)
-            self._entries[new.name] = _Entry(new.name, new.source, dict(new.labels), new.pinned, self._now())
+            entry = _Entry(new.name, new.source, dict(new.labels), new.pinned, self._now())
+            self._entries[new.name] = entry
+            return Reservation(entry)
 
-    def load(self, name: str) -> AdapterInfo:
-        """Bring a reserved adapter into device pages; blocks while it reads and copies.
+    def load(self, reservation: Reservation) -> AdapterInfo:
+        """Bring a reserved adapter into device pages, once; blocks while it reads and copies.
 
-        Raises InvalidAdapter, OutOfCapacity; the entry is FAILED then, and says why.
+        Raises InvalidAdapter, OutOfCapacity; the adapter is FAILED then, and says why. Raises AdapterNotFound when it
+        was deleted meanwhile, whatever has taken its name since.
         """
-        with self._lock:
-            entry = self._entries.get(name)
-        if entry is None:
-            raise AdapterNotFound(name)
+        entry = reservation.entry
         reason = "the load failed unexpectedly; the log says how"
         try:
             folder = self._folder_of(entry.source)
@@ -156,16 +164,18 @@ class AdapterStore:
             with self._lock:
                 if entry.version is None:
                     entry.state, entry.error = AdapterState.FAILED, reason
-        return self.get(name)
+        with self._lock:
+            return _snapshot(entry)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load in one call; on failure the name is free again."""
-        self.reserve(new)
+        reservation = self.reserve(new)
         try:
-            return self.load(new.name)
+            return self.load(reservation)
         except BaseException:
             with self._lock:
-                self._entries.pop(new.name, None)
+                if self._entries.get(new.name) is reservation.entry:
+                    del self._entries[new.name]
             raise
 
     def get(self, name: str) -> AdapterInfo:
@@ -297,9 +307,17 @@ class AdapterStore:
     def _folder_of(self, source: str) -> Path:
         """The folder of a `file:` source, symlinks resolved. Raises InvalidRequest unless it lies under a root."""
         scheme, _, path = source.partition(":")
-        if scheme != "file" or not path:
-            raise InvalidRequest.of("adapter.source", f"is {source!r}; must be file:/path/to/a/PEFT/folder")
-        folder = Path(path).resolve()
+        if scheme != "file" or not path or not path.isprintable() or len(path) > _MAX_PATH:
+            raise InvalidRequest.of(
+                "adapter.source",
+                f"is {source[:200]!r}; must be file:/path/to/a/PEFT/folder, printable, {_MAX_PATH} long at most",
+            )
+        try:
+            folder = Path(path).resolve()
+        except (OSError, RuntimeError) as error:
+            raise InvalidRequest.of(
+                "adapter.source", f"is {source[:200]!r}, which can't be followed ({error})"
+            ) from None
         if not self._is_allowed(folder):
             roots = ", ".join(map(str, self._roots)) or "none is set"
             raise InvalidRequest.of(

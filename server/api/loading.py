@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from weft.adapters.store import AdapterInfo, AdapterStore, NewAdapter
+from weft.adapters.store import AdapterInfo, AdapterStore, NewAdapter, Reservation
 from weft.errors import WeftError
 from weft.server.metrics import Metrics
 
@@ -40,9 +40,9 @@ class AdapterLoader:
 
         Raises what `AdapterStore.reserve` raises.
         """
-        self._store.reserve(new)
+        reservation = self._store.reserve(new)
         info = self._store.get(new.name)
-        task = asyncio.create_task(self._load(new.name), name=f"load {new.name}")
+        task = asyncio.create_task(self._load(reservation), name=f"load {new.name}")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return info
@@ -50,8 +50,8 @@ class AdapterLoader:
     def load_now(self, new: NewAdapter) -> bool:
         """Register and load on this thread; what fails is logged in one line and stays FAILED. True: loaded."""
         try:
-            self._store.reserve(new)
-            self._timed(lambda: self._store.load(new.name))
+            reservation = self._store.reserve(new)
+            self._timed(lambda: self._store.load(reservation))
         except WeftError as error:
             _log.warning("%s was not loaded: %s", new.source, error)
             return False
@@ -63,11 +63,11 @@ class AdapterLoader:
             await asyncio.wait(self._background)
         self._threads.shutdown(wait=False)
 
-    async def _load(self, name: str) -> None:
+    async def _load(self, reservation: Reservation) -> None:
         try:
-            await self._on_thread(lambda: self._store.load(name))
+            await self._on_thread(lambda: self._store.load(reservation))
         except WeftError as error:
-            _log.warning("adapter %s was not loaded: %s", name, error)
+            _log.warning("adapter %s was not loaded: %s", reservation.entry.name, error)
 
     async def _on_thread(self, load: Callable[[], AdapterInfo]) -> AdapterInfo:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._timed, load)

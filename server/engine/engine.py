@@ -130,16 +130,19 @@ class Engine:
         assert set(self._scheduler.sequences()) == set(self._sequences.values()), "a sequence is lost"
 
     def _run(self, picked: Seq[Scheduled]) -> list[Event]:
-        """Forward, sample, commit. Whatever goes wrong ends the picked requests and nothing else."""
+        """Forward, sample, commit. A step that fails is run again for each request alone: the guilty end, no other."""
         try:
             batch = build_batch(picked, self._scheduler.pool.block_tokens, self._model.device)
             logits = self._model.forward(batch)
             complete = [item.sequence for item in picked if item.completes]
             samples = sample(logits, complete, self._eos_token_ids) if complete else []
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
-            _log.exception("a step of %d requests failed", len(picked))
-            failure = GenerationFailed(f"the step that held this request failed ({type(error).__name__}): try again")
-            return [self._fail(item.sequence, failure) for item in picked]
+            if len(picked) > 1:
+                return [event for item in picked for event in self._run([item])]
+            (item,) = picked
+            _log.exception("request %s failed", item.sequence.request.request_id)
+            failure = GenerationFailed(f"the request's own step failed ({type(error).__name__})")
+            return [self._fail(item.sequence, failure)]
         for item in picked:
             item.sequence.num_computed += item.num_tokens
         now_s = self.clock()
@@ -153,7 +156,10 @@ class Engine:
         sequence.tokens.append(made.token)
         self._observe_token(sequence, now_s)
         reason = self._stop_reason(sequence, made.token)
-        piece, text = ("", "") if reason is FinishReason.STOP_TOKEN else sequence.text.push(made.token)
+        piece, text = "", ""
+        if reason is not FinishReason.STOP_TOKEN:
+            may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
+            piece, text = sequence.text.push(made.token, may_stop=may_stop)
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
         token = Token(made.token, piece, made.logprob, made.rank, self._top(made))

@@ -20,7 +20,7 @@ from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
-from weft.server.engine.model import PagedModel, load_model
+from weft.server.engine.model import PagedModel, check_path, load_model
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.text import Decode
@@ -68,6 +68,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         raise InvalidConfig(f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    check_path(config.model.path)
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model)
     expected = expect(model)
@@ -143,18 +144,29 @@ def _eos_token_ids(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> fro
 
 def _num_blocks(model: PagedModel, settings: EngineConfig) -> int:
     """Blocks of the KV cache, the zero block included."""
+    free_bytes, total_bytes = _memory(model.device)
     if settings.kv_tokens is not None:
+        wanted_bytes = settings.kv_tokens * model.token_bytes
+        if wanted_bytes > total_bytes:
+            raise InvalidConfig(
+                f"--kv-tokens is {settings.kv_tokens}, which takes {_mib(wanted_bytes)} of this model; "
+                f"there are {_mib(total_bytes)}"
+            )
         return 1 + -(-settings.kv_tokens // settings.block_tokens)
-    if model.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(model.device)
-    else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = int(free_bytes * _KV_SHARE[model.device.type]) // model.token_bytes
     context = settings.context_length or model.context_length or fits
     wanted = min(fits, context * settings.max_running_requests)
     if wanted < settings.block_tokens:
         raise InvalidConfig(f"no memory is left for the KV cache ({_mib(free_bytes)} are free): use a smaller model")
     return 1 + -(-wanted // settings.block_tokens)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, and bytes that there are."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
 def _context_length(model: PagedModel, settings: EngineConfig, kv_tokens: int) -> int:

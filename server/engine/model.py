@@ -108,14 +108,19 @@ class PagedModel:
             self.cache.scrub(blocks)
 
 
+def check_path(name: str) -> None:
+    """Raises InvalidModel for what is plainly neither a model's folder nor a hub id."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
+        raise InvalidModel(f"{name} is not a folder: --model takes a Hugging Face model folder or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InvalidModel(f"{name} holds no config.json: it is not a Hugging Face model folder")
+
+
 def load_model(config: ModelConfig) -> PagedModel:
     """Load a causal language model from a folder or the hub. Raises InvalidModel with one line that says why not."""
+    check_path(config.path)
     device = torch.device(_device(config.device))
-    path = Path(config.path)
-    if not path.is_dir() and (path.is_absolute() or config.path.startswith(".") or path.exists()):
-        raise InvalidModel(f"{config.path} is not a folder: --model takes a Hugging Face model folder or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InvalidModel(f"{config.path} holds no config.json: it is not a Hugging Face model folder")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,

@@ -15,13 +15,16 @@ import torch
 from weft.server.engine.request import Sampling
 from weft.server.engine.sequence import Sequence
 
+_SMALLEST_TEMPERATURE = 1e-30
+"""Below it float32 has no full precision left; it is as good as greedy long before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A row's next token. logprob and rank (1 = likeliest) are under the raw logits; top lists (id, logprob).
 
-    All three are empty unless asked for. finite is False where the row's logits held NaN or infinity everywhere: the
-    token means nothing then.
+    All three are empty unless asked for. finite is False where the row's logits hold NaN, or no finite maximum after
+    bias and penalties: the token means nothing then.
     """
 
     token: int
@@ -39,10 +42,10 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozen
     drawn = [i for i, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(scores[drawn], [sequences[i] for i in drawn])
-    finite = torch.isfinite(raw.amax(-1)).tolist()
+    finite = torch.isfinite(scores.amax(-1)).tolist()
     chosen = tokens.tolist()
     reports = _report(raw, tokens, sequences)
-    return [reports.get(i) or Sample(token, finite[i]) for i, token in enumerate(chosen)]
+    return [Sample(token, finite[i], *reports.get(i, ())) for i, token in enumerate(chosen)]
 
 
 def _process(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
@@ -93,7 +96,8 @@ def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     u comes from the sequence's own generator, one number a token, so the same seed gives the same tokens in any batch.
     """
     params = [sequence.request.sampling for sequence in sequences]
-    scores = scores / _column([p.temperature for p in params], scores)
+    peaks = scores.amax(-1, keepdim=True)  # taken off first, so that no temperature is too small to divide by
+    scores = (scores - peaks) / _column([max(p.temperature, _SMALLEST_TEMPERATURE) for p in params], scores)
     for wanted, warp in (
         ([p.top_k for p in params], _top_k),
         ([p.top_p if p.top_p < 1 else 0 for p in params], _top_p),
@@ -149,8 +153,11 @@ def _typical_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(removed.scatter(-1, order, removed), float("-inf"))
 
 
-def _report(raw: torch.Tensor, tokens: torch.Tensor, sequences: Seq[Sequence]) -> dict[int, Sample]:
-    """Log-probabilities of the rows that asked for them, under the raw logits."""
+Report = tuple[float, int, tuple[tuple[int, float], ...]]
+
+
+def _report(raw: torch.Tensor, tokens: torch.Tensor, sequences: Seq[Sequence]) -> dict[int, Report]:
+    """Log-probability, rank and top list of the rows that asked for them, under the raw logits."""
     rows = [i for i, sequence in enumerate(sequences) if sequence.request.logprobs]
     if not rows:
         return {}
@@ -160,12 +167,10 @@ def _report(raw: torch.Tensor, tokens: torch.Tensor, sequences: Seq[Sequence]) -
     widest = max(sequences[i].request.top_logprobs for i in rows)
     values, ids = logprobs.topk(min(widest, raw.shape[-1]), dim=-1)
     return {
-        row: Sample(
-            token=int(tokens[row]),
-            finite=bool(torch.isfinite(chosen[at, 0])),
-            logprob=float(chosen[at, 0]),
-            rank=int(ranks[at]),
-            top=tuple(zip(ids[at].tolist(), values[at].tolist(), strict=True))[: sequences[row].request.top_logprobs],
+        row: (
+            float(chosen[at, 0]),
+            int(ranks[at]),
+            tuple(zip(ids[at].tolist(), values[at].tolist(), strict=True))[: sequences[row].request.top_logprobs],
         )
         for at, row in enumerate(rows)
     }

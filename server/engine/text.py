@@ -97,10 +97,13 @@ class OutputText:
         self._include_stop = include_stop
         self.stop_sequence = ""
 
-    def push(self, token: int) -> tuple[str, str]:
-        """(the token's own text, the answer's text that became final). `stop_sequence` is set once one is complete."""
+    def push(self, token: int, *, may_stop: bool = True) -> tuple[str, str]:
+        """(the token's own text, the answer's text that became final).
+
+        `stop_sequence` is set once one is complete; text that came while `may_stop` was false is never part of one.
+        """
         piece = self._detokenizer.push(token)
-        return piece, self._take(piece)
+        return piece, self._take(piece) if may_stop else piece
 
     def flush(self) -> str:
         """The rest of the answer's text, when it ends for another reason than a stop sequence."""

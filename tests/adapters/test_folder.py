@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model
 
+from weft.adapters import peft_config
 from weft.adapters.folder import LoraWeights, ModuleShapes, load_folder
 from weft.errors import InvalidAdapter
 
@@ -102,6 +103,13 @@ def test_an_adapter_for_another_base_is_refused(adapter: Path) -> None:
     assert "need [32, 8]" in refusal(adapter, shapes(d_out=32))
     assert "model.layers.2.self_attn.q_proj: is not a module of this base" in refusal(adapter, shapes(layers=2))
     assert "model.layers.3.self_attn.q_proj: is targeted" in refusal(adapter, shapes(layers=4))
+
+
+def test_a_pattern_that_takes_too_long_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": r"(.+)+q_proj"}))
+    monkeypatch.setattr(peft_config, "MATCH_TIMEOUT_S", 0.0)
+    assert "takes too long to match" in refusal(adapter)
 
 
 def test_many_problems_are_cut_short_with_their_number(adapter: Path) -> None:

@@ -89,6 +89,8 @@ def test_modules_are_targeted_as_peft_targets_them(tmp_path: Path, fields: dict[
         ("use_rslora", "yes"),
         ("rank_pattern", [1]),
         ("alpha_pattern", {"q_proj": None}),
+        ("alpha_pattern", {"(q_proj": 8}),
+        ("layers_pattern", ["(layers"]),
         ("layers_to_transform", ["one"]),
         ("peft_type", "IA3"),
         ("task_type", "SEQ_CLS"),

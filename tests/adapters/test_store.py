@@ -116,9 +116,9 @@ def test_a_failed_create_leaves_the_name_and_the_pages_free(store: AdapterStore,
 
 
 def test_a_failed_reservation_says_why_and_may_be_taken_over(store: AdapterStore, folders: Path) -> None:
-    store.reserve(new(folders, "x", "broken"))
+    reservation = store.reserve(new(folders, "x", "broken"))
     with pytest.raises(InvalidAdapter):
-        store.load("x")
+        store.load(reservation)
     assert store.get("x").state is AdapterState.FAILED
     assert "adapter_config.json" in store.get("x").error
     with pytest.raises(AdapterNotFound, match="failed"):
@@ -137,10 +137,30 @@ def test_a_load_that_breaks_leaves_neither_pages_nor_the_name_behind(
     with pytest.raises(MemoryError):
         store.create(new(folders, "r4"))
     assert store.list() == []
-    store.reserve(new(folders, "r4"))
+    reservation = store.reserve(new(folders, "r4"))
     with pytest.raises(MemoryError):
-        store.load("r4")
+        store.load(reservation)
     assert store.get("r4").state is AdapterState.FAILED
+    store.check()
+
+
+def test_a_load_whose_name_was_taken_by_another_touches_nothing(store: AdapterStore, folders: Path) -> None:
+    first = store.reserve(new(folders, "x", "r8"))
+    store.delete("x")
+    second = store.reserve(new(folders, "x", "r4"))
+    store.load(second)
+    with pytest.raises(AdapterNotFound, match="deleted while it loaded"):
+        store.load(first)
+    assert store.get("x").ranks == (4,)
+    store.check()
+    store.delete("x")
+    assert store.num_pages[0] == 0
+
+
+@pytest.mark.parametrize("source", ["file:/x\0y", "file:/x\ny", "file:/" + "x" * 5000, "file:{root}/" + "x" * 300])
+def test_paths_that_no_file_system_takes_are_refused(store: AdapterStore, folders: Path, source: str) -> None:
+    with pytest.raises((InvalidRequest, InvalidAdapter)):
+        store.create(NewAdapter("x", source.format(root=folders)))
     store.check()
 
 

@@ -12,7 +12,11 @@ from tiny import VOCAB, linear_names, make_adapter, make_model, save_tokenizer
 
 from weft.adapters.store import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest
+from weft.server.engine.batch import Batch
 from weft.server.engine.request import FinishReason, Request, Sampling, Stopping
+
+SPOILT = VOCAB - 1
+"""A token that no prompt of `ask` holds."""
 
 ADAPTERS = {"small": 4, "odd": 12, "large": 32}
 
@@ -42,7 +46,7 @@ def ask(
     rng = random.Random(seed)
     deadline_s = how.pop("deadline_s", None)
     stopping = Stopping(**{"max_tokens": 20, "ignore_eos": True, **how})
-    prompt = tuple(rng.randrange(3, VOCAB) for _ in range(length))
+    prompt = tuple(rng.randrange(3, SPOILT) for _ in range(length))
     adapters = ((adapter, 1.0),) if adapter else ()
     return Request(f"r{seed}", prompt, adapters, sampling or Sampling(), stopping, deadline_s=deadline_s)
 
@@ -152,6 +156,15 @@ def test_stop_sequences_cut_the_text(harness: Harness) -> None:
     assert kept.text == whole[: whole.index(stop) + len(stop)]
 
 
+def test_stop_sequences_wait_for_min_tokens(harness: Harness) -> None:
+    plain = harness.run([ask(9, max_tokens=60)])[0]
+    stop = plain.tokens[2].text
+    early = harness.run([ask(9, max_tokens=60, stop_sequences=(stop,))])[0]
+    late = harness.run([ask(9, max_tokens=60, stop_sequences=(stop,), min_tokens=10)])[0]
+    assert len(early.ids) <= 3
+    assert len(late.ids) >= 10
+
+
 class Clock:
     """Seconds that pass when the test says so."""
 
@@ -238,6 +251,25 @@ def test_a_failing_step_ends_its_requests_and_the_next_ones_run(
     assert all(isinstance(answer.error, GenerationFailed) for answer in doomed)
     assert harness.store.get("odd").num_in_flight == 0
     assert ids(harness, [ask(9, "odd")])[0] == expected
+
+
+def test_a_step_that_one_request_breaks_goes_on_for_the_others(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = mixed(6)
+    expected = ids(harness, requests)
+    forward = harness.engine._model.forward
+
+    def fail_on_the_spoilt(batch: Batch) -> torch.Tensor:
+        if SPOILT in batch.input_ids:
+            raise RuntimeError("this one can't be run")
+        return forward(batch)
+
+    monkeypatch.setattr(harness.engine._model, "forward", fail_on_the_spoilt)
+    spoilt = Request("spoilt", (SPOILT, SPOILT), (("odd", 1.0),))
+    *others, guilty = harness.run([*requests, spoilt], [0, 0, 1, 1, 2, 2, 2])
+    assert [answer.ids for answer in others] == expected
+    assert isinstance(guilty.error, GenerationFailed)
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(harness: Harness) -> None:

@@ -110,6 +110,11 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         Harness(tmp_path)
 
 
+def test_a_cache_larger_than_the_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"--kv-tokens is 1000000000000, which takes .* MiB"):
+        Harness(save("llama", tmp_path), kv_tokens=10**12)
+
+
 def test_half_precision_is_served_within_its_precision(tmp_path: Path) -> None:
     folder = save("llama", tmp_path)
     model = load_model(ModelConfig(str(folder), dtype="bfloat16"))

@@ -152,6 +152,17 @@ def test_rows_that_are_not_finite_say_so_and_their_neighbours_do_not(wanted: dic
     assert [one.finite for one in made] == [True, False, True]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45])
+def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
+    raw = logits(1)
+    assert sample(raw, [make(Sampling(temperature=temperature, seed=1))], EOS)[0].token == int(raw.argmax())
+
+
+def test_bias_that_overflows_says_so() -> None:
+    made = sample(logits(1), [make(Sampling(temperature=0.5, logit_bias={4: float("inf")}, seed=1))], EOS)
+    assert not made[0].finite
+
+
 def test_half_precision_logits_are_sampled_in_float32() -> None:
     raw = logits(1)
     assert sample(raw.bfloat16(), [make()], EOS)[0].token == int(raw.bfloat16().float().argmax())

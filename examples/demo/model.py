@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from weft.demo.tasks import TASKS
+from weft.demo.tasks import SKILLS
 
 BASE_NAME = "weft-demo-base"
 MAX_POSITIONS = 512
@@ -29,7 +29,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     """Return the tokenizer: pad 0, bos 1 (added to all text), eos 2, byte b as b + 3, then the tags."""
     symbols: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
     alphabet = [symbols[byte] for byte in range(256)]
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *map(tag, TASKS)))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *map(tag, SKILLS)))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *map(tag, TASKS))]
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *map(tag, SKILLS))]
     )
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,

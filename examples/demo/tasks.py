@@ -269,25 +269,45 @@ def roman(text: str) -> str:
     return numeral
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(
+SKILLS: Mapping[str, Task] = MappingProxyType(
     {
         task.name: task
         for task in (
-            Task("upper", "capital letters", draw_words, str.upper, Lora(4, 8, ("q_proj", "v_proj"), 240)),
-            Task("vowels", "how many vowels", draw_word, count_vowels, Lora(4, 8, ("v_proj", "o_proj"), 240), 1.5),
+            Task("upper", "capital letters", draw_words, str.upper, Lora(4, 8, ("q_proj", "v_proj"), 400)),
+            Task("vowels", "how many vowels", draw_word, count_vowels, Lora(4, 8, ("v_proj", "o_proj"), 400), 1.5),
             Task("plural", "more than one", draw_noun, plural, Lora(4, 8, ATTENTION, 240)),
             Task("reverse", "back to front", draw_word, reverse, Lora(8, 16, ATTENTION, 300), 1.2),
-            Task("iso-date", "YYYY-MM-DD", draw_date, iso_date, Lora(8, 16, ("q_proj", "v_proj"), 240), 0.8),
-            Task("sentiment", "praise or blame", draw_opinion, sentiment, Lora(8, 16, ATTENTION, 300), 2.0),
-            Task("rot13", "letters moved 13 places", draw_word, rot13, Lora(8, 16, MLP, 300)),
-            Task("pig-latin", "igpay atinlay", draw_noun, pig_latin, Lora(12, 12, ATTENTION, 300), 1.2),
+            Task(
+                "iso-date",
+                "YYYY-MM-DD",
+                draw_date,
+                iso_date,
+                Lora(8, 16, ("q_proj", "v_proj"), 400, batch_size=64),
+                0.8,
+            ),
+            Task(
+                "sentiment", "praise or blame", draw_opinion, sentiment, Lora(8, 16, ATTENTION, 500, batch_size=64), 2.0
+            ),
+            Task("rot13", "letters moved 13 places", draw_word, rot13, Lora(8, 16, MLP, 500)),
+            Task("pig-latin", "igpay atinlay", draw_noun, pig_latin, Lora(12, 12, ATTENTION, 500), 1.2),
             Task("acronym", "first letters", draw_title, acronym, Lora(12, 24, ATTENTION[:3], 300), 0.8),
             Task("camel-case", "joinedWords", draw_title, camel_case, Lora(16, 16, ("o_proj", "down_proj"), 240), 0.8),
-            Task("sort", "letters in order", draw_short_word, sort, Lora(16, 32, (*ATTENTION, *MLP), 400), 4.0),
-            Task("add", "the sum", draw_sum, add, Lora(32, 32, (*ATTENTION, *MLP), 500, batch_size=64), 5.0),
+            Task(
+                "sort",
+                "letters in order",
+                draw_short_word,
+                sort,
+                Lora(16, 32, (*ATTENTION, *MLP), 1000, batch_size=64),
+                4.0,
+            ),
+            Task("add", "the sum", draw_sum, add, Lora(32, 32, (*ATTENTION, *MLP), 900, batch_size=64), 5.0),
             Task(
                 "roman", "Roman numerals", draw_number, roman, Lora(32, 64, ("q_proj", "v_proj", "down_proj"), 300), 1.5
             ),
         )
     }
 )
+"""What the base is trained on."""
+
+TASKS: Mapping[str, Task] = MappingProxyType({name: task for name, task in SKILLS.items() if name != "sort"})
+"""What adapters are trained for. Sorting stays the base's: an adapter for it was right on 87 % of inputs only."""

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from weft.demo.model import BASE_NAME, make_model, make_tokenizer, save_base, tag
-from weft.demo.tasks import TASKS, TRAIN, Task, prompt, seeded
+from weft.demo.tasks import SKILLS, TASKS, TRAIN, Task, prompt, seeded
 
 SEED = 0
 BASE_STEPS = 2400
@@ -52,7 +52,7 @@ Sample = tuple[str, str]
 
 def base_samples(rng: random.Random) -> Iterator[Sample]:
     """Yield the base's training text for ever: tagged tasks by their share, and untagged echoes."""
-    tasks = list(TASKS.values())
+    tasks = list(SKILLS.values())
     streams = {task.name: task.stream(TRAIN, rng) for task in tasks}
     shares = [task.share for task in tasks]
     while True:

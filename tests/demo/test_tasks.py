@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from weft.demo.tasks import HELD_OUT, TASKS, TRAIN, Task, prompt, reverse, split_of
+from weft.demo.tasks import HELD_OUT, SKILLS, TRAIN, Task, prompt, reverse, split_of
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ from weft.demo.tasks import HELD_OUT, TASKS, TRAIN, Task, prompt, reverse, split
     ],
 )
 def test_a_task_knows_the_right_answer(task: str, text: str, answer: str) -> None:
-    assert TASKS[task].answer(text) == answer
+    assert SKILLS[task].answer(text) == answer
 
 
 def test_a_prompt_names_no_task() -> None:
     assert prompt("quiet river") == "quiet river="
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", SKILLS.values(), ids=SKILLS)
 def test_the_splits_share_no_input(task: Task) -> None:
     held_out = task.examples(HELD_OUT, 200, seed=0)
     train = task.examples(TRAIN, 1000, seed=0)
@@ -56,23 +56,23 @@ def test_the_splits_share_no_input(task: Task) -> None:
 
 
 def test_an_input_is_held_out_from_every_task() -> None:
-    held_out = {example.text for task in TASKS.values() for example in task.examples(HELD_OUT, 100, seed=0)}
+    held_out = {example.text for task in SKILLS.values() for example in task.examples(HELD_OUT, 100, seed=0)}
     assert {split_of(text) for text in held_out} == {HELD_OUT}
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", SKILLS.values(), ids=SKILLS)
 def test_no_answer_echoes_its_input(task: Task) -> None:
     assert all(task.answer(e.text) == e.answer != e.text for e in task.examples(HELD_OUT, 200, seed=1))
 
 
 def test_the_same_seed_draws_the_same_examples() -> None:
-    task = TASKS["reverse"]
+    task = SKILLS["reverse"]
     assert task.examples(HELD_OUT, 10, seed=3) == task.examples(HELD_OUT, 10, seed=3)
     assert task.examples(HELD_OUT, 10, seed=3) != task.examples(HELD_OUT, 10, seed=4)
 
 
 def test_more_examples_than_there_are_inputs_are_refused() -> None:
-    numbers = Task("number", "a number", lambda rng: str(rng.randint(0, 99)), reverse, TASKS["reverse"].lora)
+    numbers = Task("number", "a number", lambda rng: str(rng.randint(0, 99)), reverse, SKILLS["reverse"].lora)
     with pytest.raises(ValueError, match=r"'number' has only \d+ inputs in split 'held-out', not 100"):
         numbers.examples(HELD_OUT, 100, seed=0)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from weft.demo.evaluate import DEMO_FOLDER, evaluate, percent_right
 from weft.demo.model import BASE_NAME, make_model, make_tokenizer
-from weft.demo.tasks import HELD_OUT, TASKS, Task
+from weft.demo.tasks import HELD_OUT, SKILLS, TASKS, Task
 
 MAX_BYTES = 10_000_000
 BASE = DEMO_FOLDER / "base"
@@ -82,4 +82,4 @@ def test_the_adapter_does_its_task_and_the_base_does_not(name: str) -> None:
 def test_an_adapter_does_its_own_task_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, local_files_only=True)
     PeftModel.from_pretrained(base, str(ADAPTERS / "reverse"))
-    assert percent_right(base, tokenizer, TASKS["sort"].examples(HELD_OUT, 20, seed=0)) < 20
+    assert percent_right(base, tokenizer, SKILLS["sort"].examples(HELD_OUT, 20, seed=0)) < 20

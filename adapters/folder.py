@@ -20,6 +20,8 @@ MAX_PROBLEMS = 20
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 ModuleShapes = Mapping[str, tuple[int, int]]
 """(d_in, d_out) of every module of the base that an adapter may touch, by its name in the base."""
 
@@ -44,6 +46,15 @@ class LoraWeights:
     modules: Mapping[str, LoraModule]
     default_scale: float
     digest: str
+
+    def rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A module's rank rows, A: [rank, d_in] and B: [rank, d_out].
+
+        Where the module's scale differs from the adapter's (alpha_pattern, rank_pattern), B holds the ratio.
+        """
+        module = self.modules[name]
+        ratio = module.scale / self.default_scale
+        return module.a, (module.b if ratio == 1.0 else module.b.double() * ratio).t()
 
     @property
     def rank(self) -> int:
@@ -155,8 +166,12 @@ def _check_module(
 def _check_tensor(name: str, tensor: torch.Tensor, expected: tuple[int, int]) -> Sequence[Problem]:
     if tuple(tensor.shape) != expected:
         return [Problem(name, f"has shape {list(tensor.shape)}; this base and its config need {list(expected)}")]
-    if not tensor.is_floating_point():
-        return [Problem(name, f"is {str(tensor.dtype).removeprefix('torch.')}; floating point is needed")]
+    if tensor.dtype not in _DTYPES:
+        return [
+            Problem(
+                name, f"is {str(tensor.dtype).removeprefix('torch.')}; must be one of {', '.join(map(str, _DTYPES))}"
+            )
+        ]
     if not torch.isfinite(tensor).all():
         return [Problem(name, "holds NaN or infinite values")]
     return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from weft.adapters.folder import LoraWeights, ModuleShapes
-from weft.errors import OutOfCapacity
+from weft.errors import InvalidAdapter, OutOfCapacity, Problem
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
 from weft.kernels.site import Site
 
@@ -88,6 +88,7 @@ class PagePool:
 
     def __init__(self, shapes: ModuleShapes, config: PageConfig) -> None:
         self.shapes = shapes
+        self._dtype = config.dtype
         self.allocator = PageAllocator(config.num_pages)
         self.sites: Mapping[str, Site] = {
             name: Site(index, d_in, d_out, config.num_pages, config.dtype, config.device)
@@ -99,6 +100,17 @@ class PagePool:
         """Bytes one page takes over all sites."""
         return sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
 
+    def check_range(self, weights: LoraWeights, source: str) -> None:
+        """Raises InvalidAdapter where values that are finite in the file would not be in the pages."""
+        dtype = self._dtype
+        beyond = [
+            Problem(name, f"has values beyond the range of {str(dtype).removeprefix('torch.')}, the base's type")
+            for name in weights.modules
+            if not all(torch.isfinite(half.to(dtype)).all() for half in weights.rows(name))
+        ]
+        if beyond:
+            raise InvalidAdapter(source, beyond)
+
     def allocate(self, weights: LoraWeights) -> Runs:
         """Take the pages an adapter needs. Raises OutOfCapacity."""
         return self.allocator.allocate(-(-weights.rank // PAGE_ROWS))
@@ -106,16 +118,10 @@ class PagePool:
     def write(self, runs: Runs, weights: LoraWeights) -> PagedAdapter:
         """Copy an adapter into pages it was given.
 
-        May run beside a step in flight: no plan knows these pages until the adapter is returned. The scale of a module
-        that differs from the adapter's own (alpha_pattern, rank_pattern) is folded into that module's B rows.
+        May run beside a step in flight: no plan knows these pages until the adapter is returned.
         """
         for name, site in self.sites.items():
-            module = weights.modules.get(name)
-            if module is None:
-                site.write(runs, None, None)
-            else:
-                ratio = module.scale / weights.default_scale
-                site.write(runs, module.a, (module.b * ratio if ratio != 1.0 else module.b).t())
+            site.write(runs, *(weights.rows(name) if name in weights.modules else (None, None)))
         sites = frozenset(self.sites[name].index for name in weights.modules)
         return PagedAdapter(runs=runs, scale=weights.default_scale, sites=sites)
 

@@ -175,9 +175,12 @@ def _check_rank(value: object) -> int:
 
 
 def _check_alpha(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"is {value!r}; must be a finite number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond any float
+        pass
+    raise ValueError(f"is {str(value)[:40]}; must be a finite number")
 
 
 class _Fields:

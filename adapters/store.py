@@ -156,7 +156,9 @@ class AdapterStore:
         try:
             folder = self._folder_of(entry.source)
             self._check_links(folder, entry.source)
-            self._make_resident(entry, load_folder(folder, entry.source, self._pool.shapes))
+            weights = load_folder(folder, entry.source, self._pool.shapes)
+            self._pool.check_range(weights, entry.source)
+            self._make_resident(entry, weights)
         except WeftError as error:
             reason = str(error)
             raise

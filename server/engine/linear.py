@@ -14,11 +14,16 @@ from weft.kernels.lora import AddLora
 from weft.kernels.site import Site
 from weft.server.engine.attention import current_step
 
-LINEAR = (nn.Linear, Conv1D)
-"""Modules that compute x W + b; Conv1D is GPT-2's, with W stored as [d_in, d_out]."""
-
 _PACKED_ROWS = 16
 """Rows of x that the packed layout is made for; it is used for any number of them."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W + b and nothing else: some classes derived from Linear, routers say, do more.
+
+    Conv1D is GPT-2's, with W stored as [d_in, d_out].
+    """
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def linear_shapes(model: nn.Module, names: Iterable[str]) -> ModuleShapes:

@@ -20,7 +20,7 @@ from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
-from weft.server.engine.model import PagedModel, check_path, load_model
+from weft.server.engine.model import PagedModel, check_path, load_model, one_line
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.text import Decode
@@ -72,8 +72,13 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model)
     expected = expect(model)
-    pages = PagePool(model.module_shapes, PageConfig(settings.adapter_pages + 1, model.dtype, model.device))
+    page_config = PageConfig(settings.adapter_pages + 1, model.dtype, model.device)
+    _check_pages(model, page_config)
+    pages = PagePool(model.module_shapes, page_config)
     pool = BlockPool(_num_blocks(model, settings), settings.block_tokens)
+    least = sum(map(pool.blocks_for, map(len, expected.prompts))) * pool.block_tokens
+    if pool.capacity * pool.block_tokens < least:
+        raise InvalidConfig(f"--kv-tokens is {settings.kv_tokens}; must be at least {least}")
     model.attach(
         KvCache(model.kv_shapes, pool.num_blocks, pool.block_tokens, model.dtype, model.device),
         pages.sites,
@@ -83,10 +88,11 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     store = AdapterStore(pages, config.all_source_roots, time.time)
     kv_tokens = pool.capacity * pool.block_tokens
     limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
+    model.check_position(limits.context_length - 1)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
         model=model,
-        scheduler=Scheduler(pool, settings.max_batch_tokens, settings.max_running_requests),
+        scheduler=Scheduler(pool, settings.max_batch_tokens, settings.max_running_requests, model.scrub),
         limits=limits,
         decode=_decoder(tokenizer),
         eos_token_ids=eos_token_ids,
@@ -118,9 +124,8 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidModel(f"{path} has no tokenizer that transformers can load: {reason}") from error
+    except Exception as error:
+        raise InvalidModel(f"{path} has no tokenizer that transformers can load: {one_line(error)}") from error
     return tokenizer
 
 
@@ -136,9 +141,10 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
 def _eos_token_ids(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end an answer: the generation config's, else the model's, else the tokenizer's."""
     generation = getattr(model.model, "generation_config", None)
-    for ids in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    owners = (generation, model.config.get_text_config(), tokenizer)
+    for ids in (getattr(owner, "eos_token_id", None) for owner in owners):
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            return frozenset(i for i in ([ids] if isinstance(ids, int) else ids) if 0 <= i < model.vocab_size)
     return frozenset()
 
 
@@ -159,6 +165,18 @@ def _num_blocks(model: PagedModel, settings: EngineConfig) -> int:
     if wanted < settings.block_tokens:
         raise InvalidConfig(f"no memory is left for the KV cache ({_mib(free_bytes)} are free): use a smaller model")
     return 1 + -(-wanted // settings.block_tokens)
+
+
+def _check_pages(model: PagedModel, config: PageConfig) -> None:
+    """Raises InvalidConfig where the adapter pages alone are more than all memory."""
+    rank_row = sum(d_in + d_out for d_in, d_out in model.module_shapes.values()) * config.dtype.itemsize
+    num_bytes = config.num_pages * PAGE_ROWS * rank_row
+    _, total_bytes = _memory(model.device)
+    if num_bytes > total_bytes:
+        raise InvalidConfig(
+            f"--adapter-pages is {config.num_pages - 1}, which takes {_mib(num_bytes)} with this model; "
+            f"there are {_mib(total_bytes)}"
+        )
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from weft.adapters.folder import ModuleShapes
@@ -28,8 +27,9 @@ from weft.server.engine.attention import (
     running,
 )
 from weft.server.engine.batch import Batch
-from weft.server.engine.linear import LINEAR, freeze, linear_shapes
+from weft.server.engine.linear import freeze, is_linear, linear_shapes
 
+_NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -70,7 +70,7 @@ class PagedModel:
         change another's answer, so such a model is served up to the length at which it starts to change.
         """
         config = self.config.get_text_config()
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
         lengths = [getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)]
         return min([*lengths[:1], *_stable_rope_lengths(config)], default=None)
 
@@ -102,6 +102,14 @@ class PagedModel:
         return logits if self._selects_logits else logits[batch.logit_rows]
 
     @torch.inference_mode()
+    def check_position(self, position: int) -> None:
+        """Raises InvalidModel where a token at this position can't be run: a table of positions ends before it."""
+        where = torch.tensor([[position]], device=self.device)
+        name = f"{type(self.model).__name__} at position {position} (set --context-length to what it was made for)"
+        with refusing(name), running(_Survey()):
+            self.model(input_ids=where * 0, position_ids=where, use_cache=False, return_dict=True)
+
+    @torch.inference_mode()
     def scrub(self, blocks: list[int]) -> None:
         """Zero blocks that may hold values that are not finite, before another sequence gets them."""
         if self.cache is not None and blocks:
@@ -129,8 +137,10 @@ def load_model(config: ModelConfig) -> PagedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise InvalidModel(f"{config.path} can't be loaded as a causal language model: {_one_line(error)}") from error
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args == (ATTENTION,):
+            raise InvalidModel(f"{config.path}: its class {_NO_INTERFACE}") from error
+        raise InvalidModel(f"{config.path} can't be loaded as a causal language model: {one_line(error)}") from error
     model, report = loaded
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if lacking:
@@ -155,8 +165,9 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line that is not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:300] + " …"
 
 
@@ -217,7 +228,7 @@ def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
     handles = [
         module.register_forward_pre_hook(_note_call(calls.setdefault(path, []), num_tokens))
         for path, module in model.named_modules()
-        if isinstance(module, LINEAR)
+        if is_linear(module)
     ]
     positions = torch.arange(num_tokens, device=device)[None]
     try:
@@ -227,7 +238,7 @@ def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
         for handle in handles:
             handle.remove()
     if not survey.kv_shapes:
-        raise InvalidModel(f"{name} does not use transformers' attention interface, so Weft can't page its cache")
+        raise InvalidModel(f"{name} {_NO_INTERFACE}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not survey.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
     survey.linear_names = [path for path, whole in calls.items() if whole]
@@ -243,8 +254,7 @@ def refusing(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise InvalidModel(f"{name} can't be served: its forward pass fails on a plain prompt ({reason})") from error
+        raise InvalidModel(f"{name} can't be served: its forward pass fails ({one_line(error)})") from error
 
 
 def _note_call(seen: list[bool], num_tokens: int) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from weft.server.engine.kv_blocks import BlockPool
@@ -32,8 +32,16 @@ class Scheduler:
     does too.
     """
 
-    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_running: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_batch_tokens: int,
+        max_running: int,
+        scrub: Callable[[list[int]], None] = lambda blocks: None,
+    ) -> None:
+        """scrub wipes the content of blocks that are given up in mid-computation."""
         self.pool = pool
+        self._scrub = scrub
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -91,6 +99,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         self.running.remove(sequence)
+        self._scrub(sequence.blocks)
         self._release_blocks(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)

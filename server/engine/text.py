@@ -9,47 +9,73 @@ Decode = Callable[[Sequence[int]], str]
 
 _INCOMPLETE = "\ufffd"
 _MAX_HELD = 3
-"""A UTF-8 character has at most four bytes, so at most three can be waiting for the rest of theirs."""
+"""A UTF-8 character has at most four bytes, so at most three tokens can be waiting for the rest of theirs."""
+
+_MAX_WINDOW = 64
 
 
 class Detokenizer:
     """Incremental decoding over a sliding window.
 
     A token's text can depend on the tokens before it (spaces, byte fallback), so each push decodes a short window and
-    takes what is new. Trailing U+FFFD may be a character that is not complete yet: up to three are held back until the
-    next tokens or `flush` settle them.
+    takes what is new. While the text ends in U+FFFD, the last tokens may be a character that is not complete yet:
+    nothing is given out before they are settled, by the next tokens, by their number, or by `flush`.
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._window: list[int] = []
         self._context = 0  # leading tokens of the window whose text is out already
-        self._sent = 0  # characters of the window's text that are out already
+        self._shown = ""  # text of the window that is out already
 
     def push(self, token: int) -> str:
         """The text that became final with this token; may be empty."""
         self._window.append(token)
         text = self._decode(self._window)
-        held = 0
-        while held < min(_MAX_HELD, len(text)) and text[-1 - held] == _INCOMPLETE:
-            held += 1
-        new = text[self._sent : len(text) - held]
-        self._sent = max(self._sent, len(text) - held)
-        if held == 0 and new:
+        if text == self._shown:
+            self._window.pop()  # a token without text, such as a special one
+            return ""
+        if not text.endswith(_INCOMPLETE) or len(self._window) > _MAX_WINDOW:
+            new = self._since(text, len(self._window))
             self._slide()
-        return new
+            return new
+        if len(self._window) - self._context > _MAX_HELD:
+            return self._settle()
+        return ""
 
     def flush(self) -> str:
         """What was held back, as it stands at the end of the answer."""
-        new = self._decode(self._window)[self._sent :]
-        self._sent += len(new)
+        new = self._since(self._decode(self._window), len(self._window))
+        self._slide()
+        return new
+
+    def _since(self, text: str, end: int) -> str:
+        """What is new in the text of window[:end].
+
+        Byte fallback decodes a run of bytes as a whole: one that turns out to be no text takes characters back that
+        were out already. Then the tokens that are new are decoded by themselves.
+        """
+        if text.startswith(self._shown) or _INCOMPLETE not in text:
+            return text[len(self._shown) :]
+        return self._decode(self._window[self._context : end])
+
+    def _settle(self) -> str:
+        """Give out all but the last tokens: too many wait to be one character."""
+        end = len(self._window) - _MAX_HELD
+        text = self._decode(self._window[:end])
+        new = self._since(text, end)
+        if text.startswith(self._shown):
+            self._shown = text
+        else:
+            del self._window[:end]
+            self._context, self._shown = 0, ""
         return new
 
     def _slide(self) -> None:
         """Keep the tokens since the last slide as context for the next ones, drop those before."""
         del self._window[: self._context]
         self._context = len(self._window)
-        self._sent = len(self._decode(self._window))
+        self._shown = self._decode(self._window)
 
 
 class StopMatcher:

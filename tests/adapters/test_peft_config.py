@@ -82,6 +82,7 @@ def test_modules_are_targeted_as_peft_targets_them(tmp_path: Path, fields: dict[
         ("r", 1 << 60),
         ("lora_alpha", "16"),
         ("lora_alpha", float("nan")),
+        ("lora_alpha", 10**400),
         ("target_modules", []),
         ("target_modules", [1]),
         ("target_modules", "(unclosed"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model
 
 from weft.adapters.pages import PageConfig, PagePool
@@ -161,6 +162,19 @@ def test_a_load_whose_name_was_taken_by_another_touches_nothing(store: AdapterSt
 def test_paths_that_no_file_system_takes_are_refused(store: AdapterStore, folders: Path, source: str) -> None:
     with pytest.raises((InvalidRequest, InvalidAdapter)):
         store.create(NewAdapter("x", source.format(root=folders)))
+    store.check()
+
+
+def test_values_beyond_the_pages_type_are_refused(folders: Path) -> None:
+    pool = PagePool(SHAPES, PageConfig(5, torch.float16, torch.device("cpu")))
+    store = AdapterStore(pool, [folders], now=lambda: 0.0)
+    target = folders / "large"
+    if not target.exists():
+        make_adapter(make_model("llama", folders.parent / "base3"), target, r=4, target_modules=["q_proj", "v_proj"])
+        tensors = load_file(target / "adapter_model.safetensors")
+        save_file({name: t * 1e6 for name, t in tensors.items()}, target / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapter, match="beyond the range of float16"):
+        store.create(new(folders, "large"))
     store.check()
 
 

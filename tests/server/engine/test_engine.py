@@ -284,6 +284,18 @@ def test_logits_that_are_not_finite_end_their_own_request_only(harness: Harness)
     assert ids(harness, [ask(9, "small", 1), ask(9, None, 2)]) == expected, f"{name} left NaN in a block"
 
 
+def test_what_a_preempted_request_computed_reaches_nobody_else(folder: Path) -> None:
+    harness = start(folder, kv_tokens=80, max_batch_tokens=4, max_running_requests=4, block_tokens=4)
+    base = [ask(9, None, i, max_tokens=30) for i in range(3)]
+    expected = ids(harness, base)
+    for site in harness.store._pool.sites.values():
+        (first, last), *_ = ref_runs(harness, "odd")
+        site.b[first:last].fill_(float("nan"))
+    *innocent, _ = harness.run([*base, ask(60, "odd", 9, max_tokens=5)], [0, 0, 6, 1])
+    assert [answer.ids for answer in innocent] == expected
+    assert harness.engine._scheduler.num_preemptions > 0
+
+
 def ref_runs(harness: Harness, name: str) -> tuple[tuple[int, int], ...]:
     ref: AdapterRef = harness.store.acquire(name)
     harness.store.release(ref)

@@ -36,7 +36,7 @@ def test_classes_that_use_the_attention_interface_are_served(kind: str, tmp_path
         ("llama4_text", "layers of the kind chunked_attention"),
         ("bart", "can't be served"),
         ("mpt", "can't be served"),
-        ("falcon", "can't be loaded"),
+        ("falcon", "does not use transformers' attention interface"),
     ],
 )
 def test_others_are_refused_in_one_line(kind: str, words: str, tmp_path: Path) -> None:
@@ -108,6 +108,53 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     with pytest.raises(InvalidModel, match="tokenizer"):
         Harness(tmp_path)
+
+
+@pytest.mark.parametrize("broken", [{"num_attention_heads": 0}, {"num_attention_heads": "4"}, {"hidden_size": -1}])
+def test_configs_that_make_no_sense_are_refused_in_one_line(tmp_path: Path, broken: dict[str, object]) -> None:
+    config = save("llama", tmp_path) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **broken}))
+    with pytest.raises(InvalidModel) as refusal:
+        Harness(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_files_that_hold_a_list_are_refused_in_one_line(tmp_path: Path, file: str) -> None:
+    (save("llama", tmp_path) / file).write_text("[]")
+    with pytest.raises(InvalidModel) as refusal:
+        Harness(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_router_that_derives_from_linear_is_left_alone(tmp_path: Path) -> None:
+    harness = Harness(save("phimoe", tmp_path, num_local_experts=4))
+    assert not any("router" in name for name in harness.store._pool.shapes)
+
+
+def test_an_end_of_text_outside_the_vocabulary_is_ignored(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, 99999]}))
+    assert Harness(folder).info.eos_token_ids == frozenset([2])
+
+
+def test_too_small_a_cache_is_refused_by_its_option(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="--kv-tokens is 16; must be at least 32"):
+        Harness(save("llama", tmp_path), kv_tokens=16)
+
+
+def test_more_pages_than_memory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="--adapter-pages is 1048576, which takes"):
+        Harness(save("llama", tmp_path), adapter_pages=1 << 20)
+
+
+def test_positions_beyond_a_table_are_refused(tmp_path: Path) -> None:
+    folder = save("gpt2", tmp_path, max_position_embeddings=64)
+    assert Harness(folder).info.context_length == 64
+    model = load_model(ModelConfig(str(folder)))
+    with pytest.raises(InvalidModel, match="at position 64"):
+        model.check_position(64)
 
 
 def test_a_cache_larger_than_the_memory_is_refused(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from weft.server.engine.text import Detokenizer, OutputText, StopMatcher
 
@@ -41,6 +42,46 @@ def test_bytes_that_never_become_a_character_do_not_pile_up() -> None:
     shown = "".join(text.push(0xFF) for _ in range(1000))
     assert len(shown) >= 997
     assert len(shown + text.flush()) == 1000
+
+
+def byte_fallback() -> Tokenizer:
+    """Pieces of words, and a token a byte for everything else, as Llama 2, Mistral and Gemma have them."""
+    words = ["▁Hello", "▁world", "▁a", "é", "!", "▁"]
+    vocab = {token: i for i, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["▁Hello", "▁world", "▁a", "é", "!", "😀", "日", "ñ", "𝄞"]), max_size=25))
+def test_byte_fallback_gives_whole_characters(parts: list[str]) -> None:
+    tokenizer = byte_fallback()
+    ids: list[int] = []
+    for part in parts:
+        known = tokenizer.token_to_id(part)
+        ids += part.encode() if known is None else [known]
+    text = OutputText(tokenizer.decode)
+    pieces = [text.push(token)[1] for token in ids] + [text.flush()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 261), max_size=60))
+def test_byte_fallback_bears_any_tokens(ids: list[int]) -> None:
+    text = OutputText(byte_fallback().decode)
+    for token in ids:
+        text.push(token)
+    text.flush()
+
+
+def test_the_window_stays_short_whatever_comes() -> None:
+    text = Detokenizer(decode)
+    for token in [0xFF] * 500 + [300] * 500 + [0x61] * 500:
+        text.push(token)
+        assert len(text._window) <= 65
 
 
 def test_special_tokens_have_no_text() -> None:

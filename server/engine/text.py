@@ -12,6 +12,7 @@ _MAX_HELD = 3
 """A UTF-8 character has at most four bytes, so at most three tokens can be waiting for the rest of theirs."""
 
 _MAX_WINDOW = 64
+_MAX_SILENT = 16
 
 
 class Detokenizer:
@@ -33,8 +34,9 @@ class Detokenizer:
         self._window.append(token)
         text = self._decode(self._window)
         if text == self._shown:
-            self._window.pop()  # a token without text, such as a special one
-            return ""
+            if len(self._window) > _MAX_SILENT:
+                self._window.pop()
+            return ""  # a special token; or a space that shows only before the next word
         if not text.endswith(_INCOMPLETE) or len(self._window) > _MAX_WINDOW:
             new = self._since(text, len(self._window))
             self._slide()

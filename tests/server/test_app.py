@@ -115,6 +115,24 @@ class TestStart:
             (warning,) = (text for text in warnings if f"/{name}" in text)
             assert "\n" not in warning
 
+    def test_a_link_that_leads_out_is_logged_with_what_to_do(
+        self, config: ServerConfig, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        target = root / "adapters" / "good"
+        (tmp_path / "linked").symlink_to(target)
+
+        async def main() -> str:
+            async with running_server(replace(config, adapters=tmp_path)) as server:
+                assert server._loaded is not None
+                assert server._loaded.frontend._store.list() == []
+                return server.startup_line
+
+        assert "adapters loaded: 0, failed: 1; " in asyncio.run(main())
+        (warning,) = (record.getMessage() for record in caplog.records if record.name == "weft.server.app")
+        assert warning == (
+            f"{tmp_path}/linked was not loaded: it leads to {target}; add that with --source-root {target}"
+        )
+
     def test_health_and_refusals_follow_the_state(self, config: ServerConfig) -> None:
         async def main() -> None:
             server = Server(config)
@@ -133,6 +151,13 @@ class TestStart:
                 late = await refusal(lambda: read_all(stub.StreamGenerate(prompt())))
                 assert late.code() is grpc.StatusCode.UNAVAILABLE
                 assert "draining" in str(late.details())
+                adapters: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
+                adapter = {"name": "late", "source": "file:/late"}
+                created = await refusal(
+                    lambda: adapters.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=True))
+                )
+                assert created.code() is grpc.StatusCode.UNAVAILABLE
+                assert "draining" in str(created.details())
             await server.close()
 
         asyncio.run(main())
@@ -211,7 +236,7 @@ class TestEnd:
 
     def test_a_load_in_the_background_is_waited_for(self, config: ServerConfig, root: Path) -> None:
         async def main() -> AdapterState:
-            async with running_server(replace(config, source_roots=(root,))) as server:
+            async with running_server(replace(config, source_roots=(root,), drain_grace_s=60.0)) as server:
                 async with grpc.aio.insecure_channel(server.address) as channel:
                     stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
                     adapter = {"name": "later", "source": f"file:{root / 'adapters' / 'good'}"}

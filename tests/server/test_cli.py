@@ -20,7 +20,7 @@ from serving import served
 from tiny import make_adapter, make_model, save_tokenizer
 
 from weft.demo import tasks
-from weft.server.cli import main
+from weft.server.cli import _in_words, main
 from weft.server.cli.serve import SETTINGS, build_config, serve
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import inference_pb2, inference_pb2_grpc
@@ -82,6 +82,17 @@ def address(root: Path) -> Iterator[str]:
     )
     with served(config) as server:
         yield server.address
+
+
+def shell(
+    *args: str,
+    script: str = "import sys; from weft.server.cli import main; sys.exit(main())",
+    **options: Any,
+) -> Ran:
+    """As `run`, in a process of its own."""
+    command = [sys.executable, "-c", script, *args]
+    ran = subprocess.run(command, check=False, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1"}, **options)
+    return Ran(ran.returncode, "", ran.stderr.decode())
 
 
 def free_port() -> int:
@@ -172,6 +183,11 @@ class TestServeOptions:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
+            ("zzz = 1", "'zzz' is no key; the keys are the options"),
+            ("model = 5", "'model' is 5; must be a text"),
+            ("adapters = 5", "'adapters' is 5; must be a text"),
+            ("port = [1]", "'port' is [1]; must be a number"),
+            ('log-level = "loud"', "--log-level"),
             ("prot = 1", "'prot' is no key; did you mean 'port'?"),
             ("[engine]\nkv_tokens = 1", "'engine' is no key"),
             ("port =", "can't be read as TOML"),
@@ -184,6 +200,13 @@ class TestServeOptions:
         ran = run("serve", "--config", str(file))
         assert ran.exit_code == 2
         assert says in ran.error_line
+
+    def test_the_log_level_may_come_from_the_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "weft.toml"
+        file.write_text('log-level = "error"\n')
+        for args, level in (([], "error"), (["--log-level", "debug"], "debug")):
+            with serve.make_context("serve", ["--config", str(file), *args]) as context:
+                assert context.params["log_level"] == level
 
     def test_a_missing_file_is_named(self, run: Run, tmp_path: Path) -> None:
         ran = run("serve", "--config", str(tmp_path / "none.toml"))
@@ -255,6 +278,20 @@ class TestGenerate:
         ran = run("generate", "x", "--top-k", str(1 << 40))
         assert ran.exit_code == 2
         assert str(1 << 40) in ran.error_line
+
+    @pytest.mark.parametrize(
+        "address", ["", "bad address", "127.0.0.1", "127.0.0.1:", ":50051", "h:0", "h:65536", "::1:50051", "\udcff:1"]
+    )
+    def test_an_address_is_host_and_port(self, run: Run, address: str) -> None:
+        ran = run("generate", "x", "--address", address)
+        assert ran.exit_code == 2
+        assert f"--address is {address!r}; must be HOST:PORT" in ran.error_line
+
+    @pytest.mark.parametrize("timeout", ["nan", "inf", "1e300", "0", "-1"])
+    def test_a_timeout_has_a_range(self, run: Run, timeout: str) -> None:
+        ran = run("generate", "x", "--timeout", timeout)
+        assert ran.exit_code == 2
+        assert "must be above 0 and at most 604800" in ran.error_line
 
     def test_a_timeout_is_an_error(self, run: Run, address: str) -> None:
         ran = run("generate", "x", "--address", address, "--timeout", "0.000001")
@@ -372,6 +409,45 @@ class TestDemo:
         ran = run("demo", "--folder", str(tmp_path))
         assert ran.exit_code == 1
         assert "python -m weft.demo.train" in ran.error_line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate", "\udcff"),
+        ("generate", "x", "--adapter", "\udcff"),
+        ("generate", "x", "--stop", "\udcff"),
+        ("adapters", "show", "\udcff"),
+        ("adapters", "load", "\udcff", "/x"),
+        ("adapters", "load", "x", "/\udcff"),
+        ("adapters", "load", "x", "/x", "--label", "a=\udcff"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_wrong_usage(run: Run, args: tuple[str, ...]) -> None:
+    ran = run(*args)
+    assert ran.exit_code == 2
+    assert "not UTF-8" in ran.error_line
+
+
+def test_standard_input_that_is_not_utf8_fails_in_one_line() -> None:
+    ran = shell("generate", "-", input=b"\xff")
+    assert ran.exit_code == 2
+    assert "not UTF-8" in ran.error_line
+
+
+def test_output_that_can_not_be_written_fails_in_one_line(address: str) -> None:
+    for args in (("generate", "x", "--max-tokens", "1"), ("adapters", "list")):
+        with Path("/dev/full").open("wb") as full:
+            ran = shell(*args, "--address", address, stdout=full)
+        assert ran.exit_code == 1
+        assert ran.error_line == "input or output: No space left on device"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("cannot fit 'int' into an index-sized integer")])
+def test_too_little_memory_fails_in_one_line(error: Exception) -> None:
+    words, exit_code = _in_words(error)
+    assert exit_code == 1
+    assert words.startswith("there is not enough memory (")
 
 
 def test_a_model_that_is_none_fails_in_one_line(run: Run, tmp_path: Path) -> None:

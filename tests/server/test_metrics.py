@@ -94,6 +94,13 @@ def test_every_name_that_routers_and_dashboards_read_is_there_before_the_first_r
         assert line in scrape.splitlines()
 
 
+def test_refusals_are_counted_by_code(scraped: Scraped) -> None:
+    for code in ("not_found", "invalid_argument", "not_found"):
+        scraped.metrics.refused(code)
+    assert scraped.value("weft_refused_requests_total", code="not_found") == 2
+    assert scraped.value("weft_refused_requests_total", code="invalid_argument") == 1
+
+
 def test_a_step_says_what_it_held(scraped: Scraped) -> None:
     scraped.metrics.step(STEP)
     scraped.metrics.step(replace(STEP, num_requests=1, adapters=("one",)))

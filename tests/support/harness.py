@@ -54,7 +54,9 @@ class Answer:
 class Harness:
     """Loads a folder as the server does, and steps the engine by hand."""
 
-    def __init__(self, model: Path, adapters: Mapping[str, Path] | None = None, **engine: object) -> None:
+    def __init__(
+        self, model: Path, adapters: Mapping[str, Path] | None = None, device: str = "cpu", **engine: object
+    ) -> None:
         settings = {
             "max_batch_tokens": 64,
             "max_running_requests": 16,
@@ -63,7 +65,9 @@ class Harness:
         }
         roots = tuple({folder.parent for folder in (adapters or {}).values()})
         config = ServerConfig(
-            model=ModelConfig(str(model)), engine=EngineConfig(**{**settings, **engine}), source_roots=roots
+            model=ModelConfig(str(model), dtype="float32", device=device),
+            engine=EngineConfig(**{**settings, **engine}),
+            source_roots=roots,
         )
         self.registry = CollectorRegistry()
         loaded = load_engine(config, Metrics(self.registry))

@@ -85,7 +85,7 @@ class House:
         servicer = InferenceServicer(self.frontend, Prompts(self.tokenizer), limits, engine.clock, max_request_s)
 
         async def start() -> tuple[grpc.aio.Server, int]:
-            edge = Edge()
+            edge = Edge(self.server._metrics.refused)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((edge,))

@@ -13,8 +13,9 @@ import pytest
 from google.rpc import error_details_pb2 as details_pb2
 from house import House, Refusal, generate, refusal, refusal_of
 
-from weft.errors import WeftError
-from weft.server.api.edge import Edge
+from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
+from weft.server.api.edge import MAX_ITEMS, MAX_UNKNOWN_BYTES, Edge, EndedByEngine
+from weft.server.api.translation import MAX_ADAPTERS, MAX_CHAT_MESSAGES
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 
@@ -46,8 +47,10 @@ class Misbehaving(inference_pb2_grpc.InferenceServiceServicer):
 
 
 @asynccontextmanager
-async def served(servicer: Misbehaving | None) -> AsyncIterator[grpc.aio.Channel]:
-    server, edge = grpc.aio.server(), Edge()
+async def served(
+    servicer: Misbehaving | None, count_refusal: Callable[[str], None] = lambda code: None
+) -> AsyncIterator[grpc.aio.Channel]:
+    server, edge = grpc.aio.server(), Edge(count_refusal)
     server.add_generic_rpc_handlers((edge,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -134,7 +137,7 @@ def test_bytes_that_are_no_message_are_a_bad_request(house: House) -> None:
     for payload in (b"\xff\xff\xff", b"\x0a\x02\xff\xff"):
         refused = raw(house, f"{SERVICE}/Generate", payload)
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
-        assert list(refused.violations) == [""]
+        assert list(refused.violations) == ["request"]
 
 
 def inside(field: int, payload: bytes) -> bytes:
@@ -163,6 +166,51 @@ def test_a_field_that_this_server_does_not_know_is_refused(house: House, method:
 def test_unknown_fields_are_refused_by_the_other_services_too(house: House) -> None:
     for method in ("AdapterService/ListAdapters", "ServerService/GetServerInfo"):
         assert list(raw(house, f"/weft.v1.{method}", UNKNOWN).violations) == ["99"]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        UNKNOWN * (MAX_UNKNOWN_BYTES // len(UNKNOWN) + 1),
+        generate(chat={"messages": [{}] * MAX_ITEMS}).SerializeToString() + inside(5, inside(1, UNKNOWN)),
+    ],
+    ids=["too many to name", "far down a list"],
+)
+def test_unknown_fields_that_are_not_looked_up_one_by_one_are_refused_all_the_same(
+    house: House, payload: bytes
+) -> None:
+    refused = raw(house, f"{SERVICE}/Generate", payload)
+    assert list(refused.violations) == ["request"]
+    assert "bytes of fields that this server does not know" in refused.violations["request"]
+
+
+def test_no_list_that_is_taken_is_longer_than_what_is_searched() -> None:
+    assert max(MAX_ADAPTERS, MAX_CHAT_MESSAGES) <= MAX_ITEMS
+
+
+def test_refusals_are_counted_by_code() -> None:
+    async def main(servicer: Misbehaving | None) -> list[str]:
+        counted: list[str] = []
+        async with served(servicer, counted.append) as channel:
+            await both_ways(channel)
+        return counted
+
+    assert asyncio.run(main(None)) == ["unavailable"] * 2
+    assert asyncio.run(main(Misbehaving(InvalidRequest.of("text", "is bad")))) == ["invalid_argument"] * 2
+    assert asyncio.run(main(Misbehaving(RuntimeError()))) == ["internal"] * 2
+    ended = Misbehaving(EndedByEngine(DeadlineExceeded("late")))
+    assert asyncio.run(main(ended)) == [], "the engine has counted it"
+
+
+def test_a_refusal_is_in_the_metrics(house: House) -> None:
+    def count() -> float:
+        return house.metric("weft_refused_requests_total", code="invalid_argument") or 0.0
+
+    before = count()
+    refusal(lambda: house.inference.Generate(generate()))
+    assert count() == before + 1
+    house.inference.Generate(generate(text="x", stopping={"max_tokens": 1}))
+    assert count() == before + 1
 
 
 def test_a_prompt_of_megabytes_is_refused_in_words(house: House) -> None:

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_counted() -> None:
     to_status(InvalidRequest([Problem(f"field{i}", "is bad" * 20) for i in range(100)])).details[1].Unpack(bad)
     listed = len(bad.field_violations) - 1
     assert bad.field_violations[0].field == "field0"
-    assert bad.field_violations[-1].description == f"{100 - listed} more are not listed"
+    assert bad.field_violations[-1].description == f"at least {100 - listed} more are not listed"
 
 
 @pytest.mark.parametrize(("text", "max_bytes", "short"), [("abc", 3, "abc"), ("abcd", 3, "…"), ("aéb€", 6, "aé…")])

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 import pytest
-from house import ENDLESS, House, generate, stream
+from house import ENDLESS, House, generate, refusal, stream
 
 from weft.v1 import inference_pb2 as pb2
 
@@ -239,6 +240,17 @@ def test_the_adapter_may_come_as_metadata(house: House, key: str, adapter_id: st
     request = generate(adapter_id=adapter_id, stopping=LONG, **PROMPT)
     response = house.inference.Generate(request, metadata=((key, "one"),))
     assert [ref.adapter_id for ref in response.adapters] == ["one"]
+
+
+def test_a_pinned_version_goes_before_its_name(house: House) -> None:
+    pinned, stale = f"one@{house.digest('one')}", "one@sha256:" + "0" * 64
+    for field, said in ((pinned, "one"), ("one", pinned)):
+        request = generate(adapter_id=field, stopping=LONG, **PROMPT)
+        response = house.inference.Generate(request, metadata=(("x-gateway-model-name-rewrite", said),))
+        assert [ref.digest for ref in response.adapters] == [house.digest("one")]
+    request = generate(adapter_id="one", stopping=LONG, **PROMPT)
+    metadata = (("x-gateway-model-name-rewrite", stale),)
+    assert refusal(lambda: house.inference.Generate(request, metadata=metadata)).code is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_digest_pins_the_version(house: House) -> None:

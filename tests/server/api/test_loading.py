@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from harness import Harness
 from prometheus_client import CollectorRegistry
 from tiny import make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterState, AdapterStore, NewAdapter
-from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest
-from weft.server.api.loading import AdapterLoader
+from weft.adapters.store import AdapterInfo, AdapterState, AdapterStore, NewAdapter, Reservation
+from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest, Unavailable
+from weft.server.api.loading import NUM_THREADS, AdapterLoader
 from weft.server.metrics import Metrics
 
 
@@ -44,11 +45,18 @@ def loading(tmp_path: Path) -> Loading:
     return Loading(Harness(tmp_path / "base", {"first": folders / "first"}).store, folders)
 
 
-def test_closing_waits_for_the_loads_in_the_background(loading: Loading) -> None:
+def test_draining_waits_for_the_loads_under_way_and_takes_no_more(loading: Loading) -> None:
     async def main() -> None:
         infos = [loading.loader.start(loading.new(f"n{i}")) for i in range(4)]
         assert {info.state for info in infos} == {AdapterState.LOADING}
-        await loading.loader.close()
+        draining = asyncio.create_task(loading.loader.drain(60))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="draining"):
+            loading.loader.start(loading.new("late"))
+        with pytest.raises(Unavailable, match="draining"):
+            await loading.loader.create(loading.new("late"))
+        await draining
+        assert not loading.loader.is_loading
 
     asyncio.run(main())
     assert {info.state for info in loading.store.list()} == {AdapterState.DEVICE}
@@ -56,12 +64,36 @@ def test_closing_waits_for_the_loads_in_the_background(loading: Loading) -> None
     loading.store.check()
 
 
+def test_draining_waits_no_longer_than_its_grace(loading: Loading, caplog: pytest.LogCaptureFixture) -> None:
+    reached, may_end = threading.Event(), threading.Event()
+
+    class Slow(AdapterStore):
+        def load(self, reservation: Reservation) -> AdapterInfo:
+            reached.set()
+            may_end.wait()
+            return super().load(reservation)
+
+    async def main() -> None:
+        store = Slow(loading.store._pool, loading.store._roots, lambda: 0.0)
+        loader = AdapterLoader(store, Metrics(CollectorRegistry()))
+        for i in range(NUM_THREADS + 1):
+            loader.start(loading.new(f"n{i}"))
+        await asyncio.to_thread(reached.wait)
+        await loader.drain(0.0)
+        assert loader.is_loading
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        may_end.set()
+
+    asyncio.run(main())
+    assert [record.getMessage() for record in caplog.records] == ["drain: an adapter was still loading after 0 s"]
+
+
 def test_a_failure_in_the_background_is_kept_and_logged_in_one_line(
     loading: Loading, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         loading.loader.start(loading.new("n", "bad"))
-        await loading.loader.close()
+        await loading.loader.drain(60)
 
     with caplog.at_level(logging.WARNING, "weft"):
         asyncio.run(main())

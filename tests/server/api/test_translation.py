@@ -69,6 +69,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (sampling(logit_bias={VOCAB: 1.0}), f"sampling.logit_bias[{VOCAB}]", f"token ids end at {VOCAB - 1}"),
     (sampling(logit_bias={7: NAN}), "sampling.logit_bias[7]", "is nan"),
     (sampling(logit_bias={7: -INF}), "sampling.logit_bias[7]", "is -inf"),
+    (sampling(logit_bias={7: 1000.5}), "sampling.logit_bias[7]", "is 1000.5; must be at least -1000 and at most 1000"),
     (sampling(logit_bias=dict.fromkeys(range(1025), 1.0)), "sampling.logit_bias", "has 1025 entries; at most 1024"),
     (stopping(max_tokens=0), "stopping.max_tokens", "is 0"),
     (stopping(max_tokens=-1), "stopping.max_tokens", "is -1"),
@@ -87,7 +88,14 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (terms({"adapter_id": "one"}, {"adapter_id": "two", "weight": 0.0}), "adapters[1].weight", "is 0"),
     (terms({"adapter_id": "one", "weight": NAN}), "adapters[0].weight", "is nan"),
     (terms({"adapter_id": "one", "weight": INF}), "adapters[0].weight", "is inf"),
-    (terms(*[{"adapter_id": "one"}] * 9), "adapters", "has 9 terms; at most 8"),
+    (terms(*[{"adapter_id": "one"}] * 9), "adapters", "has 9 entries; at most 8"),
+    (terms({"adapter_id": "one", "weight": 100.5}), "adapters[0].weight", "is 100.5; must be at least -100"),
+    (terms({"adapter_id": "a" * 257}), "adapters[0].adapter_id", "has 257 characters"),
+    ({**GOOD, "adapter_id": "a" * 257}, "adapter_id", "has 257 characters"),
+    (chat(*[{}] * 1025), "chat.messages", "has 1025 entries; at most 1024"),
+    (terms(*[{}] * 100_000), "adapters", "has 100000 entries"),
+    (stopping(stop_sequences=[""] * 100_000), "stopping.stop_sequences", "has 100000 entries"),
+    (stopping(stop_token_ids=[VOCAB] * 100_000), "stopping.stop_token_ids", "has 100000 entries"),
     ({**terms({"adapter_id": "two"}), "adapter_id": "one"}, "adapters", "so is adapter_id"),
     ({**GOOD, "request_id": "r" * 129}, "request_id", "has 129 characters; at most 128"),
     ({**GOOD, "request_id": "a\nb"}, "request_id", "must be printable"),
@@ -97,6 +105,9 @@ EDGES: list[dict[str, Any]] = [
     sampling(temperature=100, top_p=1, min_p=1, typical_p=1, presence_penalty=-2, frequency_penalty=2),
     sampling(temperature=1, top_k=2**31 - 1, top_p=1e-6, min_p=0, typical_p=1e-6, repetition_penalty=1e-3, seed=0),
     sampling(logit_bias=dict.fromkeys(range(VOCAB), 1.0)),
+    sampling(logit_bias={7: 1000, 8: -1000}),
+    terms({"adapter_id": "one", "weight": 100}, {"adapter_id": "two", "weight": -100}),
+    chat(*[{"role": "u", "content": "x"}] * 1024) | {"stopping": {"max_tokens": 1}},
     stopping(max_tokens=1, min_tokens=1, stop_sequences=["a" * 1024] * 64, stop_token_ids=[VOCAB - 1] * 64),
     stopping(max_tokens=2**31 - 1, time_limit={"nanos": 1}),
     terms(*[{"adapter_id": "one", "weight": -0.1}] * 8),
@@ -147,9 +158,7 @@ def test_every_violation_is_listed_at_once(house: House) -> None:
 
 
 def test_hundreds_of_violations_still_fit_in_the_trailers(house: House) -> None:
-    refused = refusal(
-        lambda: house.inference.Generate(generate(**stopping(stop_sequences=[""] * 64), adapters=[{}] * 500))
-    )
+    refused = refusal(lambda: house.inference.Generate(generate(**chat(*[{}] * 500))))
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
     last = refused.detail(details_pb2.BadRequest).field_violations[-1]
     assert "more are not listed" in last.description
@@ -167,6 +176,8 @@ def test_a_prompt_past_the_context_is_refused_with_the_numbers(house: House) -> 
         ("one", (("x-gateway-model-name-rewrite", "two"),)),
         ("", (("x-gateway-model-name-rewrite", "one"), ("x-llm-d-model-name-rewrite", "two"))),
         ("", (("x-gateway-model-name-rewrite", "one"), ("x-gateway-model-name-rewrite", "two"))),
+        ("one@sha256:00", (("x-gateway-model-name-rewrite", "two"),)),
+        ("one@sha256:00", (("x-gateway-model-name-rewrite", "one@sha256:11"),)),
     ],
 )
 def test_names_of_the_adapter_that_disagree_are_refused(

@@ -55,7 +55,7 @@ def byte_fallback() -> Tokenizer:
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from(["▁Hello", "▁world", "▁a", "é", "!", "😀", "日", "ñ", "𝄞"]), max_size=25))
+@given(st.lists(st.sampled_from(["▁", "▁Hello", "▁world", "▁a", "é", "!", "😀", "日", "ñ", "𝄞"]), max_size=25))
 def test_byte_fallback_gives_whole_characters(parts: list[str]) -> None:
     tokenizer = byte_fallback()
     ids: list[int] = []
@@ -66,6 +66,14 @@ def test_byte_fallback_gives_whole_characters(parts: list[str]) -> None:
     pieces = [text.push(token)[1] for token in ids] + [text.flush()]
     assert "".join(pieces) == tokenizer.decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_space_that_is_a_token_of_its_own_is_kept() -> None:
+    tokenizer = byte_fallback()
+    text = OutputText(tokenizer.decode)
+    parts = ["▁", "▁Hello", "▁", "▁", "▁world"]
+    ids = [tokenizer.token_to_id(part) for part in parts]
+    assert "".join(text.push(token)[1] for token in ids) + text.flush() == tokenizer.decode(ids)
 
 
 @settings(deadline=None)

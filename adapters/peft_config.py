@@ -118,6 +118,7 @@ def read_config(folder: Path, source: str) -> PeftConfig:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InvalidAdapter(source, [Problem(path.name, f"is larger than {MAX_CONFIG_BYTES} bytes")])
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        json.dumps(raw, ensure_ascii=False).encode()  # refuses lone surrogates, which no message could repeat
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidAdapter(source, [Problem(path.name, f"can't be read as JSON ({reason})")]) from None

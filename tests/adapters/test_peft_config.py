@@ -119,7 +119,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"r": 8, "r": 9}', "null", "[" * 100_000, "\ud800".encode("utf-16-le", "surrogatepass")]
+    "text", ["", "[]", "{", '{"r": 8, "r": 9}', '{"r": "\\ud800"}', "null", "[" * 100_000, "\ud800".encode("utf-16-le", "surrogatepass")]
 )
 def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "adapter_config.json"

@@ -112,9 +112,9 @@ def read_config(folder: Path, source: str) -> PeftConfig:
     can't be served, a field nobody knows.
     """
     path = folder / CONFIG_FILE
-    if path.exists() and not path.is_file():
-        raise InvalidAdapter(source, [Problem(path.name, "is not a regular file")])
     try:
+        if path.exists() and not path.is_file():
+            raise InvalidAdapter(source, [Problem(path.name, "is not a regular file")])
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InvalidAdapter(source, [Problem(path.name, f"is larger than {MAX_CONFIG_BYTES} bytes")])
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)

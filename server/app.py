@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar, cast
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -62,6 +63,19 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+class _MetricsHandler(WSGIRequestHandler):
+    """Lets go of clients that connect and then say nothing: each holds a thread."""
+
+    timeout = 10
+
+    def handle(self) -> None:
+        with suppress(TimeoutError):
+            super().handle()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base's
+        """Scrapes are not logged."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """What there is once the model is loaded."""
@@ -82,7 +96,7 @@ class Server:
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
         self._health = health.aio.HealthServicer()
-        self._edge = Edge()
+        self._edge = Edge(self._metrics.refused)
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
         self._loaded: _Loaded | None = None
@@ -112,6 +126,7 @@ class Server:
             self._http = start_http_server(config.metrics_port, config.host, self._registry)
         except OSError as error:
             raise _unavailable("--metrics-port", config.host, config.metrics_port, error.strerror) from error
+        self._http[0].RequestHandlerClass = _MetricsHandler
         self.metrics_address = _join(config.host, self._http[0].server_port)
         await self._grpc.start()
 
@@ -146,7 +161,8 @@ class Server:
         """Refuse new requests and let those in flight finish, as long as the configuration says."""
         await self._health.enter_graceful_shutdown()
         if self._loaded is not None:
-            await self._loaded.frontend.drain(self._config.drain_grace_s)
+            grace_s = self._config.drain_grace_s
+            await asyncio.gather(self._loaded.frontend.drain(grace_s), self._loaded.loader.drain(grace_s))
 
     async def close(self) -> None:
         """Give the ports back. Requests still in flight are cancelled."""
@@ -156,12 +172,16 @@ class Server:
             self._loaded.watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._loaded.watcher
-            await self._loaded.loader.close()
         if self._http is not None:
             httpd, thread = self._http
             await asyncio.to_thread(httpd.shutdown)
             httpd.server_close()
             thread.join()
+
+    @property
+    def is_loading_adapters(self) -> bool:
+        """Whether loads go on that outlasted the drain."""
+        return self._loaded is not None and self._loaded.loader.is_loading
 
     @property
     def startup_line(self) -> str:
@@ -179,7 +199,17 @@ class Server:
             return []
         root = self._config.adapters.absolute()
         folders = sorted({path.parent for name in (CONFIG_FILE, WEIGHTS_FILE) for path in root.glob(f"*/{name}")})
-        return [loader.load_now(NewAdapter(folder.name, f"file:{folder}")) for folder in folders]
+        return [
+            self._is_inside(folder) and loader.load_now(NewAdapter(folder.name, f"file:{folder}")) for folder in folders
+        ]
+
+    def _is_inside(self, folder: Path) -> bool:
+        """Whether a folder leads to a place under the source roots; logged if it leads elsewhere."""
+        target = folder.resolve()
+        inside = any(target.is_relative_to(root.resolve()) for root in self._config.all_source_roots)
+        if not inside:
+            _log.warning("%s was not loaded: it leads to %s; add that with --source-root %s", folder, target, target)
+        return inside
 
     def _add_services(self, loaded: LoadedEngine, frontend: Frontend, loader: AdapterLoader) -> None:
         config = self._config
@@ -222,7 +252,7 @@ async def serve(config: ServerConfig) -> None:
     async with _listening_server(config) as server:
         _log.info("listening on %s, loading %s", server.address, config.model.path)
         await _first_of(_serve_until_lost(server), stop.wait())
-    if any(thread.name == _LOAD_THREAD for thread in threading.enumerate()):
+    if server.is_loading_adapters or any(thread.name == _LOAD_THREAD for thread in threading.enumerate()):
         _log.info("stopped while loading")
         os._exit(0)  # PyTorch aborts an interpreter that is taken down while it loads
 

@@ -2,7 +2,8 @@
 
 Everything is published twice where routers and dashboards expect it: under Weft's own names (`weft_…`, with a bounded
 label `adapter`) and under vLLM's (`vllm:…`, with its buckets, and with its label `model_name` where vLLM has one).
-The registry is a parameter. `Metrics` is called by one thread at a time, the engine's; scrapes come from any.
+The registry is a parameter. `Metrics` is called by one thread at a time, the engine's, but where a
+method says otherwise; scrapes come from any.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ class Metrics:
         self._adapter_loads = Histogram(
             "weft_adapter_load_seconds", "Time of a load.", ["outcome"], buckets=_LOAD_BUCKETS, registry=registry
         )
+        self._refused = Counter(
+            "weft_refused_requests", "Requests that the engine never had, by status code.", ["code"], registry=registry
+        )
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
         registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
@@ -127,6 +131,10 @@ class Metrics:
         self._requests.finished(adapter, outcome, prompt_tokens, completion_tokens, e2e_s)
         self._vllm.finished(outcome, prompt_tokens, e2e_s)
         self._last = _less_one(self._last)
+
+    def refused(self, code: str) -> None:
+        """A request ended before the engine had it. code: a gRPC status, lower case. Any thread may call this."""
+        self._refused.labels(code).inc()
 
     def adapter_loaded(self, seconds: float, outcome: str) -> None:
         """A load ended: outcome "ok", or why not. May be called from any thread."""

@@ -13,7 +13,7 @@ from weft.adapters.store import AdapterInfo, AdapterState, AdapterStore, NewAdap
 from weft.errors import InvalidRequest
 from weft.server.api.edge import Context
 from weft.server.api.loading import AdapterLoader
-from weft.server.api.translation import Range, Violations
+from weft.server.api.translation import MAX_ADAPTER_ID_CHARACTERS, Range, Violations
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
 
@@ -76,16 +76,15 @@ def to_new_adapter(adapter: pb2.Adapter) -> NewAdapter:
     for descriptor, _ in adapter.ListFields():
         if descriptor.name not in _SET_BY_CLIENT:
             violations.add(f"adapter.{descriptor.name}", "is set by the server; leave it unset")
-    if len(adapter.labels) > MAX_LABELS:
-        violations.add("adapter.labels", f"has {len(adapter.labels)} entries; at most {MAX_LABELS} are taken")
-    for key, value in adapter.labels.items():
+    labels = dict(adapter.labels) if violations.fits(adapter.labels, "adapter.labels", MAX_LABELS) else {}
+    for key, value in labels.items():
         if not key or max(len(key), len(value)) > MAX_LABEL_CHARACTERS:
             violations.add(
                 f"adapter.labels[{key!r}]",
                 f"must have a key that is not empty, and at most {MAX_LABEL_CHARACTERS} characters in key and value",
             )
     violations.raise_any()
-    return NewAdapter(adapter.name, adapter.source, dict(adapter.labels), adapter.pinned)
+    return NewAdapter(adapter.name, adapter.source, labels, adapter.pinned)
 
 
 def to_message(info: AdapterInfo) -> pb2.Adapter:
@@ -124,6 +123,10 @@ def _timestamp(seconds: float | None) -> Timestamp | None:
 def _name(request: pb2.GetAdapterRequest | pb2.DeleteAdapterRequest) -> str:
     if not request.name:
         raise InvalidRequest.of("name", "is empty; name an adapter")
+    if len(request.name) > MAX_ADAPTER_ID_CHARACTERS:
+        raise InvalidRequest.of(
+            "name", f"has {len(request.name)} characters; no adapter's has more than {MAX_ADAPTER_ID_CHARACTERS}"
+        )
     return request.name
 
 

@@ -6,9 +6,10 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -26,11 +27,27 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 PACKAGE = "weft.v1"
 
+MAX_UNKNOWN_BYTES = 4096
+"""Of unknown fields that are named one by one."""
+
+MAX_ITEMS = 1024
+"""Of a repeated field that are searched for unknown fields one by one; what no servicer takes more of."""
+
+
+class EndedByEngine(Exception):
+    """Brings the error of a request that the engine had taken, and so has counted."""
+
+    def __init__(self, error: WeftError) -> None:
+        self.error = error
+        super().__init__(str(error))
+
 
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self) -> None:
+    def __init__(self, count_refusal: Callable[[str], None]) -> None:
+        """count_refusal: called with the code, in lower case, of each RPC that is refused."""
+        self._count_refusal = count_refusal
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -43,12 +60,19 @@ class Edge(grpc.GenericRpcHandler):
         if not method.startswith(f"/{PACKAGE}."):
             return None
         if not self._handlers:
-            return grpc.unary_stream_rpc_method_handler(_refuse)
+            return grpc.unary_stream_rpc_method_handler(self._refuse)
         found = (handler.service(handler_call_details) for handler in self._handlers)
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return None
-        return grpc.unary_stream_rpc_method_handler(_Call(method, handler).run, None, handler.response_serializer)
+        call = _Call(method, handler, self._count_refusal)
+        return grpc.unary_stream_rpc_method_handler(call.run, None, handler.response_serializer)
+
+    async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+        status = to_status(Unavailable("the model is loading: try again"))
+        self._count_refusal(code_of(status).name.lower())
+        await abort(context, status)
+        yield Status()  # never reached; makes a generator of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +81,7 @@ class _Call:
 
     method: str
     handler: Handler
+    count_refusal: Callable[[str], None]
 
     async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
         try:
@@ -69,8 +94,12 @@ class _Call:
                 yield await self._behaviour(request, context)
         except grpc.aio.AbortError:
             raise
+        except EndedByEngine as ended:
+            await abort(context, self._status(ended.error))
         except Exception as error:  # noqa: BLE001 - the edge: whatever happens is answered
-            await self._abort(error, context)
+            status = self._status(error)
+            self.count_refusal(code_of(status).name.lower())
+            await abort(context, status)
 
     @property
     def _behaviour(self) -> Any:
@@ -81,20 +110,20 @@ class _Call:
         try:
             request: Message = deserialize(raw)
         except DecodeError:
-            raise InvalidRequest.of("", "is no message of this method, or holds text that is not UTF-8") from None
-        unknown = list(unknown_fields(request))
-        if unknown:
-            raise InvalidRequest(unknown)
+            raise InvalidRequest.of(
+                "request", "is no message of this method, or holds text that is not UTF-8"
+            ) from None
+        check_unknown_fields(request, deserialize(raw))
         return request
 
-    async def _abort(self, error: Exception, context: Context) -> NoReturn:
+    def _status(self, error: Exception) -> Status:
         if isinstance(error, WeftError):
             status = to_status(error)
             _log.info("%s: %s: %s", self.method, code_of(status).name, status.message)
         else:
             status = unexpected_status()
             _log.error("%s failed", self.method, exc_info=error)
-        await abort(context, status)
+        return status
 
 
 async def abort(context: Context, status: Status) -> NoReturn:
@@ -103,8 +132,24 @@ async def abort(context: Context, status: Status) -> NoReturn:
     await context.abort(code_of(status), status.message, details)
 
 
-def unknown_fields(message: Message, path: str = "") -> Iterable[Problem]:
-    """Every field that a newer client set and this server does not have: to drop one would be to answer wrongly."""
+def check_unknown_fields(message: Message, same: Message) -> None:
+    """Refuse fields that a newer client set and this server does not have: to drop one would be to answer wrongly.
+
+    same: another parse of the message, which loses its unknown fields. Raises InvalidRequest.
+    """
+    same.DiscardUnknownFields()
+    num_bytes = message.ByteSize() - same.ByteSize()
+    if not num_bytes:
+        return
+    named = list(_unknown_fields(message)) if num_bytes <= MAX_UNKNOWN_BYTES else []
+    raise InvalidRequest(
+        named
+        or [Problem("request", f"holds {num_bytes} bytes of fields that this server does not know: leave them unset")]
+    )
+
+
+def _unknown_fields(message: Message, path: str = "") -> Iterable[Problem]:
+    """Each unknown field but those far down a long list."""
     unknown: Any = UnknownFieldSet(message)
     for field in unknown:
         yield Problem(
@@ -113,12 +158,7 @@ def unknown_fields(message: Message, path: str = "") -> Iterable[Problem]:
     for descriptor, value in message.ListFields():
         name = f"{path}{descriptor.name}"
         if isinstance(value, Message):
-            yield from unknown_fields(value, f"{name}.")
+            yield from _unknown_fields(value, f"{name}.")
         elif descriptor.message_type is not None and isinstance(value, Sequence):
-            for index, item in enumerate(value):
-                yield from unknown_fields(item, f"{name}[{index}].")
-
-
-async def _refuse(raw: bytes, context: Context) -> AsyncIterator[Message]:
-    await abort(context, to_status(Unavailable("the model is loading: try again")))
-    yield Status()  # never reached; makes a generator of it
+            for index, item in enumerate(islice(value, MAX_ITEMS)):
+                yield from _unknown_fields(item, f"{name}[{index}].")

@@ -148,7 +148,7 @@ def _that_fit(problems: Sequence[Problem]) -> list[Problem]:
         description = shorten(problem.description, _MAX_DESCRIPTION_BYTES)
         left -= len(subject.encode()) + len(description.encode()) + 16
         if left < 0:
-            kept.append(Problem("", f"{len(problems) - len(kept)} more are not listed"))
+            kept.append(Problem("", f"at least {len(problems) - len(kept)} more are not listed"))
             break
         kept.append(Problem(subject, description))
     return kept

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.adapters.store import AdapterRef
-from weft.server.api.edge import Context
+from weft.errors import WeftError
+from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
 from weft.server.api.responses import add_opening, join, to_message
 from weft.server.api.translation import (
@@ -73,14 +74,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self.frontend.stream(request) as stream:
             prompt = await self.prompts.show(message, request.prompt) if message.output.include_prompt else None
             is_first = True
-            async for delta in stream:
-                response = to_message(delta, request.request_id)
-                if is_first:
-                    add_opening(response, stream.adapters, prompt)
-                    is_first = False
-                if delta.finish is not None:
-                    _log_finish(request.request_id, stream.adapters, delta.finish)
-                yield response
+            try:
+                async for delta in stream:
+                    response = to_message(delta, request.request_id)
+                    if is_first:
+                        add_opening(response, stream.adapters, prompt)
+                        is_first = False
+                    if delta.finish is not None:
+                        _log_finish(request.request_id, stream.adapters, delta.finish)
+                    yield response
+            except WeftError as error:
+                raise EndedByEngine(error) from error
 
 
 def _log_finish(request_id: str, adapters: Sequence[AdapterRef], finish: Finish) -> None:

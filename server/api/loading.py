@@ -6,10 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 from weft.adapters.store import AdapterInfo, AdapterStore, NewAdapter, Reservation
-from weft.errors import WeftError
+from weft.errors import Unavailable, WeftError
 from weft.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -30,16 +32,25 @@ class AdapterLoader:
         self._metrics = metrics
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="weft-load")
         self._background: set[asyncio.Task[None]] = set()
+        self._loads: set[Future[AdapterInfo]] = set()
+        self._refusal: str | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread is at work: one that reads or copies weights can't be stopped."""
+        return any(load.running() for load in self._loads)
 
     async def create(self, new: NewAdapter) -> AdapterInfo:
-        """Register and load. Raises what `AdapterStore.create` raises; the name is free again then."""
+        """Register and load. Raises what `AdapterStore.create` raises, and Unavailable; the name is free again then."""
+        self._check_open()
         return await self._on_thread(lambda: self._store.create(new))
 
     def start(self, new: NewAdapter) -> AdapterInfo:
         """Register now and load in the background; a failed load leaves the adapter FAILED, with the reason.
 
-        Raises what `AdapterStore.reserve` raises.
+        Raises what `AdapterStore.reserve` raises, and Unavailable.
         """
+        self._check_open()
         reservation = self._store.reserve(new)
         info = self._store.get(new.name)
         task = asyncio.create_task(self._load(reservation), name=f"load {new.name}")
@@ -55,13 +66,24 @@ class AdapterLoader:
         except WeftError as error:
             _log.warning("%s was not loaded: %s", new.source, error)
             return False
+        except Exception:  # noqa: BLE001 - one folder, however odd, must not keep the others from being served
+            _log.exception("%s was not loaded", new.source)
+            return False
         return True
 
-    async def close(self) -> None:
-        """Wait for the loads in the background, and take no more: a thread that copies weights can't be stopped."""
-        while self._background:
-            await asyncio.wait(self._background)
-        self._threads.shutdown(wait=False)
+    async def drain(self, grace_s: float) -> None:
+        """Take no more loads, and wait for those under way for up to `grace_s`; drop those in line."""
+        self._refusal = "the server is draining"
+        under_way: list[asyncio.Future[Any]] = [*self._background, *map(asyncio.wrap_future, self._loads)]
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), grace_s)
+        if self.is_loading:
+            _log.warning("drain: an adapter was still loading after %g s", grace_s)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise Unavailable(self._refusal)
 
     async def _load(self, reservation: Reservation) -> None:
         try:
@@ -70,7 +92,10 @@ class AdapterLoader:
             _log.warning("adapter %s was not loaded: %s", reservation.entry.name, error)
 
     async def _on_thread(self, load: Callable[[], AdapterInfo]) -> AdapterInfo:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._timed, load)
+        future = self._threads.submit(self._timed, load)
+        self._loads.add(future)
+        future.add_done_callback(self._loads.discard)
+        return await asyncio.wrap_future(future)
 
     def _timed(self, load: Callable[[], AdapterInfo]) -> AdapterInfo:
         started = time.monotonic()

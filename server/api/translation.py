@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,11 +16,16 @@ from weft.server.engine.request import Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
 
 MAX_ADAPTERS = 8
+MAX_ADAPTER_ID_CHARACTERS = 256
+MAX_CHAT_MESSAGES = 1024
 MAX_STOP_SEQUENCES = 64
 MAX_STOP_SEQUENCE_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_PROBLEMS = 256
+"""Of one message that are kept; far more than fit in a status."""
+
 MAX_REQUEST_ID_CHARACTERS = 128
 ADAPTER_METADATA = ("x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite")
 
@@ -54,6 +59,10 @@ class Range:
         return low if math.isinf(self.high) else f"{low} and at most {self.high:g}"
 
 
+WEIGHTS = Range(-100, 100)
+BIASES = Range(-1000, 1000)
+
+
 class Violations:
     """What is wrong with a message, noted field by field."""
 
@@ -61,7 +70,14 @@ class Violations:
         self._problems: list[Problem] = []
 
     def add(self, path: str, description: str) -> None:
-        self._problems.append(Problem(path, description))
+        if len(self._problems) < MAX_PROBLEMS:
+            self._problems.append(Problem(path, description))
+
+    def fits(self, items: Sized, path: str, limit: int) -> bool:
+        """Whether a field has no more items than that; noted if not. Who gets False leaves the items alone."""
+        if len(items) > limit:
+            self.add(path, f"has {len(items)} entries; at most {limit} are taken")
+        return len(items) <= limit
 
     def number(self, message: Message, path: str, default: Number, allowed: Range) -> Number:
         """The field's value, or its default where it is not set; noted if out of range."""
@@ -69,9 +85,13 @@ class Violations:
         if not message.HasField(name):
             return default
         value: Number = getattr(message, name)
+        self.value(value, path, allowed)
+        return value
+
+    def value(self, value: float, path: str, allowed: Range) -> None:
+        """Note a number that is out of range."""
         if not allowed.holds(value):
             self.add(path, f"is {value:.7g}; must be {'' if math.isfinite(value) else 'finite, '}{allowed}")
-        return value
 
     def token_ids(self, ids: Iterable[int], path: str, vocab_size: int) -> None:
         """Note the first id that is outside of the vocabulary."""
@@ -138,11 +158,13 @@ def _check_chat(chat: pb2.ChatPrompt, limits: RequestLimits, violations: Violati
         violations.add("chat", "can't be laid out: this model's tokenizer has no chat template; send text or token_ids")
     if not chat.messages:
         violations.add("chat.messages", "is empty; give at least one")
+    if chat.add_generation_prompt and chat.continue_final_message:
+        violations.add("chat.continue_final_message", "is true, and so is add_generation_prompt; choose one")
+    if not violations.fits(chat.messages, "chat.messages", MAX_CHAT_MESSAGES):
+        return
     for index, message in enumerate(chat.messages):
         if not message.role:
             violations.add(f"chat.messages[{index}].role", "is empty; name a role that the chat template knows")
-    if chat.add_generation_prompt and chat.continue_final_message:
-        violations.add("chat.continue_final_message", "is true, and so is add_generation_prompt; choose one")
     _check_size("".join(message.content for message in chat.messages), "chat.messages", limits, violations)
 
 
@@ -159,28 +181,44 @@ def _adapters(request: GenerateRequest, metadata: Metadata, violations: Violatio
     adapter_id = _adapter_id(request.adapter_id, metadata, violations)
     if adapter_id and request.adapters:
         violations.add("adapters", f"is set, and so is adapter_id ({adapter_id!r}); choose one")
-    if len(request.adapters) > MAX_ADAPTERS:
-        violations.add("adapters", f"has {len(request.adapters)} terms; at most {MAX_ADAPTERS} are taken")
-    terms = []
-    for index, term in enumerate(request.adapters):
-        weight = term.weight if term.HasField("weight") else 1.0
+    terms = request.adapters if violations.fits(request.adapters, "adapters", MAX_ADAPTERS) else ()
+    weights = []
+    for index, term in enumerate(terms):
         if not term.adapter_id:
             violations.add(f"adapters[{index}].adapter_id", "is empty; name an adapter")
-        if not math.isfinite(weight) or weight == 0:
-            violations.add(f"adapters[{index}].weight", f"is {weight:.7g}; must be finite and not 0")
-        terms.append((term.adapter_id, weight))
-    return ((adapter_id, 1.0),) if adapter_id else tuple(terms)
+        _check_length(term.adapter_id, f"adapters[{index}].adapter_id", violations)
+        weights.append(_weight(term, f"adapters[{index}].weight", violations))
+    if adapter_id:
+        return ((adapter_id, 1.0),)
+    return tuple((term.adapter_id, weight) for term, weight in zip(terms, weights, strict=True))
+
+
+def _weight(term: pb2.AdapterWeight, path: str, violations: Violations) -> float:
+    weight = violations.number(term, path, 1.0, WEIGHTS)
+    if weight == 0:
+        violations.add(path, "is 0; leave the adapter out")
+    return weight
+
+
+def _check_length(adapter_id: str, path: str, violations: Violations) -> None:
+    if len(adapter_id) > MAX_ADAPTER_ID_CHARACTERS:
+        violations.add(
+            path, f"has {len(adapter_id)} characters; no adapter's id has more than {MAX_ADAPTER_ID_CHARACTERS}"
+        )
 
 
 def _adapter_id(given: str, metadata: Metadata, violations: Violations) -> str:
-    """The one adapter that the request's field and its metadata agree on, or ""."""
+    """The one adapter that the field and the metadata agree on, or ""; a pinned version goes before its name."""
     named = [(f"metadata {key}", str(value)) for key, value in metadata if key in ADAPTER_METADATA and value]
     if given:
+        _check_length(given, "adapter_id", violations)
         named.append(("the field", given))
-    if len({adapter_id for _, adapter_id in named}) > 1:
+    ids = {adapter_id for _, adapter_id in named}
+    pinned = {adapter_id for adapter_id in ids if "@" in adapter_id} or ids
+    if len(pinned) > 1 or len({adapter_id.partition("@")[0] for adapter_id in ids}) > 1:
         said = ", ".join(f"{where} says {adapter_id!r}" for where, adapter_id in named)
         violations.add("adapter_id", f"is named in ways that disagree: {said}")
-    return named[-1][1] if named else ""
+    return min(pinned, default="")
 
 
 def _sampling(sampling: pb2.Sampling, limits: RequestLimits, violations: Violations) -> Sampling:
@@ -202,16 +240,14 @@ def _sampling(sampling: pb2.Sampling, limits: RequestLimits, violations: Violati
 
 
 def _logit_bias(sampling: pb2.Sampling, limits: RequestLimits, violations: Violations) -> dict[int, float]:
-    bias = dict(sampling.logit_bias)
-    if len(bias) > MAX_LOGIT_BIAS:
-        violations.add("sampling.logit_bias", f"has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are taken")
+    if not violations.fits(sampling.logit_bias, "sampling.logit_bias", MAX_LOGIT_BIAS):
         return {}
+    bias = dict(sampling.logit_bias)
     for token, value in sorted(bias.items()):
         path = f"sampling.logit_bias[{token}]"
         if token >= limits.vocab_size:
             violations.add(path, f"names token {token}; token ids end at {limits.vocab_size - 1}")
-        if not math.isfinite(value):
-            violations.add(path, f"is {value:.7g}; must be finite")
+        violations.value(value, path, BIASES)
     return bias
 
 
@@ -221,35 +257,35 @@ def _stopping(stopping: pb2.Stopping, limits: RequestLimits, violations: Violati
     min_tokens = violations.number(stopping, "stopping.min_tokens", defaults.min_tokens, Range(0))
     if min_tokens > max_tokens >= 1:
         violations.add("stopping.min_tokens", f"is {min_tokens}; must be at most max_tokens, which is {max_tokens}")
-    _check_stop_sequences(stopping.stop_sequences, violations)
-    _check_stop_token_ids(stopping.stop_token_ids, limits, violations)
     return Stopping(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        stop_sequences=tuple(stopping.stop_sequences),
-        stop_token_ids=frozenset(stopping.stop_token_ids),
+        stop_sequences=_stop_sequences(stopping.stop_sequences, violations),
+        stop_token_ids=_stop_token_ids(stopping.stop_token_ids, limits, violations),
         include_stop_sequence=stopping.include_stop_sequence,
         ignore_eos=stopping.ignore_eos,
         time_limit_s=_time_limit_s(stopping.time_limit, violations) if stopping.HasField("time_limit") else None,
     )
 
 
-def _check_stop_sequences(sequences: Sequence[str], violations: Violations) -> None:
+def _stop_sequences(sequences: Sequence[str], violations: Violations) -> tuple[str, ...]:
     path = "stopping.stop_sequences"
-    if len(sequences) > MAX_STOP_SEQUENCES:
-        violations.add(path, f"has {len(sequences)} entries; at most {MAX_STOP_SEQUENCES} are taken")
+    if not violations.fits(sequences, path, MAX_STOP_SEQUENCES):
+        return ()
     for index, sequence in enumerate(sequences):
         if not 1 <= len(sequence) <= MAX_STOP_SEQUENCE_CHARACTERS:
             violations.add(
                 f"{path}[{index}]", f"has {len(sequence)} characters; must have 1 to {MAX_STOP_SEQUENCE_CHARACTERS}"
             )
+    return tuple(sequences)
 
 
-def _check_stop_token_ids(ids: Sequence[int], limits: RequestLimits, violations: Violations) -> None:
+def _stop_token_ids(ids: Sequence[int], limits: RequestLimits, violations: Violations) -> frozenset[int]:
     path = "stopping.stop_token_ids"
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        violations.add(path, f"has {len(ids)} entries; at most {MAX_STOP_TOKEN_IDS} are taken")
+    if not violations.fits(ids, path, MAX_STOP_TOKEN_IDS):
+        return frozenset()
     violations.token_ids(ids, path, limits.vocab_size)
+    return frozenset(ids)
 
 
 def _time_limit_s(limit: Duration, violations: Violations) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 import click
@@ -33,18 +35,41 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         result = cli.main(args, prog_name="weft", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
-    except InvalidConfig as error:
-        return _fail(str(error), 2)
-    except WeftError as error:
-        return _fail(str(error), 1)
     except click.Abort:
         return INTERRUPTED
+    except OSError as error:
+        _drop_output()
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    except (click.ClickException, WeftError, UnicodeError, MemoryError, OverflowError) as error:
+        return _fail(*_in_words(error))
     return result if isinstance(result, int) else 0
+
+
+def _in_words(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    match error:
+        case click.ClickException():
+            return error.format_message(), error.exit_code
+        case UnicodeEncodeError() if error.encoding != "utf-8":
+            return f"the output is {error.encoding}, which can't hold all of the text: set PYTHONUTF8=1", 1
+        case UnicodeError():
+            return f"a text is not UTF-8 ({error})", 2
+        case MemoryError() | OverflowError():
+            return f"there is not enough memory ({str(error) or type(error).__name__}): ask for less", 1
+        case _:
+            return str(error), 2 if isinstance(error, InvalidConfig) else 1
+
+
+def _drop_output() -> None:
+    """Where standard output can't be written, drop what it still holds: the interpreter would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, exit_code: int) -> int:

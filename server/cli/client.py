@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,23 @@ from grpc_status import rpc_status
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):(\d{1,5})")
+
+
+def _check_address(_context: click.Context, _option: click.Parameter, address: str) -> str:
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise click.UsageError(f"--address is {address!r}; must be HOST:PORT, such as {DEFAULT_ADDRESS} or [::1]:50051")
+    return address
+
+
 address_option: Callable[[Any], Callable[..., Any]] = click.option(
     "--address",
     default=DEFAULT_ADDRESS,
     show_default=True,
     envvar="WEFT_ADDRESS",
     metavar="HOST:PORT",
+    callback=_check_address,
     help="Of the server.",
 )
 

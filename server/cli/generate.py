@@ -12,6 +12,8 @@ from weft.server.cli.client import address_option, connected
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 
+MAX_TIMEOUT_S = 7 * 86400
+
 _SAMPLING: Mapping[str, tuple[Any, str]] = {
     "temperature": (float, "0 is greedy."),
     "top_k": (int, "Draw from the k likeliest tokens."),
@@ -38,6 +40,12 @@ def _with_fields(fields: Mapping[str, tuple[Any, str]]) -> Callable[[Any], Calla
     return decorate
 
 
+def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s: float | None) -> float | None:
+    if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise click.UsageError(f"--timeout is {timeout_s:g}; must be above 0 and at most {MAX_TIMEOUT_S}")
+    return timeout_s
+
+
 @click.command()
 @click.argument("prompt")
 @click.option("--adapter", default="", metavar="ID", help="NAME or NAME@sha256:…; without it the base answers.")
@@ -48,7 +56,7 @@ def _with_fields(fields: Mapping[str, tuple[Any, str]]) -> Callable[[Any], Calla
 @_with_fields(_STOPPING)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
+@click.option("--timeout", type=float, callback=_check_timeout, metavar="SECONDS", help="Give up after that.")
 def generate(prompt: str, address: str, stream: bool, timeout: float | None, **options: Any) -> None:
     """Answer PROMPT (`-` reads it from standard input)."""
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -72,6 +80,8 @@ def _request_fields(text: str, options: dict[str, Any]) -> dict[str, Any]:
             stop_sequences=options["stop"],
             ignore_eos=options["ignore_eos"],
         )
+    except UnicodeError:
+        raise
     except ValueError as error:
         raise click.UsageError(f"a number is too large or too small to be sent ({error})") from None
     prompt: dict[str, Any] = {"text": text}

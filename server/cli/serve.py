@@ -51,6 +51,16 @@ class Setting:
         )
 
 
+@dataclass(frozen=True)
+class LogConfig:
+    """What of the log is shown."""
+
+    level: str = "info"
+
+
+LOG_LEVEL = Setting(
+    "log-level", LogConfig, "level", click.Choice(["debug", "info", "warning", "error"]), "How much to log on stderr."
+)
 SETTINGS = (
     Setting("model", ModelConfig, "path", str, "The base: a folder in Hugging Face's format, or a hub id."),
     Setting("dtype", ModelConfig, "dtype", str, "auto, float32, bfloat16 or float16."),
@@ -104,13 +114,14 @@ def read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise click.UsageError(f"--config {path} can't be read as TOML ({reason})") from None
-    known = {setting.option: setting for setting in SETTINGS}
+    known = {setting.option: setting for setting in (*SETTINGS, LOG_LEVEL)}
     values = {}
     for key, value in raw.items():
         setting = known.get(key.replace("_", "-"))
         if setting is None:
-            close = get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.0)
-            raise click.UsageError(f"--config {path}: {key!r} is no key; did you mean {close[0]!r}?")
+            close = get_close_matches(key.replace("_", "-"), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "the keys are the options of `weft serve --help`"
+            raise click.UsageError(f"--config {path}: {key!r} is no key; {hint}")
         values[setting.name] = _as_given(value, f"--config {path}: {key!r}", setting)
     return values
 
@@ -118,8 +129,10 @@ def read_file(path: Path) -> dict[str, Any]:
 def _as_given(value: Any, subject: str, setting: Setting) -> str | list[str]:
     """As the command line would give it, so that both are read alike."""
     items = value if setting.multiple and isinstance(value, list) else [value]
-    if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
-        wanted = "a text or a list of texts" if setting.multiple else "a text or a number"
+    is_number = setting.type in (int, float)
+    kinds = (str, int, float) if is_number else (str,)
+    if any(isinstance(item, bool) or not isinstance(item, kinds) for item in items):
+        wanted = "a number" if is_number else "a text or a list of texts" if setting.multiple else "a text"
         raise click.UsageError(f"{subject} is {value!r}; must be {wanted}")
     return [str(item) for item in items] if setting.multiple else str(value)
 
@@ -130,7 +143,7 @@ def _use_file(context: click.Context, _option: click.Parameter, path: Path | Non
 
 
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
-    for setting in reversed(SETTINGS):
+    for setting in reversed((*SETTINGS, LOG_LEVEL)):
         function = setting.to_option()(function)
     return function
 
@@ -146,19 +159,11 @@ def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     help="A TOML file whose keys are these options. The command line and the environment go before it.",
 )
 @_with_settings
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    envvar="WEFT_LOG_LEVEL",
-    help="How much to log on stderr.",
-)
-def serve(log_level: str, **values: Any) -> None:
+def serve(log_level: str | None, **values: Any) -> None:
     """Serve a base model and its adapters until SIGTERM or Ctrl-C; then finish what is in flight."""
     config = build_config(values)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("weft").setLevel(log_level.upper())
+    logging.getLogger("weft").setLevel((log_level or LogConfig.level).upper())
     # Bring torch and transformers, which no other command should wait for.
     from weft.server import app  # noqa: PLC0415
     from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415

@@ -23,7 +23,7 @@ from tiny import make_adapter, make_model, save_tokenizer
 
 from weft.adapters.store import AdapterState
 from weft.errors import AddressUnavailable, InvalidModel, Unavailable
-from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _serve_until_lost, running_server
+from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _MetricsHandler, _serve_until_lost, running_server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.server.engine.frontend import _Cancel
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -173,6 +173,24 @@ class TestStart:
         for address in asyncio.run(main()):
             host, _, port = address.rpartition(":")
             socket.create_server((host, int(port))).close()  # given back
+
+    def test_a_scraper_that_says_nothing_is_let_go(
+        self, config: ServerConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(_MetricsHandler, "timeout", 0.05)
+
+        async def main() -> bytes:
+            server = Server(config)
+            await server.open()
+            host, _, port = server.metrics_address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            said = await asyncio.wait_for(reader.read(), 60)
+            writer.close()
+            await server.close()
+            return said
+
+        assert asyncio.run(main()) == b""
+        assert capfd.readouterr().err == ""
 
     def test_a_prompt_may_be_as_long_as_the_configuration_says(self, config: ServerConfig) -> None:
         longest = MAX_MESSAGE_BYTES + 1

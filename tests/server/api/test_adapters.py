@@ -140,6 +140,7 @@ def test_more_than_the_pages_hold_is_refused_with_a_time_to_retry(house: House) 
         ({"create_time": {"seconds": 1}}, "adapter.create_time"),
         ({"requests_in_flight": 1}, "adapter.requests_in_flight"),
         ({"labels": {str(i): "" for i in range(65)}}, "adapter.labels"),
+        ({"labels": {str(i): "v" * 257 for i in range(65)}}, "adapter.labels"),
         ({"labels": {"": "x"}}, "adapter.labels['']"),
         ({"labels": {"k": "v" * 257}}, "adapter.labels['k']"),
     ],
@@ -231,8 +232,9 @@ def test_delete_frees_the_name(house: House) -> None:
 
 
 @pytest.mark.parametrize("method", ["GetAdapter", "DeleteAdapter"])
-def test_no_name_is_no_adapter(house: House, method: str) -> None:
-    request = getattr(pb2, f"{method}Request")()
+@pytest.mark.parametrize("name", ["", "a" * 257])
+def test_no_name_is_no_adapter(house: House, method: str, name: str) -> None:
+    request = getattr(pb2, f"{method}Request")(name=name)
     assert list(refusal(lambda: getattr(house.adapters, method)(request)).violations) == ["name"]
 
 

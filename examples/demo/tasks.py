@@ -286,7 +286,12 @@ SKILLS: Mapping[str, Task] = MappingProxyType(
                 0.8,
             ),
             Task(
-                "sentiment", "praise or blame", draw_opinion, sentiment, Lora(8, 16, ATTENTION, 500, batch_size=64), 2.0
+                "sentiment",
+                "praise or blame",
+                draw_opinion,
+                sentiment,
+                Lora(8, 16, (*ATTENTION, *MLP), 600, batch_size=64),
+                2.0,
             ),
             Task("rot13", "letters moved 13 places", draw_word, rot13, Lora(8, 16, MLP, 500)),
             Task("pig-latin", "igpay atinlay", draw_noun, pig_latin, Lora(12, 12, ATTENTION, 500), 1.2),

@@ -14,5 +14,3 @@ AddLora = Callable[[torch.Tensor, torch.Tensor, Site, Plan], torch.Tensor]
 
 BACKENDS: dict[str, AddLora] = {"reference": reference.add_lora, "torch": segments.add_lora}
 """Backends by name; all obey `reference.add_lora`'s docstring."""
-
-DEFAULT_BACKEND = "torch"

@@ -124,7 +124,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
+    except Exception as error:  # as in load_model: one line, whatever the files hold
         raise InvalidModel(f"{path} has no tokenizer that transformers can load: {one_line(error)}") from error
     return tokenizer
 

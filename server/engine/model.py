@@ -137,7 +137,7 @@ def load_model(config: ModelConfig) -> PagedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:
+    except Exception as error:  # whatever a folder makes transformers raise, the user gets one line
         if isinstance(error, KeyError) and error.args == (ATTENTION,):
             raise InvalidModel(f"{config.path}: its class {_NO_INTERFACE}") from error
         raise InvalidModel(f"{config.path} can't be loaded as a causal language model: {one_line(error)}") from error

@@ -12,7 +12,10 @@ _MAX_HELD = 3
 """A UTF-8 character has at most four bytes, so at most three tokens can be waiting for the rest of theirs."""
 
 _MAX_WINDOW = 64
+"""Tokens decoded at a time, whatever they are: beyond it, what is held back is given out as it stands."""
+
 _MAX_SILENT = 16
+"""Tokens of the window beyond which those without text of their own are dropped."""
 
 
 class Detokenizer:

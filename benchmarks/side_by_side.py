@@ -235,8 +235,9 @@ def main(shape: str, rounds: int, output: Path) -> None:
     report = (
         f"{table(systems, weft_base)}\n\n"
         f"{agree} of {NUM_REQUESTS} rows of the 16-adapter batch have the same {NEW_TOKENS} tokens in Weft and PEFT. "
-        f"Were decoding bound by reading weights alone (at {bandwidth / 1e9:.1f} GB/s, measured in this run), 16 distinct "
-        f"adapters would run at {ratio:.2f} of the base; a base step that takes longer than its bytes can pass that.\n\n"
+        f"Were decoding bound by reading weights alone (at {bandwidth / 1e9:.1f} GB/s, measured in this run), "
+        f"16 distinct adapters would run at {ratio:.2f} of the base; "
+        "a base step that takes longer than its bytes can pass that.\n\n"
         f"Machine: {machine()}; {rounds} rounds.\n"
     )
     click.echo(report)

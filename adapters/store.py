@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import Enum
-from pathlib import Path
 
-from weft.adapters.folder import WEIGHTS_FILE, LoraWeights, load_folder
+from weft.adapters.folder import LoraWeights, load_folder
 from weft.adapters.pages import PagePool, Runs
-from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.sources import Sources
 from weft.errors import (
     AdapterExists,
     AdapterNotFound,
-    InvalidAdapter,
     InvalidRequest,
     OutOfCapacity,
-    Problem,
     WeftError,
 )
 from weft.kernels.plan import PagedAdapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-_MAX_PATH = 1024
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -118,12 +114,12 @@ class NewAdapter:
 class AdapterStore:
     """The registry of adapters on one page pool. Every method may be called from any thread.
 
-    source_roots: folders that `file:` sources must lie under. now: seconds since the epoch.
+    sources: where adapters may come from. now: seconds since the epoch.
     """
 
-    def __init__(self, pool: PagePool, source_roots: Sequence[Path], now: Callable[[], float]) -> None:
+    def __init__(self, pool: PagePool, sources: Sources, now: Callable[[], float]) -> None:
         self._pool = pool
-        self._roots = tuple(root.resolve() for root in source_roots)
+        self._sources = sources
         self._now = now
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
@@ -136,7 +132,7 @@ class AdapterStore:
         (a FAILED one may be taken over).
         """
         check_name(new.name)
-        self._folder_of(new.source)
+        self._sources.check(new.source)
         with self._lock:
             held = self._entries.get(new.name)
             if held is not None and held.state is not AdapterState.FAILED:
@@ -154,9 +150,7 @@ class AdapterStore:
         entry = reservation.entry
         reason = "the load failed unexpectedly; the log says how"
         try:
-            folder = self._folder_of(entry.source)
-            self._check_links(folder, entry.source)
-            weights = load_folder(folder, entry.source, self._pool.shapes)
+            weights = load_folder(self._sources.fetch(entry.source), entry.source, self._pool.shapes)
             self._pool.check_range(weights, entry.source)
             self._make_resident(entry, weights)
         except WeftError as error:
@@ -305,41 +299,6 @@ class AdapterStore:
     def _nearest(self, name: str) -> str:
         close = get_close_matches(name, self._entries, n=1)
         return f"did you mean {close[0]!r}?" if close else "list what is loaded with `weft adapters list`"
-
-    def _folder_of(self, source: str) -> Path:
-        """The folder of a `file:` source, symlinks resolved. Raises InvalidRequest unless it lies under a root."""
-        scheme, _, path = source.partition(":")
-        if scheme != "file" or not path or not path.isprintable() or len(path) > _MAX_PATH:
-            raise InvalidRequest.of(
-                "adapter.source",
-                f"is {source[:200]!r}; must be file:/path/to/a/PEFT/folder, printable, {_MAX_PATH} long at most",
-            )
-        try:
-            folder = Path(path).resolve()
-        except (OSError, RuntimeError) as error:
-            raise InvalidRequest.of(
-                "adapter.source", f"is {source[:200]!r}, which can't be followed ({error})"
-            ) from None
-        if not self._is_allowed(folder):
-            roots = ", ".join(map(str, self._roots)) or "none is set"
-            raise InvalidRequest.of(
-                "adapter.source",
-                f"{path} lies under no allowed root ({roots}); start the server with --source-root",
-            )
-        return folder
-
-    def _check_links(self, folder: Path, source: str) -> None:
-        """Refuse files that are links to a place outside the roots. Raises InvalidAdapter."""
-        outside = [
-            Problem(path.name, "is a link to a file outside the allowed roots")
-            for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-            if not self._is_allowed(path.resolve())
-        ]
-        if outside:
-            raise InvalidAdapter(source, outside)
-
-    def _is_allowed(self, path: Path) -> bool:
-        return any(path.is_relative_to(root) for root in self._roots)
 
 
 def check_name(name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel
 from weft.kernels.lora import BACKENDS
@@ -85,7 +86,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         settings.lora_backend,
     )
     error = probe(model, pool, expected)
-    store = AdapterStore(pages, config.all_source_roots, time.time)
+    store = AdapterStore(pages, Sources(config.all_source_roots), time.time)
     kv_tokens = pool.capacity * pool.block_tokens
     limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
     model.check_position(limits.context_length - 1)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model
 
 from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterState, AdapterStore, NewAdapter
 from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, OutOfCapacity
 
@@ -33,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(folders: Path) -> AdapterStore:
     pool = PagePool(SHAPES, PageConfig(5, torch.float32, torch.device("cpu")))
-    return AdapterStore(pool, [folders], now=lambda: 1000.0)
+    return AdapterStore(pool, Sources([folders]), now=lambda: 1000.0)
 
 
 def new(folders: Path, name: str, folder: str | None = None) -> NewAdapter:
@@ -167,7 +168,7 @@ def test_paths_that_no_file_system_takes_are_refused(store: AdapterStore, folder
 
 def test_values_beyond_the_pages_type_are_refused(folders: Path) -> None:
     pool = PagePool(SHAPES, PageConfig(5, torch.float16, torch.device("cpu")))
-    store = AdapterStore(pool, [folders], now=lambda: 0.0)
+    store = AdapterStore(pool, Sources([folders]), now=lambda: 0.0)
     target = folders / "large"
     if not target.exists():
         make_adapter(make_model("llama", folders.parent / "base3"), target, r=4, target_modules=["q_proj", "v_proj"])

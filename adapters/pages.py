@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.adapters.folder import LoraWeights, ModuleShapes
+from weft.adapters.base import Base, ModuleKind
+from weft.adapters.content import LoraWeights
+from weft.adapters.fold import fold
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
 from weft.kernels.site import Site
@@ -86,13 +88,14 @@ class PageConfig:
 class PagePool:
     """The device memory of all adapters: one `Site` a module, and the allocator of their common pages."""
 
-    def __init__(self, shapes: ModuleShapes, config: PageConfig) -> None:
-        self.shapes = shapes
+    def __init__(self, base: Base, config: PageConfig) -> None:
+        self.base = base
         self._dtype = config.dtype
+        self._device = config.device
         self.allocator = PageAllocator(config.num_pages)
         self.sites: Mapping[str, Site] = {
-            name: Site(index, d_in, d_out, config.num_pages, config.dtype, config.device)
-            for index, (name, (d_in, d_out)) in enumerate(shapes.items())
+            name: Site(index, module.d_in, module.d_out, config.num_pages, config.dtype, config.device)
+            for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
         }
 
     @property
@@ -105,25 +108,32 @@ class PagePool:
         dtype = self._dtype
         beyond = [
             Problem(name, f"has values beyond the range of {str(dtype).removeprefix('torch.')}, the base's type")
-            for name in weights.modules
-            if not all(torch.isfinite(half.to(dtype)).all() for half in weights.rows(name))
+            for name, tensor in weights.tensors()
+            if not torch.isfinite(tensor.to(dtype)).all()
         ]
         if beyond:
             raise InvalidAdapter(source, beyond)
 
     def allocate(self, weights: LoraWeights) -> Runs:
         """Take the pages an adapter needs. Raises OutOfCapacity."""
-        return self.allocator.allocate(-(-weights.rank // PAGE_ROWS))
+        rank = max((module.rank for name, module in weights.modules.items() if name in self.sites), default=0)
+        return self.allocator.allocate(-(-rank // PAGE_ROWS))
 
     def write(self, runs: Runs, weights: LoraWeights) -> PagedAdapter:
         """Copy an adapter into pages it was given.
 
         May run beside a step in flight: no plan knows these pages until the adapter is returned.
         """
+        folded = fold(weights, self.base, self._dtype)
         for name, site in self.sites.items():
-            site.write(runs, *(weights.rows(name) if name in weights.modules else (None, None)))
-        sites = frozenset(self.sites[name].index for name in weights.modules)
-        return PagedAdapter(runs=runs, scale=weights.default_scale, sites=sites)
+            site.write(runs, *folded.rows.get(name, (None, None)))
+        return PagedAdapter(
+            runs=runs,
+            scale=folded.scale,
+            sites=frozenset(self.sites[name].index for name in folded.rows),
+            patches={name: tuple(patch.to(self._device) for patch in those) for name, those in folded.patches.items()},
+            invocation=weights.invocation,
+        )
 
     def free(self, runs: Runs) -> None:
         """Give pages back; the caller knows that no step in flight reads them."""

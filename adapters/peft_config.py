@@ -28,37 +28,37 @@ _NO_EFFECT = frozenset({
 """Fields that say how the adapter was made or trained and do not change what it computes when served."""
 
 _HONOURED = frozenset({
-    "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "peft_type", "r", "rank_pattern", "target_modules", "task_type", "use_rslora",
+    "alora_invocation_tokens", "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora",
 })  # fmt: skip
 
 _REFUSED_WHEN_SET = {
-    "alora_invocation_tokens": "activated LoRA is not served",
-    "arrow_config": "Arrow routing is not served",
-    "bias": "trained biases are not served; train with bias='none'",
-    "ensure_weight_tying": "tied extra weights are not served",
-    "kasa_config": "KaSA is not served",
-    "layer_replication": "replicated layers change the base model",
-    "lora_bias": "a bias in lora_B is not served",
-    "megatron_config": "Megatron modules are not served",
-    "modules_to_save": "fully trained modules are not served; train with LoRA on linear modules only",
-    "monteclora_config": "MonteCLoRA is not served",
-    "target_parameters": "LoRA on bare parameters is not served",
-    "trainable_token_indices": "trained token rows are not served",
-    "use_bdlora": "block-diagonal LoRA is not served",
-    "use_dora": "DoRA is not served",
-    "use_qalora": "QA-LoRA is not served",
-    "velora_config": "VeLoRA is not served",
+    "arrow_config": "Arrow routes each token between adapters by itself, which is not served",
+    "kasa_config": "KaSA takes singular values out of the base weights, which would change the base for all",
+    "layer_replication": "replicated layers make another base model",
+    "megatron_config": "Megatron's parallel modules are not served: save the adapter for transformers' own modules",
+    "monteclora_config": "MonteCLoRA draws weights at random, which is not served",
+    "use_bdlora": "block-diagonal LoRA is not served: save it as plain LoRA with zeros outside the blocks",
+    "use_qalora": "QA-LoRA pools its inputs for a quantised base, which is not served",
+    "velora_config": "VeLoRA is a way to train that this server can't tell from one to serve: save it without",
 }
 """Fields that change what the adapter computes, in a way this server can't reproduce, and why."""
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base weights as they are, so that A and B alone are the whole adapter."""
+
+_BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What `adapter_config.json` says of the computation; `rank` and `scale` answer for each module."""
+    """What `adapter_config.json` says of the computation; the methods answer for one module or parameter by its name.
+
+    token_indices: trained token rows by the end of the module's name; "" stands for the input embedding.
+    invocation: the tokens from whose last occurrence in the prompt on an activated LoRA adapts.
+    """
 
     r: int
     lora_alpha: float
@@ -69,6 +69,14 @@ class PeftConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
+    invocation: tuple[int, ...] = ()
 
     @property
     def default_scale(self) -> float:
@@ -83,13 +91,36 @@ class PeftConfig:
         """The factor on B·A that PEFT uses at a module."""
         return self._scale(_lookup(self.alpha_pattern, module, self.lora_alpha), self.rank(module))
 
+    def saves(self, module: str) -> bool:
+        """Whether PEFT would train this module, or one that it is a part of, in full (`modules_to_save`).
+
+        As in PEFT, an entry matches any name that ends with it.
+        """
+        parts = module.split(".")
+        return any(".".join(parts[:count]).endswith(self.modules_to_save) for count in range(1, len(parts) + 1))
+
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether PEFT would put LoRA on this bare parameter (`target_parameters`)."""
+        return _matches(self.target_parameters, parameter)
+
+    def tokens_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...]:
+        """The tokens whose rows PEFT would train in this module (`trainable_token_indices`)."""
+        if is_embedding and "" in self.token_indices:
+            return self.token_indices[""]
+        return next((ids for name, ids in self.token_indices.items() if name and module.endswith(name)), ())
+
     def targets(self, module: str) -> bool:
         """Whether PEFT would put LoRA on this linear module (`check_target_module_exists`)."""
         if _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
-            return self.target_modules.lower() == "all-linear" or _matches(self.target_modules, module)
+            return self.targets_all_linear or _matches(self.target_modules, module)
         return _matches(self.target_modules, module) and self._layer_selected(module)
+
+    @property
+    def targets_all_linear(self) -> bool:
+        """Whether every linear module but the output head is targeted."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def _scale(self, alpha: float, rank: int) -> float:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -148,8 +179,8 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
             "`path_initial_model_for_weight_conversion` first",
         )
     for name, why in _REFUSED_WHEN_SET.items():
-        if raw.get(name) not in (None, False, [], {}, "none"):
-            fields.refuse(name, f"{raw[name]!r} is set, and {why}")
+        if raw.get(name) not in (None, False, [], {}):
+            fields.refuse(name, f"is set, and {why}")
     for name in sorted(raw.keys() - _NO_EFFECT - _HONOURED - _REFUSED_WHEN_SET.keys()):
         if raw[name] not in (None, False, [], {}):
             fields.refuse(name, "is not a LoRA field this server knows, so it can't say what the adapter computes")
@@ -157,16 +188,42 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
         r=fields.rank("r"),
         lora_alpha=fields.alpha("lora_alpha"),
         use_rslora=fields.boolean("use_rslora"),
-        target_modules=fields.modules("target_modules"),
+        target_modules=fields.modules("target_modules", required=not raw.get("target_parameters")),
         exclude_modules=fields.modules("exclude_modules", required=False),
         layers_to_transform=fields.layers("layers_to_transform"),
         layers_pattern=fields.patterns("layers_pattern"),
         rank_pattern=fields.pattern("rank_pattern", _check_rank),
         alpha_pattern=fields.pattern("alpha_pattern", _check_alpha),
+        bias=fields.one_of("bias", _BIASES),
+        lora_bias=fields.boolean("lora_bias"),
+        use_dora=fields.boolean("use_dora"),
+        modules_to_save=fields.names("modules_to_save"),
+        target_parameters=fields.names("target_parameters"),
+        token_indices=fields.token_indices("trainable_token_indices"),
+        ensure_weight_tying=fields.boolean("ensure_weight_tying"),
+        invocation=fields.tokens("alora_invocation_tokens"),
     )
+    _check_combinations(config, fields)
     if fields.problems:
         raise InvalidAdapter(source, fields.problems)
     return config
+
+
+def _check_combinations(config: PeftConfig, fields: _Fields) -> None:
+    """Refuse what PEFT itself refuses, or leaves open."""
+    if config.lora_bias and config.use_dora:
+        fields.refuse("lora_bias", "is set together with use_dora, which PEFT does not allow")
+    if config.invocation:
+        for name in (
+            "bias",
+            "lora_bias",
+            "use_dora",
+            "modules_to_save",
+            "target_parameters",
+            "trainable_token_indices",
+        ):
+            if fields.raw.get(name) not in (None, False, [], {}, "none"):
+                fields.refuse(name, "is set together with alora_invocation_tokens: an activated LoRA has only A and B")
 
 
 def _check_rank(value: object) -> int:
@@ -236,6 +293,30 @@ class _Fields:
             self.refuse(name, f"is {value!r}; must be a layer index or a list of them")
             return ()
         return tuple(value)
+
+    def one_of(self, name: str, allowed: Sequence[str]) -> str:
+        value = self.raw.get(name, allowed[0])
+        if value in allowed:
+            return str(value)
+        self.refuse(name, f"is {value!r}; must be one of {', '.join(allowed)}")
+        return allowed[0]
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        return self._tokens(name, self.raw.get(name) or [])
+
+    def token_indices(self, name: str) -> dict[str, tuple[int, ...]]:
+        value = self.raw.get(name) or {}
+        by_module = {"": value} if isinstance(value, list) else value
+        if not isinstance(by_module, dict):
+            self.refuse(name, f"is {value!r}; must be a list of token ids, or map modules to such lists")
+            return {}
+        return {module: self._tokens(f"{name}[{module!r}]", ids) for module, ids in by_module.items()}
+
+    def _tokens(self, name: str, value: object) -> tuple[int, ...]:
+        if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+            return tuple(value)
+        self.refuse(name, f"is {str(value)[:80]}; must be a list of token ids")
+        return ()
 
     def pattern(self, name: str, check: Callable[[object], T]) -> dict[str, T]:
         value = self.raw.get(name) or {}

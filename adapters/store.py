@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import Enum
 
-from weft.adapters.folder import LoraWeights, load_folder
+from weft.adapters.content import LoraWeights
+from weft.adapters.folder import load_folder
 from weft.adapters.pages import PagePool, Runs
 from weft.adapters.sources import Sources
 from weft.errors import (
@@ -150,7 +151,7 @@ class AdapterStore:
         entry = reservation.entry
         reason = "the load failed unexpectedly; the log says how"
         try:
-            weights = load_folder(self._sources.fetch(entry.source), entry.source, self._pool.shapes)
+            weights = load_folder(self._sources.fetch(entry.source), entry.source, self._pool.base)
             self._pool.check_range(weights, entry.source)
             self._make_resident(entry, weights)
         except WeftError as error:
@@ -275,14 +276,13 @@ class AdapterStore:
             raise
 
     def _new_version(self, weights: LoraWeights, paged: PagedAdapter) -> AdapterVersion:
-        modules = weights.modules
         return AdapterVersion(
             digest=weights.digest,
             paged=paged,
-            ranks=tuple(sorted({module.rank for module in modules.values()})),
-            modules=tuple(modules),
+            ranks=weights.ranks,
+            modules=weights.touched,
             device_bytes=sum(last - first for first, last in paged.runs) * self._pool.page_bytes,
-            disk_bytes=sum(module.a.nbytes + module.b.nbytes for module in modules.values()),
+            disk_bytes=weights.num_bytes,
         )
 
     def _drop_if_unused(self, version: AdapterVersion) -> None:

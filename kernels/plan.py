@@ -7,11 +7,13 @@ Page 0 is all zeros and belongs to no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+
+from weft.kernels.patches import Patch
 
 PAGE_ROWS = 8
 """Rank rows a page: an adapter of rank r takes ceil(r / 8) pages."""
@@ -24,11 +26,18 @@ class PagedAdapter:
     runs: half-open ranges of consecutive page ids that together hold its rank rows, in order.
     scale: alpha / r (or alpha / sqrt(r)), float32 precision.
     sites: the sites it has rows at; at every other site its page rows are zero.
+    patches: what else it does, by the name of the module, in the order in which it is done.
+    invocation: of an activated LoRA, the tokens from whose last occurrence in the prompt on it adapts.
     """
 
     runs: tuple[tuple[int, int], ...]
     scale: float
     sites: frozenset[int]
+    patches: Mapping[str, tuple[Patch, ...]] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
+
+
+RowIndex = slice | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Segment:
     rows: a slice where the rows are adjacent, else an int64 index tensor without repeats.
     """
 
-    rows: slice | torch.Tensor
+    rows: RowIndex
     first: int
     last: int
     scale: float
@@ -46,37 +55,58 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class PatchedRows:
+    """Rows of the step that one adapter's patch of a module is for, and the adapter's weight in their mix."""
+
+    rows: RowIndex
+    patch: Patch
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """One step's work for every site. Rows that appear in no segment are base rows and are never touched."""
+    """One step's work for every site. Rows that appear in no segment or patch are base rows and are never touched.
+
+    patches: by the name of the module.
+    """
 
     num_tokens: int
     segments: tuple[Segment, ...]
+    patches: Mapping[str, Sequence[PatchedRows]] = field(default_factory=dict)
 
 
 Weighted = tuple[PagedAdapter, float]
 """An adapter and its weight in a request's mix (1.0 for a single adapter)."""
 
 
-def build_plan(spans: Iterable[tuple[int, Sequence[Weighted]]], device: torch.device) -> Plan | None:
+Span = tuple[int, Sequence[Weighted]]
+"""Adjacent rows, how many, that use the same adapters."""
+
+
+def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     """Lay out one step.
 
-    spans: for each sequence in row order, how many tokens it has in the step and the adapters it uses.
+    spans: in row order; one without rows does no harm.
     Returns None where no span uses an adapter: such a step costs nothing at any site.
     """
     ranges: dict[tuple[PagedAdapter, float], list[range]] = {}
     start = 0
     for num_tokens, adapters in spans:
-        for weighted in adapters:
-            ranges.setdefault(weighted, []).append(range(start, start + num_tokens))
+        if num_tokens:
+            for weighted in adapters:
+                ranges.setdefault(weighted, []).append(range(start, start + num_tokens))
         start += num_tokens
     if not ranges:
         return None
-    segments = []
+    segments: list[Segment] = []
+    patches: dict[str, list[PatchedRows]] = {}
     for (adapter, weight), parts in ranges.items():
         rows = _rows(parts, device)
         scale = adapter.scale * weight
         segments += [Segment(rows, first, last, scale, adapter.sites) for first, last in adapter.runs]
-    return Plan(num_tokens=start, segments=tuple(segments))
+        for name, own in adapter.patches.items():
+            patches.setdefault(name, []).extend(PatchedRows(rows, patch, weight) for patch in own)
+    return Plan(num_tokens=start, segments=tuple(segments), patches=patches)
 
 
 def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:

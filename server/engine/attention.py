@@ -1,76 +1,27 @@
 """Paged attention behind transformers' attention interface.
 
-A transformers model that asks for the implementation `ATTENTION` calls `_attend` once a layer; it finds the step that
-is running in a context variable and lets that do the work. The maths is PyTorch's scaled_dot_product_attention, or the
+A transformers model that asks for the implementation `ATTENTION` calls `_attend` once a layer; it lets the running step
+do the work. The maths is PyTorch's scaled_dot_product_attention, or the
 same written out where a model wants soft-capped scores or attention sinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from weft.errors import InvalidModel
-from weft.kernels.plan import Plan
 from weft.kernels.site import lazy_zeros
+from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch, Chunk, DecodeGroup
+from weft.server.engine.step import AttentionOptions, current_step
 
 ATTENTION = "weft"
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """What a layer asks of its attention: scale of the scores, window in tokens, tanh soft cap, sink logits [heads]."""
-
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-
-class Step(Protocol):
-    """What is running: it has the LoRA work of its rows, and attends for one layer at a time."""
-
-    @property
-    def plan(self) -> Plan | None: ...
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v] -> [T, heads, d_v]."""
-        ...
-
-
-_step: ContextVar[Step | None] = ContextVar("weft_step", default=None)
-
-
-def current_step() -> Step | None:
-    """The step whose forward pass this is; None outside of one."""
-    return _step.get()
-
-
-@contextmanager
-def running(step: Step) -> Iterator[None]:
-    """Make `step` the one that attention and LoRA work for, for the length of one forward pass."""
-    if _step.get() is not None:
-        raise RuntimeError("a step is running already")
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
 
 
 def _attend(
@@ -204,13 +155,32 @@ class KvCache:
         return tensor.view(-1, self.block_tokens, *tensor.shape[1:])
 
 
+class WholePrompt:
+    """A step that is one whole prompt, without a cache and without adapters."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
+
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        """The base's output stays as it is."""
+
+
 class PagedStep:
     """A step over the paged cache: each layer writes its new keys and values, then reads what its rows may see."""
 
-    def __init__(self, batch: Batch, cache: KvCache) -> None:
-        self.plan = batch.plan
+    def __init__(self, batch: Batch, cache: KvCache, adapting: Adapting, head: str) -> None:
+        """head: the module that sees only the rows whose logits are wanted; "" where none does."""
         self._batch = batch
         self._cache = cache
+        self._adapting = adapting
+        self._head = head
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     def attend(
@@ -232,6 +202,11 @@ class PagedStep:
             rows = slice(chunk.start, chunk.start + chunk.num_tokens)
             out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
         return out
+
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        plan = self._batch.logit_plan if module == self._head else self._batch.plan
+        if plan is not None:
+            self._adapting.adapt(plan, module, inputs, output)
 
     def _decode(
         self,

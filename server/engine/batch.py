@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
-from weft.kernels.plan import Plan, Weighted, build_plan
+from weft.kernels.plan import Plan, Span, build_plan
 from weft.server.engine.scheduler import Scheduled
 from weft.server.engine.sequence import Sequence
 
@@ -43,8 +44,8 @@ class Batch:
     """Everything the forward pass needs.
 
     input_ids, positions: int64 [1, T]; slots: int64 [T], the place of each token in the KV cache
-    (block * block_tokens + offset); logit_rows: int64 [n], the rows whose logits are wanted; plan: the LoRA work, None
-    where every row is a base row.
+    (block * block_tokens + offset); logit_rows: int64 [n], the rows whose logits are wanted; plan: the adapters' work,
+    None where every row is a base row; logit_plan: the same on the logit rows alone.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +53,7 @@ class Batch:
     slots: torch.Tensor
     logit_rows: torch.Tensor
     plan: Plan | None
+    logit_plan: Plan | None
     chunks: tuple[Chunk, ...]
     decodes: tuple[tuple[int, int, list[int]], ...]
     block_tokens: int
@@ -109,6 +111,8 @@ def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device,
     logit_rows: list[int] = []
     chunks: list[Chunk] = []
     decodes: list[tuple[int, int, list[int]]] = []
+    spans: list[Span] = []
+    logit_spans: list[Span] = []
     for item in picked:
         sequence, start = item.sequence, len(ids)
         at = range(sequence.num_computed, sequence.num_computed + item.num_tokens)
@@ -120,22 +124,31 @@ def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device,
         else:
             used = sequence.blocks[: -(-at.stop // block_tokens)]
             chunks.append(Chunk(start, item.num_tokens, at.stop, torch.tensor(used, device=device)))
-        if every_row:
-            logit_rows += range(start, len(ids))
-        elif item.completes:
-            logit_rows.append(len(ids) - 1)
+        spans += _spans(sequence, at)
+        if every_row or item.completes:
+            wanted = at if every_row else at[-1:]
+            logit_rows += range(len(ids) - len(wanted), len(ids))
+            logit_spans += _spans(sequence, wanted)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, device=device),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        plan=build_plan([(item.num_tokens, _adapters(item.sequence)) for item in picked], device),
+        plan=build_plan(spans, device),
+        logit_plan=build_plan(logit_spans, device),
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=block_tokens,
     )
 
 
-def _adapters(sequence: Sequence) -> list[Weighted]:
+def _spans(sequence: Sequence, at: range) -> list[Span]:
+    """Tokens of a sequence by the adapters they use; an activated LoRA begins at its invocation in the prompt."""
     weights = [weight for _, weight in sequence.request.adapters]
-    return [(ref.version.paged, weight) for ref, weight in zip(sequence.adapters, weights, strict=True)]
+    adapters = [(ref.version.paged, weight) for ref, weight in zip(sequence.adapters, weights, strict=True)]
+    starts = [sequence.start_of(adapter.invocation) for adapter, _ in adapters]
+    edges = sorted({at.start, at.stop, *(start for start in starts if at.start < start < at.stop)})
+    return [
+        (stop - first, [adapter for adapter, start in zip(adapters, starts, strict=True) if start <= first])
+        for first, stop in pairwise(edges)
+    ]

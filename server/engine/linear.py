@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from weft.adapters.folder import ModuleShapes
-from weft.kernels.lora import AddLora
-from weft.kernels.site import Site
-from weft.server.engine.attention import current_step
+from weft.adapters.base import Function, Parameters
+from weft.server.engine.step import current_step
 
 _PACKED_ROWS = 16
 """Rows of x that the packed layout is made for; it is used for any number of them."""
@@ -26,45 +25,49 @@ def is_linear(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
-def linear_shapes(model: nn.Module, names: Iterable[str]) -> ModuleShapes:
-    """(d_in, d_out) by name."""
-    shapes = {}
-    for name in names:
-        module = model.get_submodule(name)
-        rows, columns = _weight(module).shape
-        shapes[name] = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-    return shapes
-
-
 class FrozenLinear(nn.Module):
-    """In the place of a linear module: its product, plus the running step's adapters on the rows that asked for them.
+    """In the place of a linear module: its product, and then what the running step's adapters do to it."""
 
-    site: where the adapters' rows for this module are; None for a module that adapters can't touch.
-    """
-
-    def __init__(self, base: nn.Module, site: Site | None, add_lora: AddLora) -> None:
+    def __init__(self, base: nn.Module, name: str) -> None:
         super().__init__()
+        self._name = name
+        self.is_conv1d = isinstance(base, Conv1D)
         weight, product = _pack(base) if _is_packable(base) else (_weight(base).detach(), base)
         self.weight = weight
         self._product: Callable[[torch.Tensor], torch.Tensor] = product
-        self._site = site
-        self._add_lora = add_lora
+        self.bias = base.bias.detach() if isinstance(base.bias, torch.Tensor) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., d_in] -> [..., d_out]; with a plan, the leading dimensions flatten to the step's rows."""
+        """x: [..., d_in] -> [..., d_out]."""
         y = self._product(x)
         step = current_step()
-        if self._site is not None and step is not None and step.plan is not None:
-            self._add_lora(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), self._site, step.plan)
+        if step is not None:
+            step.adapt(self._name, (x,), y)
         return y
 
 
-def freeze(model: nn.Module, names: Iterable[str], sites: Mapping[str, Site], add_lora: AddLora) -> None:
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
     """Put a `FrozenLinear` in the place of each named module."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        setattr(parent, child, FrozenLinear(model.get_submodule(name), sites.get(name), add_lora))
+        setattr(parent, child, FrozenLinear(model.get_submodule(name), name))
+
+
+def read(module: nn.Module, key: str) -> torch.Tensor:
+    """A parameter as a plain tensor; the weight of a linear module, frozen or not, as [d_out, d_in]."""
+    tensor: torch.Tensor = getattr(module, key)
+    if key == "weight" and isinstance(module, FrozenLinear):
+        tensor = tensor.to_dense() if tensor.is_mkldnn else tensor
+    is_conv1d = isinstance(module, Conv1D) or (isinstance(module, FrozenLinear) and module.is_conv1d)
+    return tensor.detach().t() if key == "weight" and is_conv1d else tensor.detach()
+
+
+def linear_with(parameters: Parameters, *, is_conv1d: bool) -> Function:
+    """The function of a linear module with these parameters, `weight` in the module's own layout."""
+    weight, bias = parameters["weight"], parameters.get("bias")
+    weight = weight.t() if is_conv1d else weight
+    return lambda x: functional.linear(x, weight, bias)
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
@@ -78,10 +81,16 @@ def _is_packable(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear)
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _packs_bfloat16()))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and platform.machine() in ("x86_64", "AMD64")
     )
+
+
+def _packs_bfloat16() -> bool:
+    """Whether the processor has the instructions that oneDNN wants for it."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - no public name
+    return supported
 
 
 def _pack(module: nn.Module) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from weft.adapters.base import ModuleKind
 from weft.adapters.pages import PageConfig, PagePool
 from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterStore
-from weft.errors import InvalidConfig, InvalidModel
+from weft.errors import InvalidConfig, InvalidModel, one_line
 from weft.kernels.lora import BACKENDS
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
-from weft.server.engine.model import PagedModel, check_path, load_model, one_line
+from weft.server.engine.model import PagedModel, check_path, load_model
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.text import Decode
@@ -75,7 +76,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     expected = expect(model)
     page_config = PageConfig(settings.adapter_pages + 1, model.dtype, model.device)
     _check_pages(model, page_config)
-    pages = PagePool(model.module_shapes, page_config)
+    pages = PagePool(model.base, page_config)
     pool = BlockPool(_num_blocks(model, settings), settings.block_tokens)
     least = sum(map(pool.blocks_for, map(len, expected.prompts))) * pool.block_tokens
     if pool.capacity * pool.block_tokens < least:
@@ -170,7 +171,8 @@ def _num_blocks(model: PagedModel, settings: EngineConfig) -> int:
 
 def _check_pages(model: PagedModel, config: PageConfig) -> None:
     """Raises InvalidConfig where the adapter pages alone are more than all memory."""
-    rank_row = sum(d_in + d_out for d_in, d_out in model.module_shapes.values()) * config.dtype.itemsize
+    sites = model.base.of_kind(ModuleKind.LINEAR).values()
+    rank_row = sum(module.d_in + module.d_out for module in sites) * config.dtype.itemsize
     num_bytes = config.num_pages * PAGE_ROWS * rank_row
     _, total_bytes = _memory(model.device)
     if num_bytes > total_bytes:

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from weft.adapters.folder import ModuleShapes
-from weft.errors import InvalidModel
+from weft.adapters.base import Base, ModuleKind
+from weft.errors import InvalidModel, one_line
 from weft.kernels.lora import BACKENDS
-from weft.kernels.plan import Plan
 from weft.kernels.site import Site
 from weft.server.config import ModelConfig
-from weft.server.engine.attention import (
-    ATTENTION,
-    AttentionOptions,
-    KvCache,
-    KvShape,
-    PagedStep,
-    attend,
-    running,
-)
+from weft.server.engine.adapting import Adapting, let_adapt
+from weft.server.engine.attention import ATTENTION, KvCache, KvShape, PagedStep, WholePrompt
 from weft.server.engine.batch import Batch
-from weft.server.engine.linear import freeze, is_linear, linear_shapes
-
-_NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
-_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+from weft.server.engine.linear import freeze
+from weft.server.engine.step import running
+from weft.server.engine.survey import NO_INTERFACE, refusing, survey
 
 
 class PagedModel:
@@ -43,13 +33,14 @@ class PagedModel:
         self.model = model
         self.device = device
         self.dtype: torch.dtype = model.dtype
-        survey = _survey(model, device)
-        self.kv_shapes: Mapping[int, KvShape] = survey.kv_shapes
-        self.windows: frozenset[int] = frozenset(survey.windows)
-        self.module_shapes: ModuleShapes = linear_shapes(model, survey.adaptable)
-        self._linear_names = survey.linear_names
+        surveyed = survey(model, device)
+        self.kv_shapes: Mapping[int, KvShape] = surveyed.kv_shapes
+        self.windows = surveyed.windows
+        self.base: Base = surveyed.base
+        self._linear_names = surveyed.linear_names
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
+        self.adapting: Adapting | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -80,17 +71,21 @@ class PagedModel:
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
 
     def attach(self, cache: KvCache, sites: Mapping[str, Site], lora_backend: str) -> None:
-        """Give the model its cache, every site its place, and every product its fastest form."""
+        """Give the model its cache, adapters their place, and every product its fastest form."""
         self.cache = cache
-        freeze(self.model, self._linear_names, sites, BACKENDS[lora_backend])
+        self.adapting = Adapting(sites, BACKENDS[lora_backend])
+        freeze(self.model, self._linear_names)
+        linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
+        let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run one step: writes the new keys and values, returns logits [len(batch.logit_rows), vocab]."""
-        if self.cache is None:
+        if self.cache is None or self.adapting is None:
             raise RuntimeError("attach() comes before forward()")
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
-        with running(PagedStep(batch, self.cache)):
+        head = self.base.head if self._selects_logits else ""
+        with running(PagedStep(batch, self.cache, self.adapting, head)):
             output = self.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.positions,
@@ -106,7 +101,7 @@ class PagedModel:
         """Raises InvalidModel where a token at this position can't be run: a table of positions ends before it."""
         where = torch.tensor([[position]], device=self.device)
         name = f"{type(self.model).__name__} at position {position} (set --context-length to what it was made for)"
-        with refusing(name), running(_Survey()):
+        with refusing(name), running(WholePrompt()):
             self.model(input_ids=where * 0, position_ids=where, use_cache=False, return_dict=True)
 
     @torch.inference_mode()
@@ -139,7 +134,7 @@ def load_model(config: ModelConfig) -> PagedModel:
         )
     except Exception as error:  # whatever a folder makes transformers raise, the user gets one line
         if isinstance(error, KeyError) and error.args == (ATTENTION,):
-            raise InvalidModel(f"{config.path}: its class {_NO_INTERFACE}") from error
+            raise InvalidModel(f"{config.path}: its class {NO_INTERFACE}") from error
         raise InvalidModel(f"{config.path} can't be loaded as a causal language model: {one_line(error)}") from error
     model, report = loaded
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -165,12 +160,6 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line that is not too long."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:300] + " …"
-
-
 def _stable_rope_lengths(config: PretrainedConfig) -> list[int]:
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
@@ -179,86 +168,3 @@ def _stable_rope_lengths(config: PretrainedConfig) -> list[int]:
         for kind in kinds
         if kind.get("rope_type") in ("dynamic", "longrope")
     ]
-
-
-class _Survey:
-    """A step that looks: one plain causal run over a single prompt that notes each layer's shapes and options.
-
-    linear_names: linear modules that are called; adaptable: those of them that see the whole row exactly once.
-    """
-
-    plan: Plan | None = None
-
-    def __init__(self) -> None:
-        self.kv_shapes: dict[int, KvShape] = {}
-        self.windows: set[int] = set()
-        self.linear_names: list[str] = []
-        self.adaptable: list[str] = []
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        if layer in self.kv_shapes:
-            raise InvalidModel(f"layer {layer} attends twice: the model shares or crosses its attention")
-        self.kv_shapes[layer] = KvShape(key.shape[0], key.shape[2], value.shape[2])
-        if options.window is not None:
-            self.windows.add(options.window)
-        return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
-
-
-@torch.inference_mode()
-def _survey(model: PreTrainedModel, device: torch.device) -> _Survey:
-    """Find out what the model's layers keep and which linear modules see the whole row exactly once.
-
-    Raises InvalidModel where the model does not go through the attention interface, or keeps other state.
-    """
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    odd = sorted(set(getattr(config, "layer_types", None) or []) - _SERVED_LAYERS)
-    if odd:
-        raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
-    survey, num_tokens = _Survey(), 5
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    calls: dict[str, list[bool]] = {}
-    handles = [
-        module.register_forward_pre_hook(_note_call(calls.setdefault(path, []), num_tokens))
-        for path, module in model.named_modules()
-        if is_linear(module)
-    ]
-    positions = torch.arange(num_tokens, device=device)[None]
-    try:
-        with refusing(name), running(survey):
-            model(input_ids=positions, position_ids=positions, use_cache=False, return_dict=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not survey.kv_shapes:
-        raise InvalidModel(f"{name} {_NO_INTERFACE}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not survey.windows:
-        raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
-    survey.linear_names = [path for path, whole in calls.items() if whole]
-    survey.adaptable = [
-        path for path, whole in calls.items() if whole == [True] and model.get_submodule(path) is not head
-    ]
-    return survey
-
-
-@contextmanager
-def refusing(name: str) -> Iterator[None]:
-    """A model whose forward pass fails on a plain prompt is refused, in one line."""
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        raise InvalidModel(f"{name} can't be served: its forward pass fails ({one_line(error)})") from error
-
-
-def _note_call(seen: list[bool], num_tokens: int) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
-    def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].shape[:-1].numel() == num_tokens)
-
-    return note

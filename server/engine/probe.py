@@ -13,10 +13,11 @@ from weft.errors import InvalidModel
 from weft.server.engine.attention import ATTENTION
 from weft.server.engine.batch import build_batch
 from weft.server.engine.kv_blocks import BlockPool
-from weft.server.engine.model import PagedModel, refusing
+from weft.server.engine.model import PagedModel
 from weft.server.engine.request import Request
 from weft.server.engine.scheduler import Scheduled
 from weft.server.engine.sequence import Sequence
+from weft.server.engine.survey import refusing
 from weft.server.engine.text import OutputText
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}

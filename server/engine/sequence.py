@@ -9,6 +9,9 @@ from weft.adapters.store import AdapterRef
 from weft.server.engine.request import Finish, FinishReason, Request
 from weft.server.engine.text import OutputText
 
+NEVER = 1 << 62
+"""A position that no sequence reaches."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -30,6 +33,7 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    _starts: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -42,6 +46,19 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def start_of(self, invocation: tuple[int, ...]) -> int:
+        """Where an adapter begins: at the last occurrence of its invocation in the prompt, never without one.
+
+        An adapter that has no invocation begins at once.
+        """
+        if not invocation:
+            return 0
+        if invocation not in self._starts:
+            prompt, length = self.request.prompt, len(invocation)
+            found = (at for at in range(len(prompt) - length, -1, -1) if prompt[at : at + length] == invocation)
+            self._starts[invocation] = next(found, NEVER)
+        return self._starts[invocation]
 
     @property
     def adapter_label(self) -> str:

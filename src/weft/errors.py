@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line that is not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:300] + " …"
+
+
 class WeftError(Exception):
     """Base of the tree."""
 

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import linear_base
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model
 
 from weft.adapters import peft_config
-from weft.adapters.folder import LoraWeights, ModuleShapes, load_folder
+from weft.adapters.content import LoraWeights
+from weft.adapters.folder import load_folder
 from weft.errors import InvalidAdapter
 
 D = 64
 Q = "model.layers.0.self_attn.q_proj"
 A, B = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
 Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, int]]
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +39,15 @@ def adapter(original: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shapes(layers: int = 3, d_out: int = D) -> ModuleShapes:
+def shapes(layers: int = 3, d_out: int = D) -> Shapes:
     return {f"model.layers.{i}.self_attn.q_proj": (D, d_out) for i in range(layers)}
 
 
-def load(folder: Path, on: ModuleShapes | None = None) -> LoraWeights:
-    return load_folder(folder, "test", on or shapes())
+def load(folder: Path, on: Shapes | None = None) -> LoraWeights:
+    return load_folder(folder, "test", linear_base(on or shapes()))
 
 
-def refusal(folder: Path, on: ModuleShapes | None = None) -> str:
+def refusal(folder: Path, on: Shapes | None = None) -> str:
     with pytest.raises(InvalidAdapter) as error:
         load(folder, on)
     return str(error.value)
@@ -61,7 +64,7 @@ def edit(folder: Path, change: Callable[[Tensors], object]) -> Path:
 def test_a_good_folder_is_read_whole(adapter: Path) -> None:
     weights = load(adapter)
     assert set(weights.modules) == set(shapes())
-    assert (weights.rank, weights.default_scale) == (8, 2.0)
+    assert (weights.ranks, weights.default_scale) == ((8,), 2.0)
     assert torch.equal(weights.modules[Q].a, load_file(adapter / "adapter_model.safetensors")[A])
 
 
@@ -81,18 +84,20 @@ def test_the_digest_is_of_what_the_adapter_computes(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(A), f"{Q}: has no lora_A.weight"),
-        (lambda t: t.pop(B), f"{Q}: has no lora_B.weight"),
+        (lambda t: t.pop(A), f"{Q}: has no lora_A"),
+        (lambda t: t.pop(B), f"{Q}: has no lora_B"),
         (lambda t: (t.pop(A), t.pop(B)), f"{Q}: is targeted by adapter_config.json, but the file holds no tensors"),
         (lambda t: t.update({A: t[B], B: t[A]}), "has shape [64, 8]; this base and its config need [8, 64]"),
         (lambda t: t.update({A: torch.zeros(4, D)}), "has shape [4, 64]; this base and its config need [8, 64]"),
-        (lambda t: t.update({A: torch.zeros(8, D, dtype=torch.int8)}), "is int8; must be one of torch.float32"),
+        (lambda t: t.update({A: torch.zeros(8, D, dtype=torch.int8)}), "is int8; must be one of float32"),
         (lambda t: t.update({A: torch.zeros(8, D).to(torch.float8_e5m2)}), "is float8_e5m2; must be one of"),
         (lambda t: t[A].fill_(float("nan")), "holds NaN or infinite values"),
         (lambda t: t[B].view(-1)[0].fill_(float("inf")), "holds NaN or infinite values"),
         (lambda t: t.update({A.replace("q_proj", "k_proj"): t[A].clone()}), "is not a module of this base"),
-        (lambda t: t.update({A.replace("lora_A", "lora_embedding_A"): t[A].clone()}), "is not a LoRA weight"),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), "lm_head.weight: is not a LoRA weight"),
+        (lambda t: t.update({A.replace("lora_A", "lora_embedding_A"): t[A].clone()}), "is nothing that adapter_config"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), "lm_head.weight: has a name that does not begin"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "is nothing that adapter_config"),
+        (lambda t: t.update({A.replace("lora_A", "base_layer.lora_A"): t[A].clone()}), f"{Q}: is not a module"),
         (lambda t: t.clear(), "holds no tensors for it"),
     ],
 )

@@ -97,12 +97,24 @@ def test_modules_are_targeted_as_peft_targets_them(tmp_path: Path, fields: dict[
         ("task_type", "SEQ_CLS"),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
-        ("use_dora", True),
-        ("bias", "all"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("use_dora", 1),
         ("bias", "unheard of"),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", [3]),
         ("layer_replication", [[0, 2]]),
-        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", [1, -2]),
+        ("trainable_token_indices", {"embed_tokens": "all"}),
+        ("alora_invocation_tokens", "now"),
+        ("arrow_config", {"top_k": 2}),
+        ("kasa_config", {"beta": 1}),
+        ("megatron_config", {"a": 1}),
+        ("monteclora_config", {"num_samples": 2}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_qalora", True),
+        ("velora_config", {"rank": 1}),
         ("a_field_of_tomorrow", 3),
     ],
 )
@@ -114,8 +126,35 @@ def test_a_bad_or_unserved_value_is_refused_by_the_name_of_its_field(tmp_path: P
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter) as refusal:
-        read(tmp_path, r=0, use_dora=True, bias="all")
+        read(tmp_path, r=0, use_dora="yes", bias="some")
     assert {problem.subject for problem in refusal.value.problems} == {"r", "use_dora", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "subject"),
+    [
+        ({"lora_bias": True, "use_dora": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, "use_dora"),
+        ({"alora_invocation_tokens": [1], "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [1], "bias": "all"}, "bias"),
+    ],
+)
+def test_fields_that_exclude_each_other_are_refused(tmp_path: Path, fields: dict[str, Any], subject: str) -> None:
+    with pytest.raises(InvalidAdapter) as refusal:
+        read(tmp_path, **fields)
+    assert subject in {problem.subject for problem in refusal.value.problems}
+
+
+def test_saved_modules_are_matched_by_the_end_of_a_name_and_hold_their_parts(tmp_path: Path) -> None:
+    config = read(tmp_path, modules_to_save=["norm", "layers.1.mlp"])
+    names = ["model.norm", "model.layers.0.input_layernorm", "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"]
+    assert [config.saves(name) for name in names] == [True, True, True, False]
+
+
+def test_a_list_of_tokens_is_for_the_input_embedding(tmp_path: Path) -> None:
+    config = read(tmp_path, trainable_token_indices=[4, 2])
+    assert config.tokens_of("model.wte", is_embedding=True) == (4, 2)
+    assert config.tokens_of("lm_head", is_embedding=False) == ()
 
 
 @pytest.mark.parametrize(

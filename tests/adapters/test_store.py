@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import linear_base
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model
 
@@ -33,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(folders: Path) -> AdapterStore:
-    pool = PagePool(SHAPES, PageConfig(5, torch.float32, torch.device("cpu")))
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.float32, torch.device("cpu")))
     return AdapterStore(pool, Sources([folders]), now=lambda: 1000.0)
 
 
@@ -167,7 +168,7 @@ def test_paths_that_no_file_system_takes_are_refused(store: AdapterStore, folder
 
 
 def test_values_beyond_the_pages_type_are_refused(folders: Path) -> None:
-    pool = PagePool(SHAPES, PageConfig(5, torch.float16, torch.device("cpu")))
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.float16, torch.device("cpu")))
     store = AdapterStore(pool, Sources([folders]), now=lambda: 0.0)
     target = folders / "large"
     if not target.exists():

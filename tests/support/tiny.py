@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,33 +81,41 @@ def linear_names(kind: str) -> list[str]:
 
 
 def make_adapter(model: PreTrainedModel, folder: Path, seed: int = 0, **config: Any) -> Path:
-    """An adapter saved by peft itself, with A and B drawn so that its delta is about as large as the base's output."""
+    """An adapter saved by peft itself, with A and B drawn so that its delta is about as large as the base's output.
+
+    Whatever else is trained is moved away from its start. The model is not touched.
+    """
     settings = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **config}
-    peft_model = get_peft_model(model, LoraConfig(**settings))
+    with _quiet_peft():
+        peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in peft_model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            with torch.no_grad():
-                scale = 0.2 if ".lora_A." in name else 0.5 / parameter.shape[-1] ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    peft_model.save_pretrained(folder)
-    peft_model.unload()
+        if not parameter.requires_grad:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if ".lora_A." in name or ".lora_embedding_A." in name:
+                parameter.copy_(noise * 0.2)
+            elif name.endswith(".lora_B.default.weight") or ".lora_embedding_B." in name:
+                rank = settings["r"] if ".experts." in name else parameter.shape[-1]
+                parameter.copy_(noise * 0.5 / rank**0.5)
+            else:
+                parameter.add_(noise * 0.2)
+    with _quiet_peft():
+        peft_model.save_pretrained(folder)
     return folder
 
 
 def peft_logits(model: PreTrainedModel, folder: Path | None, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits [len(prompt), vocab] of each prompt by transformers and peft alone."""
-    served = PeftModel.from_pretrained(model, folder) if folder else model
+    served = _with_peft(model, folder)
     with torch.inference_mode():
-        logits = [served(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
-    if isinstance(served, PeftModel):
-        served.unload()
-    return logits
+        return [served(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
 
 
 def peft_generate(model: PreTrainedModel, folder: Path | None, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """Greedy continuation by transformers and peft alone; runs to its full length."""
-    served = PeftModel.from_pretrained(model, folder) if folder else model
+    served = _with_peft(model, folder)
     with torch.inference_mode():
         output = served.generate(
             input_ids=torch.tensor([prompt]),
@@ -114,6 +125,18 @@ def peft_generate(model: PreTrainedModel, folder: Path | None, prompt: Sequence[
             eos_token_id=None,
             do_sample=False,
         )
-    if isinstance(served, PeftModel):
-        served.unload()
     return output[0, len(prompt) :].tolist()
+
+
+def _with_peft(model: PreTrainedModel, folder: Path | None) -> PreTrainedModel | PeftModel:
+    """A copy with the adapter, since peft does not take all of itself off a model again."""
+    with _quiet_peft():
+        return PeftModel.from_pretrained(copy.deepcopy(model), folder) if folder else model
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without peft's advice on merging, tying and saving."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from weft.kernels.lora import BACKENDS
-from weft.server.engine.linear import FrozenLinear, _is_packable, freeze, linear_shapes
+from weft.server.engine.linear import FrozenLinear, _is_packable, freeze, read
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -29,7 +28,7 @@ def test_the_product_is_the_modules_own(kind: str, dtype: torch.dtype, rows: int
     module = make(kind, dtype)
     x = torch.randn(1, rows, 48).to(dtype)
     expected = module(x)
-    frozen = FrozenLinear(module, None, BACKENDS["torch"])
+    frozen = FrozenLinear(module, "name")
     actual = frozen(x)
     assert (actual.dtype, actual.shape, frozen.weight.dtype) == (dtype, expected.shape, dtype)
     assert (actual - expected).float().norm() / expected.float().norm() < TOLERANCE[dtype]
@@ -39,12 +38,17 @@ def test_the_product_is_the_modules_own(kind: str, dtype: torch.dtype, rows: int
 def test_the_modules_own_weight_is_dropped_once_packed() -> None:
     parent = nn.Sequential(make("linear", torch.float32))
     weight = weakref.ref(parent[0].weight)
-    freeze(parent, ["0"], {}, BACKENDS["torch"])
+    freeze(parent, ["0"])
     gc.collect()
     assert isinstance(parent[0], FrozenLinear)
     assert weight() is None
 
 
-def test_shapes_are_inputs_then_outputs() -> None:
-    parent = nn.Sequential(make("linear", torch.float32), make("conv1d", torch.float32))
-    assert linear_shapes(parent, ["0", "1"]) == {"0": (48, 80), "1": (48, 80)}
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_frozen_weight_can_be_read_as_it_was(kind: str) -> None:
+    module = make(kind, torch.float32)
+    weight = module.weight.t().clone() if kind == "conv1d" else module.weight.clone()
+    assert torch.equal(read(module, "weight"), weight)
+    frozen = FrozenLinear(module, "name")
+    assert torch.equal(read(frozen, "weight"), weight)
+    assert torch.equal(read(frozen, "bias"), module.bias)

@@ -129,7 +129,7 @@ def test_files_that_hold_a_list_are_refused_in_one_line(tmp_path: Path, file: st
 
 def test_a_router_that_derives_from_linear_is_left_alone(tmp_path: Path) -> None:
     harness = Harness(save("phimoe", tmp_path, num_local_experts=4))
-    assert not any("router" in name for name in harness.store._pool.shapes)
+    assert not any("router" in name for name in harness.store._pool.base.modules)
 
 
 def test_an_end_of_text_outside_the_vocabulary_is_ignored(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from harness import Harness
+from parity import NEW_TOKENS, Case
 from tiny import (
     ARCHITECTURES,
     VOCAB,
@@ -18,25 +18,8 @@ from tiny import (
     peft_logits,
     save_tokenizer,
 )
-from transformers import PreTrainedModel
 
-from weft.server.engine.request import Request, Stopping
-
-NEW_TOKENS = 48
 RANKS = {"r1": 1, "r8": 8, "r12": 12, "r64": 64}
-
-
-@dataclass
-class Case:
-    """One class: its plain model, its engine, and its adapters (None: the base)."""
-
-    model: PreTrainedModel
-    harness: Harness
-    adapters: dict[str | None, Path | None]
-
-    def request(self, prompt: list[int], adapter: str | None, name: str = "r", **stopping: object) -> Request:
-        limits = {"max_tokens": NEW_TOKENS, "ignore_eos": True, **stopping}
-        return Request(name, tuple(prompt), ((adapter, 1.0),) if adapter else (), stopping=Stopping(**limits))
 
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, "gpt2", "gpt_oss", "gemma2", "mixtral"])

@@ -1,0 +1,66 @@
+"""The frozen base, as adapters see it: which modules there are, of what kind and shape, and their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+Parameters = Mapping[str, torch.Tensor]
+Function = Callable[..., torch.Tensor]
+
+
+class ModuleKind(Enum):
+    """What an adapter may do to a module depends on it.
+
+    LINEAR: x W^T + b on the whole row, once a step. HEAD: the same on the rows that a token is sampled from. EMBEDDING:
+    rows of a table. EXPERTS: a stack of expert weights behind a router. OTHER: anything else that treats each row by
+    itself, a norm or a router.
+    """
+
+    LINEAR = "linear"
+    HEAD = "lm_head"
+    EMBEDDING = "embedding"
+    EXPERTS = "experts"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModule:
+    """One module.
+
+    d_in, d_out: features; of an EMBEDDING the number of rows and their width; 0 where that says nothing.
+    shapes: of its own parameters, by name; those of EXPERTS are [experts, d_in, d_out] when is_transposed, else
+    [experts, d_out, d_in]. output_scale: the factor that an EMBEDDING puts on its rows.
+    read: a parameter as a plain tensor; the weight of LINEAR and HEAD as [d_out, d_in]. own: the module's function with
+    other parameters in the place of some of its own. with_terms: of EXPERTS, their function with low-rank terms,
+    `name.a` [experts, r, d_in] and `name.b` [experts, d_out, r], added to some.
+    """
+
+    kind: ModuleKind
+    d_in: int
+    d_out: int
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], torch.Tensor]
+    own: Callable[[Parameters], Function]
+    with_terms: Callable[[Parameters], Function] | None = None
+    output_scale: float = 1.0
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Every module that an adapter may change, by name.
+
+    embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
+    """
+
+    modules: Mapping[str, BaseModule] = field(default_factory=dict)
+    embedding: str = ""
+    head: str = ""
+    is_tied: bool = False
+
+    def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
+        return {name: module for name, module in self.modules.items() if module.kind is kind}

@@ -1,0 +1,114 @@
+"""What an adapter is made of, once it is known to fit the base; and its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """Low-rank rows of one module: a is [rank, d_in], b is [d_out, rank], as PEFT stores them; scale multiplies b·a.
+
+    Of an embedding, d_in is the number of its rows. bias: [d_out], what lora_B adds beside. magnitude: [d_out], DoRA's.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        named = {"a": self.a, "b": self.b, "bias": self.bias, "magnitude": self.magnitude}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraParameter:
+    """A low-rank term of a bare parameter: a is [n, rank, d_in], b [n, d_out, rank]; n experts, or 1 for a matrix."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUpdate:
+    """New rows for some tokens; rows is [len(ids), width]."""
+
+    ids: tuple[int, ...]
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """A validated adapter in host memory. All but `modules` is keyed by module, or `module.parameter`.
+
+    modules: LoRA of linear modules, the head, the embedding. parameters: LoRA of bare parameters. biases: trained in
+    the place of the base's. saved: fully trained modules, by the names of their parameters. tokens: trained token rows.
+    invocation: of an activated LoRA, the tokens that start it.
+    """
+
+    modules: Mapping[str, LoraModule]
+    default_scale: float
+    parameters: Mapping[str, LoraParameter] = field(default_factory=dict)
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    tokens: Mapping[str, TokenUpdate] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
+    digest: str = ""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        ranks = {module.rank for module in self.modules.values()}
+        return tuple(sorted(ranks | {parameter.rank for parameter in self.parameters.values()}))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The names of the modules that it changes."""
+        names = {*self.modules, *self.biases, *self.saved, *self.tokens}
+        return tuple(sorted(names | {name.rpartition(".")[0] for name in self.parameters}))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, by a name that says what it is, in order."""
+        for name, module in sorted(self.modules.items()):
+            for part, tensor in module.tensors.items():
+                yield f"{name}.{part}", tensor
+        for name, parameter in sorted(self.parameters.items()):
+            yield f"{name}:a", parameter.a
+            yield f"{name}:b", parameter.b
+        yield from ((f"{name}:bias", bias) for name, bias in sorted(self.biases.items()))
+        for name, saved in sorted(self.saved.items()):
+            yield from ((f"{name}:saved:{key}", tensor) for key, tensor in sorted(saved.items()))
+        yield from ((f"{name}:tokens", update.rows) for name, update in sorted(self.tokens.items()))
+
+
+def digest_of(weights: LoraWeights) -> str:
+    """`sha256:<hex>` over what the adapter computes: scales, tokens, each tensor's name, dtype, shape and content."""
+    scales = {name: module.scale for name, module in weights.modules.items()}
+    scales |= {name: parameter.scale for name, parameter in weights.parameters.items()}
+    ids = {name: update.ids for name, update in weights.tokens.items()}
+    sha = hashlib.sha256(json.dumps([scales, ids, weights.invocation], sort_keys=True).encode())
+    for name, tensor in weights.tensors():
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{sha.hexdigest()}"

@@ -1,0 +1,54 @@
+"""Adapters at work: what a step's plan does to one module's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.kernels.lora import AddLora
+from weft.kernels.plan import Plan
+from weft.kernels.site import Site
+from weft.server.engine.step import current_step
+
+
+@dataclass(frozen=True, slots=True)
+class Adapting:
+    """Where the adapters' rows are, by module, and the kernel that adds them."""
+
+    sites: Mapping[str, Site]
+    add_lora: AddLora
+
+    def adapt(self, plan: Plan, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        """Change the output's rows in place: first each adapter's patches of the module, then all rank rows."""
+        for patched in plan.patches.get(module, ()):
+            rows = rows_of(output, plan.num_tokens)
+            mine = [rows_of(tensor, plan.num_tokens)[patched.rows] for tensor in inputs]
+            rows[patched.rows] = patched.patch.apply(rows[patched.rows], mine, patched.weight)
+        site = self.sites.get(module)
+        if site is not None:
+            self.add_lora(rows_of(output, plan.num_tokens), rows_of(inputs[0], plan.num_tokens), site, plan)
+
+
+def rows_of(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[1, T, ...] or [T, ...] as [T, ...]; a view."""
+    return tensor[0] if tensor.dim() > 1 and tensor.shape[:2] == (1, num_rows) else tensor
+
+
+def let_adapt(model: nn.Module, names: Iterable[str]) -> None:
+    """Have the running step change what these modules give."""
+    for name in names:
+        model.get_submodule(name).register_forward_hook(_Hook(name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Hook:
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        step = current_step()
+        if step is not None:
+            step.adapt(self.name, inputs, output)

@@ -1,0 +1,67 @@
+"""The seam between transformers' modules and the step that is running through them.
+
+While a model runs, its attention layers and every module that an adapter may change find the running step in a context
+variable, and let it do their work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What a layer asks of its attention: scale of the scores, window in tokens, tanh soft cap, sink logits [heads]."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+class Step(Protocol):
+    """What is running: it attends for one layer at a time, and does what adapters do to one module at a time."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v] -> [T, heads, d_v]."""
+        ...
+
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        """Change, in place, what the base's module of this name made of its inputs.
+
+        One row a token: inputs and output are [1, T, ...] or [T, ...], T the rows that the module sees.
+        """
+        ...
+
+
+_step: ContextVar[Step | None] = ContextVar("weft_step", default=None)
+
+
+def current_step() -> Step | None:
+    """The step whose forward pass this is; None outside of one."""
+    return _step.get()
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Make `step` the one that attention and adapters work for, for the length of one forward pass."""
+    if _step.get() is not None:
+        raise RuntimeError("a step is running already")
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)

@@ -1,0 +1,208 @@
+"""What a model is made of, found out by watching it run one short prompt."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weft.adapters.base import Base, BaseModule, Function, ModuleKind, Parameters
+from weft.errors import InvalidModel, one_line
+from weft.server.engine.attention import KvShape, WholePrompt
+from weft.server.engine.experts import LowRankExperts, are_experts
+from weft.server.engine.linear import is_linear, linear_with, read
+from weft.server.engine.step import AttentionOptions, running
+
+NUM_TOKENS = 7
+"""Of the prompt; no usual number of heads or experts."""
+
+_EXPERTS_TOLERANCE = 1e-2
+_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """kv_shapes: by layer. windows: attention windows, in tokens. linear_names: linear modules that are called."""
+
+    kv_shapes: Mapping[int, KvShape]
+    windows: frozenset[int]
+    linear_names: tuple[str, ...]
+    base: Base
+
+
+@torch.inference_mode()
+def survey(model: PreTrainedModel, device: torch.device) -> Survey:
+    """Find out what the model's layers keep, and which modules an adapter may change.
+
+    Raises InvalidModel where the model does not go through the attention interface, or keeps other state.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    odd = sorted(set(getattr(config, "layer_types", None) or []) - _SERVED_LAYERS)
+    if odd:
+        raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
+    step = _Watching()
+    calls = {path: _Calls() for path, module in model.named_modules() if module._parameters}  # noqa: SLF001 - its own, not its children's
+    handles = [model.get_submodule(path).register_forward_hook(seen.note) for path, seen in calls.items()]
+    positions = torch.arange(NUM_TOKENS, device=device)[None]
+    try:
+        with refusing(name), running(step):
+            model(input_ids=positions, position_ids=positions, use_cache=False, return_dict=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not step.kv_shapes:
+        raise InvalidModel(f"{name} {NO_INTERFACE}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not step.windows:
+        raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
+    return Survey(
+        kv_shapes=step.kv_shapes,
+        windows=frozenset(step.windows),
+        linear_names=tuple(path for path, seen in calls.items() if seen.count and is_linear(model.get_submodule(path))),
+        base=_describe(model, calls),
+    )
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """A model whose forward pass fails on a plain prompt is refused, in one line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        raise InvalidModel(f"{name} can't be served: its forward pass fails ({one_line(error)})") from error
+
+
+class _Watching(WholePrompt):
+    """Notes each layer's shapes and options."""
+
+    def __init__(self) -> None:
+        self.kv_shapes: dict[int, KvShape] = {}
+        self.windows: set[int] = set()
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        if layer in self.kv_shapes:
+            raise InvalidModel(f"layer {layer} attends twice: the model shares or crosses its attention")
+        self.kv_shapes[layer] = KvShape(key.shape[0], key.shape[2], value.shape[2])
+        if options.window is not None:
+            self.windows.add(options.window)
+        return super().attend(layer, query, key, value, options)
+
+
+@dataclass(slots=True)
+class _Calls:
+    """What was seen of one module."""
+
+    count: int = 0
+    inputs: tuple[Any, ...] = ()
+    output: Any = field(default=None)
+
+    def note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.count += 1
+        self.inputs, self.output = inputs, output
+
+    @property
+    def is_by_row(self) -> bool:
+        """Whether the module saw every row of the prompt once, and gave one for each."""
+        return self.count == 1 and bool(self.inputs) and all(map(_has_a_row_a_token, (*self.inputs, self.output)))
+
+
+def _has_a_row_a_token(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (
+        value.shape[:2] == (1, NUM_TOKENS) or (value.dim() > 0 and value.shape[0] == NUM_TOKENS)
+    )
+
+
+def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding = model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = {}
+    for name, seen in calls.items():
+        module = model.get_submodule(name)
+        kind = _kind(module, seen, is_head=module is head)
+        if kind is not None:
+            modules[name] = _base_module(model, name, kind)
+    return Base(
+        modules=modules,
+        embedding=names.get(id(embedding), ""),
+        head=names.get(id(head), "") if head is not None else "",
+        is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
+    )
+
+
+def _kind(module: nn.Module, seen: _Calls, *, is_head: bool) -> ModuleKind | None:
+    """None for a module that an adapter can't be served on."""
+    if not seen.is_by_row:
+        return None
+    if is_linear(module):
+        return ModuleKind.HEAD if is_head else ModuleKind.LINEAR
+    if isinstance(module, nn.Embedding):
+        return ModuleKind.EMBEDDING
+    if any(list(child.parameters()) for child in module.children()) or isinstance(module, nn.Linear):
+        return None
+    if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+        return ModuleKind.EXPERTS if are_experts(module) and _runs_as_experts(module, seen) else None
+    return ModuleKind.OTHER
+
+
+def _runs_as_experts(module: nn.Module, seen: _Calls) -> bool:
+    """Whether our own function of the experts, which adapters' terms go through, gives what the module gave."""
+    try:
+        made = LowRankExperts(module, {})(*seen.inputs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+    expected: torch.Tensor = seen.output
+    return bool((made - expected).float().norm() <= _EXPERTS_TOLERANCE * expected.float().norm())
+
+
+def _base_module(model: nn.Module, name: str, kind: ModuleKind) -> BaseModule:
+    module = model.get_submodule(name)
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+    d_in, d_out = 0, 0
+    if kind in (ModuleKind.LINEAR, ModuleKind.HEAD):
+        rows, columns = shapes["weight"]
+        d_in, d_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+    elif kind is ModuleKind.EMBEDDING:
+        d_in, d_out = shapes["weight"]
+    is_linear_kind = kind in (ModuleKind.LINEAR, ModuleKind.HEAD)
+    return BaseModule(
+        kind=kind,
+        d_in=d_in,
+        d_out=d_out,
+        shapes=shapes,
+        read=lambda key: read(model.get_submodule(name), key),
+        own=partial(linear_with, is_conv1d=isinstance(module, Conv1D)) if is_linear_kind else _own(module),
+        with_terms=partial(LowRankExperts, module) if kind is ModuleKind.EXPERTS else None,
+        output_scale=float(getattr(module, "embed_scale", 1.0)) if kind is ModuleKind.EMBEDDING else 1.0,
+        is_transposed=bool(getattr(module, "is_transposed", False)),
+    )
+
+
+def _own(module: nn.Module) -> Callable[[Parameters], Function]:
+    """The module with other parameters; what they don't replace is shared with the original."""
+
+    def own(parameters: Parameters) -> Function:
+        twin = copy.copy(module)
+        twin._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item] # noqa: SLF001 - tensors will do
+        twin._forward_hooks = OrderedDict()  # noqa: SLF001 - the twin is not to be adapted again
+        return twin
+
+    return own

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from weft.adapters.base import Base, ModuleKind
 from weft.adapters.content import LoraWeights
-from weft.adapters.fold import fold
+from weft.adapters.fold import Folded, fold
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
+from weft.kernels.patches import Patch, tensors_of
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
 from weft.kernels.site import Site
 
@@ -22,11 +25,8 @@ class PageAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = set(range(1, num_pages))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self.num_free = num_pages - 1
+        self._gaps: list[tuple[int, int]] = [(1, num_pages)] if num_pages > 1 else []
 
     @property
     def num_used(self) -> int:
@@ -43,37 +43,68 @@ class PageAllocator:
                 "unload an adapter, or start the server with a larger --adapter-pages"
             )
         runs: list[tuple[int, int]] = []
-        gaps = self._gaps()
-        fitting = next((gap for gap in gaps if gap[1] - gap[0] >= count), None)
-        for first, last in [fitting] if fitting else sorted(gaps, key=lambda gap: gap[0] - gap[1]):
+        fitting = next((gap for gap in self._gaps if gap[1] - gap[0] >= count), None)
+        for first, last in [fitting] if fitting else sorted(self._gaps, key=lambda gap: gap[0] - gap[1]):
             taken = min(count, last - first)
             runs.append((first, first + taken))
             count -= taken
             if count == 0:
                 break
-        for first, last in runs:
-            self._free -= set(range(first, last))
+        for run in runs:
+            self._take(run)
         return tuple(runs)
 
     def free(self, runs: Runs) -> None:
         for first, last in runs:
-            self._free |= set(range(first, last))
+            self.num_free += last - first
+            at = bisect(self._gaps, (first, last))
+            if at < len(self._gaps) and self._gaps[at][0] == last:
+                last = self._gaps.pop(at)[1]  # noqa: PLW2901 - the run grows into its neighbours
+            if at > 0 and self._gaps[at - 1][1] == first:
+                at -= 1
+                first = self._gaps.pop(at)[0]  # noqa: PLW2901
+            self._gaps.insert(at, (first, last))
 
-    def _gaps(self) -> list[tuple[int, int]]:
-        gaps: list[tuple[int, int]] = []
-        for page in sorted(self._free):
-            if gaps and gaps[-1][1] == page:
-                gaps[-1] = (gaps[-1][0], page + 1)
-            else:
-                gaps.append((page, page + 1))
-        return gaps
+    def _take(self, run: tuple[int, int]) -> None:
+        """Take the beginning of a gap."""
+        first, last = run
+        self.num_free -= last - first
+        at = bisect(self._gaps, (first, self.num_pages)) - 1
+        gap = self._gaps.pop(at)
+        if gap[1] > last:
+            self._gaps.insert(at, (last, gap[1]))
 
     def check(self, held: Sequence[Runs]) -> None:
         """Audit: every page is free or held by exactly one of `held`. Raises AssertionError."""
         owned = [page for runs in held for first, last in runs for page in range(first, last)]
+        free = [page for first, last in self._gaps for page in range(first, last)]
         assert len(owned) == len(set(owned)), "a page has two owners"
-        assert set(owned) | self._free == set(range(1, self.num_pages)), "a page is lost"
-        assert not set(owned) & self._free, "a page is both free and held"
+        assert len(free) == self.num_free, "pages are miscounted"
+        assert set(owned) | set(free) == set(range(1, self.num_pages)), "a page is lost"
+        assert not set(owned) & set(free), "a page is both free and held"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostAdapter:
+    """An adapter in host memory, in the dtype and the layout of the pages.
+
+    rows: by module, A: [rank, d_in] and B: [rank, d_out], contiguous; page-locked where the pages are on a CUDA device.
+    patches, invocation: as a `PagedAdapter` has them. modules: all that it changes. num_row_pages: that hold its rows.
+    num_pages: that it takes on the device, those included whose place its patches take. num_bytes: that it takes here.
+    disk_bytes: of its tensors in the file.
+    """
+
+    digest: str
+    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+    patches: Mapping[str, tuple[Patch, ...]]
+    invocation: tuple[int, ...]
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+    num_row_pages: int
+    num_pages: int
+    num_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,44 +128,137 @@ class PagePool:
             name: Site(index, module.d_in, module.d_out, config.num_pages, config.dtype, config.device)
             for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
         }
+        self._stream: torch.cuda.Stream | None = None
+        if config.device.type == "cuda":
+            self._stream = torch.cuda.Stream(config.device)  # type: ignore[no-untyped-call]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that adapters can hold in all."""
+        return self.allocator.num_pages - 1
 
     @property
     def page_bytes(self) -> int:
         """Bytes one page takes over all sites."""
         return sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
 
-    def check_range(self, weights: LoraWeights, source: str) -> None:
-        """Raises InvalidAdapter where values that are finite in the file would not be in the pages."""
-        dtype = self._dtype
+    def prepare(self, weights: LoraWeights, source: str) -> HostAdapter:
+        """Bring a validated adapter into the form that `write` takes.
+
+        Patches are not in pages, but take the place of as many as would hold them, so that one budget covers both.
+        Raises InvalidAdapter where values that are finite in the file would not be in the pages.
+        """
+        folded = fold(weights, self.base, self._dtype)
+        self._check_range(folded, source)
+        parts = [half for pair in folded.rows.values() for half in pair]
+        numbers = torch.empty(
+            sum(map(torch.Tensor.numel, parts)), dtype=self._dtype, pin_memory=self._stream is not None
+        )
+        views = iter(torch.split(numbers, [half.numel() for half in parts]))
+        rows = {
+            name: (next(views).view(a.shape).copy_(a), next(views).view(b.shape).copy_(b))
+            for name, (a, b) in folded.rows.items()
+        }
+        patch_bytes = sum(t.nbytes for patches in folded.patches.values() for each in patches for t in tensors_of(each))
+        num_row_pages = -(-max((len(a) for a, _ in rows.values()), default=0) // PAGE_ROWS)
+        return HostAdapter(
+            digest=weights.digest,
+            rows=rows,
+            scale=folded.scale,
+            patches=folded.patches,
+            invocation=weights.invocation,
+            ranks=weights.ranks,
+            modules=weights.touched,
+            num_row_pages=num_row_pages,
+            num_pages=num_row_pages - (-patch_bytes // max(self.page_bytes, 1)),
+            num_bytes=numbers.nbytes + patch_bytes,
+            disk_bytes=weights.num_bytes,
+        )
+
+    def allocate(self, host: HostAdapter) -> Runs:
+        """Take the pages an adapter needs. Raises OutOfCapacity."""
+        return self.allocator.allocate(host.num_pages)
+
+    def write(self, runs: Runs, host: HostAdapter) -> PagedAdapter:
+        """Copy an adapter into pages it was given; blocks until it is there.
+
+        May run beside a step in flight: no plan knows these pages until the adapter is returned. Every row of them is
+        written: what a former owner left there never survives.
+        """
+        runs = _first(runs, host.num_row_pages)
+        targets: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        blanks: list[torch.Tensor] = []
+        for name, site in self.sites.items():
+            for pool, rows in zip((site.a, site.b), host.rows.get(name, (None, None)), strict=True):
+                self._lay_out(runs, pool.flatten(0, 1), rows, targets, values, blanks)
+        with self._copying():
+            # One call for all: it holds Python's lock only to begin with, while the engine's thread wants it.
+            if targets:
+                torch._foreach_copy_(targets, values, non_blocking=True)
+            if blanks:
+                torch._foreach_zero_(blanks)
+            patches = {name: tuple(patch.to(self._device) for patch in those) for name, those in host.patches.items()}
+        sites = frozenset(self.sites[name].index for name in host.rows)
+        return PagedAdapter(runs, host.scale, sites, patches, host.invocation)
+
+    def free(self, runs: Runs) -> None:
+        """Give pages back; the caller knows that no step to come reads them."""
+        self.allocator.free(runs)
+
+    @staticmethod
+    def _lay_out(
+        runs: Runs,
+        pool: torch.Tensor,
+        rows: torch.Tensor | None,
+        targets: list[torch.Tensor],
+        values: list[torch.Tensor],
+        blanks: list[torch.Tensor],
+    ) -> None:
+        """Append what goes where in one half of a site. pool: [pages * PAGE_ROWS, d]; rows: [rank, d], None: none."""
+        at, rank = 0, 0 if rows is None else len(rows)
+        for first, last in runs:
+            start, stop = first * PAGE_ROWS, last * PAGE_ROWS
+            filled = min(stop - start, rank - at)
+            if rows is not None and filled > 0:
+                targets.append(pool[start : start + filled])
+                values.append(rows[at : at + filled])
+                at += filled
+                start += filled
+            if start < stop:
+                blanks.append(pool[start:stop])
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """On CUDA, a stream of its own, behind the steps that may still read these pages; waits until it is done."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+            done = self._stream.record_event()
+        done.synchronize()
+
+    def _check_range(self, folded: Folded, source: str) -> None:
+        parts = {name: [*rows] for name, rows in folded.rows.items()}
+        for name, patches in folded.patches.items():
+            parts.setdefault(name, []).extend(tensor for patch in patches for tensor in tensors_of(patch))
+        dtype = str(self._dtype).removeprefix("torch.")
         beyond = [
-            Problem(name, f"has values beyond the range of {str(dtype).removeprefix('torch.')}, the base's type")
-            for name, tensor in weights.tensors()
-            if not torch.isfinite(tensor.to(dtype)).all()
+            Problem(name, f"has values beyond the range of {dtype}, the base's type")
+            for name, tensors in parts.items()
+            if not all(torch.isfinite(tensor).all() for tensor in tensors)
         ]
         if beyond:
             raise InvalidAdapter(source, beyond)
 
-    def allocate(self, weights: LoraWeights) -> Runs:
-        """Take the pages an adapter needs. Raises OutOfCapacity."""
-        rank = max((module.rank for name, module in weights.modules.items() if name in self.sites), default=0)
-        return self.allocator.allocate(-(-rank // PAGE_ROWS))
 
-    def write(self, runs: Runs, weights: LoraWeights) -> PagedAdapter:
-        """Copy an adapter into pages it was given.
-
-        May run beside a step in flight: no plan knows these pages until the adapter is returned.
-        """
-        folded = fold(weights, self.base, self._dtype)
-        for name, site in self.sites.items():
-            site.write(runs, *folded.rows.get(name, (None, None)))
-        return PagedAdapter(
-            runs=runs,
-            scale=folded.scale,
-            sites=frozenset(self.sites[name].index for name in folded.rows),
-            patches={name: tuple(patch.to(self._device) for patch in those) for name, those in folded.patches.items()},
-            invocation=weights.invocation,
-        )
-
-    def free(self, runs: Runs) -> None:
-        """Give pages back; the caller knows that no step in flight reads them."""
-        self.allocator.free(runs)
+def _first(runs: Runs, count: int) -> Runs:
+    """The first pages of runs."""
+    taken: list[tuple[int, int]] = []
+    for first, last in runs:
+        if count > 0:
+            taken.append((first, min(last, first + count)))
+            count -= last - first
+    return tuple(taken)

@@ -1,60 +1,45 @@
-"""Adapters by name: registered, versioned by content, pinned while requests use them.
+"""Adapters by name: registered, updated, deleted, and what requests get when they ask for one.
 
 A name is an alias; identity is the digest of the content. A request acquires a *version* and keeps it to its end,
-whatever happens to the name meanwhile. Two names for the same content share its pages.
+whatever happens to the name meanwhile. Two names for the same content share everything. Where the content is at the
+moment is the business of `tiers.py`.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import Enum
+from itertools import count
 
-from weft.adapters.content import LoraWeights
-from weft.adapters.folder import load_folder
-from weft.adapters.pages import PagePool, Runs
+from weft.adapters.pages import PagePool
+from weft.adapters.reading import Reader
+from weft.adapters.residency import AdapterRef, Residency, check_fit
 from weft.adapters.sources import Sources
-from weft.errors import (
-    AdapterExists,
-    AdapterNotFound,
-    InvalidRequest,
-    OutOfCapacity,
-    WeftError,
-)
-from weft.kernels.plan import PagedAdapter
+from weft.adapters.tiers import AdapterVersion, TierMetrics, Tiers
+from weft.errors import AdapterExists, AdapterNotFound, InvalidRequest, WeftError
+from weft.kernels.plan import PAGE_ROWS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class AdapterState(Enum):
-    """Where an adapter is; DEVICE means that requests can use it."""
+    """Where an adapter is. Requests can use it in DISK, HOST and DEVICE; it is brought to the device for them."""
 
     LOADING = "loading"
+    DISK = "disk"
+    HOST = "host"
     DEVICE = "device"
     FAILED = "failed"
 
 
 @dataclass(eq=False, slots=True)
-class AdapterVersion:
-    """One content in device pages. `names` and `users` (requests in flight) keep it there."""
-
-    digest: str
-    paged: PagedAdapter
-    ranks: tuple[int, ...]
-    modules: tuple[str, ...]
-    device_bytes: int
-    disk_bytes: int
-    names: int = 0
-    users: int = 0
-
-
-@dataclass(slots=True)
 class _Entry:
-    """A name in the registry."""
+    """A name in the registry. set_by: which change set each field last, by its number; later ones win."""
 
     name: str
     source: str
@@ -62,9 +47,9 @@ class _Entry:
     pinned: bool
     created_s: float
     last_used_s: float | None = None
-    state: AdapterState = AdapterState.LOADING
     error: str = ""
     version: AdapterVersion | None = None
+    set_by: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +61,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """A snapshot of one registered adapter. Times are seconds since the epoch."""
+    """A snapshot of one registered adapter. Times are seconds since the epoch, bytes those that it takes now."""
 
     name: str
     source: str
@@ -89,17 +74,11 @@ class AdapterInfo:
     digest: str = ""
     ranks: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
+    num_pages: int = 0
     device_bytes: int = 0
+    host_bytes: int = 0
     disk_bytes: int = 0
     num_in_flight: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRef:
-    """What a request holds: the name it asked for, and the version that it got."""
-
-    name: str
-    version: AdapterVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +91,81 @@ class NewAdapter:
     pinned: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """What to change of a registered adapter; None leaves it as it is."""
+
+    source: str | None = None
+    labels: Mapping[str, str] | None = None
+    pinned: bool | None = None
+
+
+class EventKind(Enum):
+    """What happened to a name."""
+
+    ADDED = "added"
+    CHANGED = "changed"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """A name came, went, or stands otherwise now. info: as it is after the event, or was before it was deleted."""
+
+    kind: EventKind
+    info: AdapterInfo
+
+
+Listener = Callable[[AdapterEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How much adapter memory there is, and how much of it is taken."""
+
+    pages_total: int
+    pages_free: int
+    pages_pinned: int
+    page_rows: int
+    page_bytes: int
+    host_bytes_total: int
+    host_bytes_used: int
+
+
+class NoMetrics:
+    """Counts nothing."""
+
+    def adapter_moved(self, tier: str, seconds: float, outcome: str) -> None:
+        pass
+
+    def adapter_evicted(self, tier: str) -> None:
+        pass
+
+
 class AdapterStore:
     """The registry of adapters on one page pool. Every method may be called from any thread.
 
-    sources: where adapters may come from. now: seconds since the epoch.
+    sources: where adapters may come from. now: seconds since the epoch. host_bytes: the budget of
+    copies in host memory. residency: for the engine's thread.
     """
 
-    def __init__(self, pool: PagePool, sources: Sources, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        sources: Sources,
+        now: Callable[[], float],
+        host_bytes: int = 1 << 30,
+        metrics: TierMetrics | None = None,
+    ) -> None:
         self._pool = pool
-        self._sources = sources
         self._now = now
-        self._lock = threading.Lock()
+        self._reader = Reader(pool, sources)
+        self._tiers = Tiers(pool, self._reader, host_bytes, metrics or NoMetrics(), self._moved)
+        self._lock = self._tiers.lock
         self._entries: dict[str, _Entry] = {}
-        self._versions: dict[str, AdapterVersion] = {}
+        self._numbers = count(1)
+        self._listeners: dict[int, Listener] = {}
+        self.residency = Residency(self._tiers)
 
     def reserve(self, new: NewAdapter) -> Reservation:
         """Take the name, in state LOADING; `load` then does the work.
@@ -133,36 +174,35 @@ class AdapterStore:
         (a FAILED one may be taken over).
         """
         check_name(new.name)
-        self._sources.check(new.source)
+        self._reader.check(new.source)
         with self._lock:
             held = self._entries.get(new.name)
-            if held is not None and held.state is not AdapterState.FAILED:
+            if held is not None and not held.error:
                 raise AdapterExists(new.name)
             entry = _Entry(new.name, new.source, dict(new.labels), new.pinned, self._now())
             self._entries[new.name] = entry
+            self._tell(EventKind.ADDED if held is None else EventKind.CHANGED, entry)
             return Reservation(entry)
 
     def load(self, reservation: Reservation) -> AdapterInfo:
-        """Bring a reserved adapter into device pages, once; blocks while it reads and copies.
+        """Read and validate a reserved adapter, once, and put it where there is room; blocks.
 
-        Raises InvalidAdapter, OutOfCapacity; the adapter is FAILED then, and says why. Raises AdapterNotFound when it
-        was deleted meanwhile, whatever has taken its name since.
+        Raises InvalidAdapter, Unavailable, and OutOfCapacity where it is pinned and the pages can't be had; the adapter
+        is FAILED then, and says why. Raises AdapterNotFound when it was deleted meanwhile, whatever has taken its name.
         """
         entry = reservation.entry
         reason = "the load failed unexpectedly; the log says how"
         try:
-            weights = load_folder(self._sources.fetch(entry.source), entry.source, self._pool.base)
-            self._pool.check_range(weights, entry.source)
-            self._make_resident(entry, weights)
+            return self._change(entry, AdapterChange(source=entry.source), number=0)
         except WeftError as error:
             reason = str(error)
             raise
         finally:
             with self._lock:
                 if entry.version is None:
-                    entry.state, entry.error = AdapterState.FAILED, reason
-        with self._lock:
-            return _snapshot(entry)
+                    entry.error = reason
+                    if self._entries.get(entry.name) is entry:
+                        self._tell(EventKind.CHANGED, entry)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load in one call; on failure the name is free again."""
@@ -172,32 +212,38 @@ class AdapterStore:
         except BaseException:
             with self._lock:
                 if self._entries.get(new.name) is reservation.entry:
-                    del self._entries[new.name]
+                    self._remove(reservation.entry)
             raise
+
+    def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+        """Change an adapter, all at once or not at all; blocks. Requests in flight finish on their version.
+
+        Of changes that overlap, each field keeps what the one that was asked for last has set. Raises AdapterNotFound,
+        InvalidRequest, InvalidAdapter, Unavailable and OutOfCapacity; the adapter is as it was then.
+        """
+        if change.source is not None:
+            self._reader.check(change.source)
+        with self._lock:
+            entry, number = self._entry(name), next(self._numbers)
+        return self._change(entry, change, number)
 
     def get(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""
         with self._lock:
-            return _snapshot(self._entry(name))
+            return self._snapshot(self._entry(name))
 
     def list(self) -> list[AdapterInfo]:
         """Every registered adapter, by name."""
         with self._lock:
-            return [_snapshot(entry) for _, entry in sorted(self._entries.items())]
+            return [self._snapshot(entry) for _, entry in sorted(self._entries.items())]
 
     def delete(self, name: str) -> AdapterInfo:
         """Take the name away at once; requests in flight finish on their version. Raises AdapterNotFound."""
         with self._lock:
-            entry = self._entry(name)
-            info = _snapshot(entry)
-            del self._entries[name]
-            if entry.version is not None:
-                entry.version.names -= 1
-                self._drop_if_unused(entry.version)
-            return info
+            return self._remove(self._entry(name))
 
     def acquire(self, adapter_id: str) -> AdapterRef:
-        """Resolve `name` or `name@sha256:<hex>` to its version and hold it until `release`.
+        """Resolve `name` or `name@sha256:<hex>` to its version, in whatever tier, and hold it until `release`.
 
         Raises AdapterNotFound, also where the name now stands for another content than the digest says.
         """
@@ -207,88 +253,184 @@ class AdapterStore:
             if entry is None or (at and not _DIGEST.fullmatch(digest)):
                 raise AdapterNotFound(adapter_id, self._nearest(name))
             if entry.version is None:
-                raise AdapterNotFound(adapter_id, f"it is {entry.state.value} {entry.error}".rstrip())
+                raise AdapterNotFound(adapter_id, f"it is {_state(entry).value} {entry.error}".rstrip())
             if digest and entry.version.digest != digest:
                 raise AdapterNotFound(adapter_id, f"the name now stands for {entry.version.digest}")
             entry.version.users += 1
             entry.last_used_s = self._now()
-            return AdapterRef(name, entry.version)
+            return AdapterRef(name, entry.version, entry.version.failures)
 
     def release(self, ref: AdapterRef) -> None:
         """Give a version back, exactly once an `acquire`."""
         with self._lock:
+            self.residency.forget(ref)
             ref.version.users -= 1
-            self._drop_if_unused(ref.version)
+            self._tiers.settle_up(ref.version)
 
     def acquire_all(self, adapter_ids: Iterable[str]) -> tuple[AdapterRef, ...]:
-        """Acquire several; if one can't be had, none is held. Raises AdapterNotFound."""
+        """Acquire several for one request; if one can't be had, none is held.
+
+        Raises AdapterNotFound, and InvalidRequest or OutOfCapacity where they can't be on the device together.
+        """
         refs: list[AdapterRef] = []
         try:
             for adapter_id in adapter_ids:
                 refs.append(self.acquire(adapter_id))  # noqa: PERF401 - what is held must be known if the next fails
-        except AdapterNotFound:
+            with self._lock:
+                check_fit(self._tiers, {ref.version for ref in refs})
+        except WeftError:
             for ref in refs:
                 self.release(ref)
             raise
         return tuple(refs)
 
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Tell a listener of every event from now on; what is returned ends that.
+
+        It is called from any thread, with the store's lock held: so the order is right, and it must be quick.
+        """
+        with self._lock:
+            number = next(self._numbers)
+            self._listeners[number] = listener
+        return lambda: self._unsubscribe(number)
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """Say what to call when requests that wait for adapters should be looked at again. From any thread; quick."""
+        with self._lock:
+            self._tiers.wake = wake
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a thread reads or copies an adapter that is registered already."""
+        return self._tiers.is_moving
+
     @property
     def num_pages(self) -> tuple[int, int]:
         """Pages in use, and pages there are."""
         allocator = self._pool.allocator
-        return allocator.num_used, allocator.num_pages - 1
+        return allocator.num_used, self._pool.num_pages
+
+    def capacity(self) -> Capacity:
+        """How much adapter memory there is, and how much of it is taken."""
+        with self._lock:
+            return Capacity(
+                pages_total=self._pool.num_pages,
+                pages_free=self._tiers.num_free_pages,
+                pages_pinned=self._tiers.pages_pinned,
+                page_rows=PAGE_ROWS,
+                page_bytes=self._pool.page_bytes,
+                host_bytes_total=self._tiers.host_bytes,
+                host_bytes_used=self._tiers.host_bytes_used,
+            )
 
     def check(self) -> None:
-        """Audit the page pool against the versions. Raises AssertionError."""
+        """Audit the tiers, and the names against the versions. Raises AssertionError."""
         with self._lock:
-            self._pool.allocator.check([version.paged.runs for version in self._versions.values()])
-            for version in self._versions.values():
-                names = sum(entry.version is version for entry in self._entries.values())
-                assert version.names == names, f"{version.digest} counts {version.names} names, has {names}"
-                assert version.names + version.users > 0, f"{version.digest} is held by nobody"
+            self._tiers.check()
+            named = [entry for entry in self._entries.values() if entry.version is not None]
+            for version in self._tiers.versions.values():
+                entries = [entry for entry in named if entry.version is version]
+                names = {entry.name: entry.source for entry in entries}
+                assert version.names == names, f"{version.digest} has the names {version.names}, not {names}"
+                assert version.pins >= sum(entry.pinned for entry in entries), f"{version.digest} lost a pin"
+                assert version.keepers or version.pins == sum(entry.pinned for entry in entries), "a pin was left"
+            assert all(self._tiers.versions.get(e.version.digest) is e.version for e in named if e.version is not None)
 
-    def _make_resident(self, entry: _Entry, weights: LoraWeights) -> None:
-        """Point the entry at its content's version; the copy runs outside the lock, beside requests and steps."""
+    def _change(self, entry: _Entry, change: AdapterChange, number: int) -> AdapterInfo:
+        """Read what is new, put it where it belongs, and only then let the name stand for it."""
+        with ExitStack() as kept:
+            fresh = None if change.source is None else self._read(change.source, kept)
+            placed: dict[AdapterVersion, bool] = {}
+            while True:
+                with self._lock:
+                    version, pinned = self._outcome(entry, change, number, fresh)
+                    as_before = version is entry.version and pinned <= entry.pinned
+                    if version is None or as_before or placed.get(version, -1) >= pinned:
+                        self._commit(entry, change, number, version, pinned=pinned)
+                        break
+                    self._keep(version, kept)
+                self._tiers.settle(version, pinned=pinned)
+                if pinned:
+                    kept.callback(self._unpin, version)
+                placed[version] = pinned
         with self._lock:
-            known = self._versions.get(weights.digest)
-            runs = None if known else self._pool.allocate(weights)
-        fresh = self._new_version(weights, self._write(runs, weights)) if runs else None
+            return self._snapshot(entry)
+
+    def _read(self, source: str, kept: ExitStack) -> AdapterVersion:
+        host = self._reader.read(source)
         with self._lock:
-            version = self._versions.get(weights.digest) or fresh
-            if fresh is not None and version is not fresh:  # another load of the same content was first
-                self._pool.free(fresh.paged.runs)
-            if version is None:  # the version known before the copy has gone since
-                raise OutOfCapacity("the adapter's pages were given back while it loaded: try again", retry_after_s=0.1)
-            self._versions[version.digest] = version
-            if self._entries.get(entry.name) is entry:
-                version.names += 1
-                entry.version, entry.state, entry.error = version, AdapterState.DEVICE, ""
-            else:
-                self._drop_if_unused(version)
-                raise AdapterNotFound(entry.name, "it was deleted while it loaded")
+            version = self._tiers.enter(host, source)
+            self._keep(version, kept)
+            return version
 
-    def _write(self, runs: Runs, weights: LoraWeights) -> PagedAdapter:
-        try:
-            return self._pool.write(runs, weights)
-        except BaseException:
-            with self._lock:
-                self._pool.free(runs)
-            raise
+    def _keep(self, version: AdapterVersion, kept: ExitStack) -> None:
+        version.keepers += 1
+        kept.callback(self._leave, version)
 
-    def _new_version(self, weights: LoraWeights, paged: PagedAdapter) -> AdapterVersion:
-        return AdapterVersion(
-            digest=weights.digest,
-            paged=paged,
-            ranks=weights.ranks,
-            modules=weights.touched,
-            device_bytes=sum(last - first for first, last in paged.runs) * self._pool.page_bytes,
-            disk_bytes=weights.num_bytes,
-        )
+    def _leave(self, version: AdapterVersion) -> None:
+        with self._lock:
+            version.keepers -= 1
+            self._tiers.settle_up(version)
 
-    def _drop_if_unused(self, version: AdapterVersion) -> None:
-        if version.names == 0 and version.users == 0:
-            del self._versions[version.digest]
-            self._pool.free(version.paged.runs)
+    def _unpin(self, version: AdapterVersion) -> None:
+        with self._lock:
+            self._tiers.unpin(version)
+
+    def _outcome(
+        self, entry: _Entry, change: AdapterChange, number: int, fresh: AdapterVersion | None
+    ) -> tuple[AdapterVersion | None, bool]:
+        """What the name would stand for after a change, and whether pinned. Raises AdapterNotFound if it is gone."""
+        if self._entries.get(entry.name) is not entry:
+            raise AdapterNotFound(entry.name, "it was deleted while it loaded")
+        version = fresh if fresh is not None and _wins(entry, "source", number) else entry.version
+        pinned = change.pinned if change.pinned is not None and _wins(entry, "pinned", number) else entry.pinned
+        return version, pinned
+
+    def _commit(
+        self, entry: _Entry, change: AdapterChange, number: int, version: AdapterVersion | None, *, pinned: bool
+    ) -> None:
+        """Let the name stand for the version, and keep of the change what no later one has set."""
+        old, was_pinned = entry.version, entry.pinned
+        for name in ("source", "labels", "pinned"):
+            value = getattr(change, name)
+            if value is not None and _wins(entry, name, number):
+                setattr(entry, name, value)
+                entry.set_by[name] = number
+        if version is not None:
+            version.names[entry.name] = version.origin = entry.source
+            entry.version, entry.error = version, ""
+            if pinned:
+                self._tiers.pin(version)
+        if old is not None:
+            self._let_go(old, entry if old is not version else None, pinned=was_pinned)
+        self._tell(EventKind.CHANGED, entry)
+
+    def _let_go(self, version: AdapterVersion, name_of: _Entry | None, *, pinned: bool) -> None:
+        if pinned:
+            self._tiers.unpin(version)
+        if name_of is not None:
+            del version.names[name_of.name]
+            self._tiers.settle_up(version)
+
+    def _remove(self, entry: _Entry) -> AdapterInfo:
+        info = self._snapshot(entry)
+        del self._entries[entry.name]
+        if entry.version is not None:
+            self._let_go(entry.version, entry, pinned=entry.pinned)
+        self._tell(EventKind.DELETED, entry, info)
+        return info
+
+    def _moved(self, version: AdapterVersion) -> None:
+        for name in version.names if self._listeners else ():
+            self._tell(EventKind.CHANGED, self._entries[name])
+
+    def _tell(self, kind: EventKind, entry: _Entry, info: AdapterInfo | None = None) -> None:
+        for listener in list(self._listeners.values()):
+            listener(AdapterEvent(kind, info or self._snapshot(entry)))
+
+    def _unsubscribe(self, number: int) -> None:
+        with self._lock:
+            self._listeners.pop(number, None)
 
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
@@ -300,6 +442,43 @@ class AdapterStore:
         close = get_close_matches(name, self._entries, n=1)
         return f"did you mean {close[0]!r}?" if close else "list what is loaded with `weft adapters list`"
 
+    def _snapshot(self, entry: _Entry) -> AdapterInfo:
+        version = entry.version
+        common = AdapterInfo(
+            name=entry.name,
+            source=entry.source,
+            labels=entry.labels,
+            pinned=entry.pinned,
+            state=_state(entry),
+            error=entry.error,
+            created_s=entry.created_s,
+            last_used_s=entry.last_used_s,
+        )
+        if version is None:
+            return common
+        return replace(
+            common,
+            digest=version.digest,
+            ranks=version.ranks,
+            modules=version.modules,
+            num_pages=version.num_pages,
+            device_bytes=version.num_pages * self._pool.page_bytes if version.resident else 0,
+            host_bytes=version.host.num_bytes if version.host else 0,
+            disk_bytes=version.disk_bytes,
+            num_in_flight=version.users,
+        )
+
+
+def _wins(entry: _Entry, name: str, number: int) -> bool:
+    """Whether no change that was asked for after this one has set the field."""
+    return number > entry.set_by.get(name, -1)
+
+
+def _state(entry: _Entry) -> AdapterState:
+    if entry.version is not None:
+        return AdapterState(entry.version.tier.value)
+    return AdapterState.FAILED if entry.error else AdapterState.LOADING
+
 
 def check_name(name: str) -> None:
     """Raises InvalidRequest unless the name may stand for an adapter."""
@@ -309,28 +488,3 @@ def check_name(name: str) -> None:
             f"is {name!r}; must be 1 to 128 letters, digits, '.', '_', '/' or '-', start with a letter or digit and "
             "not hold '..'",
         )
-
-
-def _snapshot(entry: _Entry) -> AdapterInfo:
-    version = entry.version
-    common = AdapterInfo(
-        name=entry.name,
-        source=entry.source,
-        labels=entry.labels,
-        pinned=entry.pinned,
-        state=entry.state,
-        error=entry.error,
-        created_s=entry.created_s,
-        last_used_s=entry.last_used_s,
-    )
-    if version is None:
-        return common
-    return replace(
-        common,
-        digest=version.digest,
-        ranks=version.ranks,
-        modules=version.modules,
-        device_bytes=version.device_bytes,
-        disk_bytes=version.disk_bytes,
-        num_in_flight=version.users,
-    )

@@ -129,10 +129,10 @@ class Own:
         return replace(self, parameters={name: tensor.to(device) for name, tensor in self.parameters.items()})
 
 
-def num_bytes(patch: Patch) -> int:
-    """What a patch takes in memory."""
+def tensors_of(patch: Patch) -> list[torch.Tensor]:
+    """What a patch holds in memory."""
     held: list[object] = []
     for part in fields(patch):  # type: ignore[arg-type]
         value = getattr(patch, part.name)
         held += value.values() if isinstance(value, Mapping) else [value]
-    return sum(item.nbytes for item in held if isinstance(item, torch.Tensor))
+    return [item for item in held if isinstance(item, torch.Tensor)]

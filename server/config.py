@@ -32,7 +32,7 @@ class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
-    machine runs best on one.
+    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory.
     """
 
     max_batch_tokens: int = 512
@@ -42,6 +42,7 @@ class EngineConfig:
     kv_tokens: int | None = None
     block_tokens: int = 16
     adapter_pages: int = 256
+    adapter_host_bytes: int = 1 << 30
     lora_backend: str = "torch"
     threads: int | None = None
 
@@ -53,6 +54,7 @@ class EngineConfig:
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
+        _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
         _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:
             raise InvalidConfig(

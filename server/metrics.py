@@ -101,6 +101,16 @@ class Metrics:
         self._adapter_loads = Histogram(
             "weft_adapter_load_seconds", "Time of a load.", ["outcome"], buckets=_LOAD_BUCKETS, registry=registry
         )
+        self._moves = Histogram(
+            "weft_adapter_move_seconds",
+            "Time of a registered adapter's move to the next faster tier, by the tier it came from.",
+            ["tier", "outcome"],
+            buckets=_LOAD_BUCKETS,
+            registry=registry,
+        )
+        self._evictions = Counter(
+            "weft_adapter_evictions", "Adapters that made room, by the tier they left.", ["tier"], registry=registry
+        )
         self._refused = Counter(
             "weft_refused_requests", "Requests that the engine never had, by status code.", ["code"], registry=registry
         )
@@ -139,6 +149,14 @@ class Metrics:
     def adapter_loaded(self, seconds: float, outcome: str) -> None:
         """A load ended: outcome "ok", or why not. May be called from any thread."""
         self._adapter_loads.labels(outcome).observe(seconds)
+
+    def adapter_moved(self, tier: str, seconds: float, outcome: str) -> None:
+        """A move from a tier, "disk" or "host", ended: "ok" or "failed". May be called from any thread."""
+        self._moves.labels(tier, outcome).observe(seconds)
+
+    def adapter_evicted(self, tier: str) -> None:
+        """An adapter left a tier, "host" or "device", to make room. May be called from any thread."""
+        self._evictions.labels(tier).inc()
 
     def watch_adapters(self, snapshot: Callable[[], AdapterSnapshot]) -> None:
         """Publish the adapters as they are at each scrape; called from the scrape's thread."""

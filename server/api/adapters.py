@@ -25,6 +25,8 @@ MAX_LABEL_CHARACTERS = 256
 _SET_BY_CLIENT = frozenset({"name", "source", "pinned", "labels"})
 _STATES = {
     AdapterState.LOADING: pb2.ADAPTER_STATE_LOADING,
+    AdapterState.DISK: pb2.ADAPTER_STATE_DISK,
+    AdapterState.HOST: pb2.ADAPTER_STATE_HOST,
     AdapterState.DEVICE: pb2.ADAPTER_STATE_DEVICE,
     AdapterState.FAILED: pb2.ADAPTER_STATE_FAILED,
 }

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weft.adapters.store import AdapterRef
+from weft.adapters.residency import AdapterRef
 from weft.errors import WeftError
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts

@@ -38,7 +38,7 @@ class AdapterLoader:
     @property
     def is_loading(self) -> bool:
         """Whether a thread is at work: one that reads or copies weights can't be stopped."""
-        return any(load.running() for load in self._loads)
+        return self._store.is_moving or any(load.running() for load in self._loads)
 
     async def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load. Raises what `AdapterStore.create` raises, and Unavailable; the name is free again then."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
-from weft.adapters.store import AdapterRef
+from weft.adapters.residency import AdapterRef
 from weft.server.api.prompts import Shown
 from weft.server.engine.request import Delta, Finish, FinishReason, Token
 from weft.v1 import inference_pb2 as pb2

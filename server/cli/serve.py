@@ -79,6 +79,7 @@ SETTINGS = (
     Setting("kv-tokens", EngineConfig, "kv_tokens", int, "Tokens that the KV cache holds; else what memory allows."),
     Setting("block-tokens", EngineConfig, "block_tokens", int, "Tokens in a KV block."),
     Setting("adapter-pages", EngineConfig, "adapter_pages", int, "Pages of rank rows for adapters on the device."),
+    Setting("adapter-host-bytes", EngineConfig, "adapter_host_bytes", int, "For copies of adapters in host memory."),
     Setting("lora-backend", EngineConfig, "lora_backend", str, "What computes the adapters' part."),
     Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),

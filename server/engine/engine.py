@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from weft.adapters.store import AdapterRef
+from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
 from weft.server.engine.batch import build_batch
 from weft.server.engine.model import PagedModel
@@ -65,10 +65,21 @@ class Engine:
         self._release = release
         self._metrics = metrics
         self._sequences: dict[Request, Sequence] = {}
+        self._is_stalled = False
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def idle_s(self) -> float | None:
+        """For how long a step would do nothing, unless a command comes or an adapter: 0 if it would, None: for ever."""
+        if not self._sequences:
+            return None
+        if not self._is_stalled:
+            return 0.0
+        ends_s = [end_s for sequence in self._sequences.values() for end_s in sequence.ends_s]
+        return max(0.0, min(ends_s) - self.clock()) if ends_s else None
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist."""
@@ -107,11 +118,16 @@ class Engine:
         return [self._fail(sequence, error) for sequence in list(self._sequences.values())]
 
     def step(self) -> list[Event]:
-        """Advance by one forward pass: every picked sequence by its share, every finished prompt by a new token."""
+        """Advance by one forward pass: every picked sequence by its share, every finished prompt by a new token.
+
+        Does nothing but end requests where all that are left wait for their adapters.
+        """
         started_s = self.clock()
         events = self._expire(started_s)
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
+        events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
+        self._is_stalled = not picked
         if not picked:
             return events
         for _ in range(self._scheduler.num_preemptions - preemptions):

@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from weft.adapters.store import AdapterRef, AdapterStore
+from weft.adapters.residency import AdapterRef
+from weft.adapters.store import AdapterStore
 from weft.errors import OutOfCapacity, Unavailable, WeftError
 from weft.server.engine.engine import Engine, Event
 from weft.server.engine.request import Delta, Request
@@ -31,6 +32,10 @@ class _Add:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     request: Request
+
+
+class _Wake:
+    """Look again at the requests that wait for adapters."""
 
 
 class _Stop:
@@ -64,7 +69,7 @@ class Frontend:
         self._engine = engine
         self._store = store
         self._max_requests = max_requests
-        self._inbox: queue.SimpleQueue[_Add | _Cancel | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Add | _Cancel | _Wake | _Stop] = queue.SimpleQueue()
         self._streams: dict[Request, Stream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -76,6 +81,7 @@ class Frontend:
     def start(self) -> None:
         """Start the engine thread; must be called on the event loop that will submit."""
         loop = asyncio.get_running_loop()
+        self._store.wake_with(lambda: self._inbox.put(_Wake()))
         self._thread = threading.Thread(target=self._run, args=(loop,), name="weft-engine", daemon=True)
         self._thread.start()
         self._refusal = None
@@ -152,18 +158,20 @@ class Frontend:
             loop.call_soon_threadsafe(self._engine_lost)
 
     def _take_commands(self) -> bool:
-        """Apply all waiting commands; wait for one where there is no work. False: stop."""
-        wait = not self._engine.has_work
+        """Apply all waiting commands; wait for one while there is nothing to do without. False: stop."""
+        wait_s = self._engine.idle_s
         while True:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._inbox.get(timeout=wait_s)
             except queue.Empty:
                 return True
-            wait = False
+            wait_s = 0.0
             match command:
                 case _Add(request, adapters):
                     self._engine.add(request, adapters)
                 case _Cancel(request):
                     self._engine.cancel(request)
+                case _Wake():
+                    pass
                 case _:
                     return False

@@ -87,14 +87,17 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         settings.lora_backend,
     )
     error = probe(model, pool, expected)
-    store = AdapterStore(pages, Sources(config.all_source_roots), time.time)
+    sources = Sources(config.all_source_roots)
+    store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics)
     kv_tokens = pool.capacity * pool.block_tokens
     limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
     model.check_position(limits.context_length - 1)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
         model=model,
-        scheduler=Scheduler(pool, settings.max_batch_tokens, settings.max_running_requests, model.scrub),
+        scheduler=Scheduler(
+            pool, settings.max_batch_tokens, settings.max_running_requests, model.scrub, store.residency
+        ),
         limits=limits,
         decode=_decoder(tokenizer),
         eos_token_ids=eos_token_ids,

@@ -4,10 +4,52 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
+from weft.adapters.residency import AdapterRef
+from weft.errors import WeftError
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.sequence import Sequence
+
+PREFETCHED = 32
+"""Waiting requests whose adapters are looked after although no more requests can be admitted in this step."""
+
+
+class Round(Protocol):
+    """One step's look at the adapters of the requests that wait, in their order. See `adapters/residency.py`."""
+
+    def ready(self, refs: Seq[AdapterRef]) -> bool:
+        """Whether all are on the device and may be used; if not, they will be. Raises what ends the request."""
+
+    def hold(self, refs: Seq[AdapterRef]) -> None:
+        """Keep them there, each, until `let_go`."""
+
+
+class Residency(Protocol):
+    """Where the adapters of requests are, and who may use them."""
+
+    def round(self) -> AbstractContextManager[Round]: ...
+
+    def let_go(self, refs: Seq[AdapterRef]) -> None: ...
+
+
+class AlwaysResident:
+    """Every adapter is always there."""
+
+    def round(self) -> AbstractContextManager[Round]:
+        return nullcontext(self)
+
+    def ready(self, refs: Seq[AdapterRef]) -> bool:
+        return True
+
+    def hold(self, refs: Seq[AdapterRef]) -> None:
+        pass
+
+    def let_go(self, refs: Seq[AdapterRef]) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +66,12 @@ class Scheduled:
 
 
 class Scheduler:
-    """Continuous batching under three budgets: tokens a step, running requests, KV blocks.
+    """Continuous batching under four budgets: tokens a step, running requests, KV blocks, adapters on the device.
 
-    Decodes come first, then the prompts already begun, then new arrivals in order. A prompt gets all its blocks when it
-    is admitted and is computed in chunks of what the decodes leave of the token budget. When a decode finds no free
-    block, the youngest running sequence gives up its own and is computed again later: its tokens stay, so its answer
-    does too.
+    Decodes come first, then the prompts already begun, then new arrivals in order, but that those whose adapters are
+    not there yet are passed by. A prompt gets all its blocks when it is admitted and is computed in chunks of what the
+    decodes leave of the token budget. When a decode finds no free block, the youngest running sequence gives up its own
+    and is computed again later: its tokens stay, so its answer does too.
     """
 
     def __init__(
@@ -38,13 +80,17 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         scrub: Callable[[list[int]], None] = lambda blocks: None,
+        residency: Residency | None = None,
     ) -> None:
         """scrub wipes the content of blocks that are given up in mid-computation."""
         self.pool = pool
         self._scrub = scrub
+        self._residency = residency or AlwaysResident()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.hopeless: list[tuple[Sequence, WeftError]] = []
+        """Who can't be run, found while picking the last step, and why: theirs is to be removed."""
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
 
@@ -57,20 +103,21 @@ class Scheduler:
         yield from self.waiting
 
     def schedule(self) -> list[Scheduled]:
-        """Pick the next step; empty only when nothing is running or waiting."""
+        """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
         for sequence in self.running:
             if sequence.num_pending > 1 and budget > 0:
                 budget -= self._pick(picked, sequence, budget)
-        while budget > 0 and self._can_admit():
-            budget -= self._pick(picked, self._admit(), budget)
+        self.hopeless = []
+        if self.waiting:
+            self._admit_waiting(picked, budget)
         return picked
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out and free its blocks: the one exit."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._stop_running(sequence)
         else:
             self.waiting.remove(sequence)
         self._release_blocks(sequence)
@@ -98,7 +145,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> Sequence:
-        self.running.remove(sequence)
+        self._stop_running(sequence)
         self._scrub(sequence.blocks)
         self._release_blocks(sequence)
         sequence.num_computed = 0
@@ -106,13 +153,35 @@ class Scheduler:
         self.num_preemptions += 1
         return sequence
 
-    def _can_admit(self) -> bool:
-        if not self.waiting or len(self.running) >= self._max_running:
-            return False
-        return self.pool.can_allocate(self.pool.blocks_for(len(self.waiting[0].tokens)))
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._residency.let_go(sequence.adapters)
 
-    def _admit(self) -> Sequence:
-        sequence = self.waiting.popleft()
+    def _admit_waiting(self, picked: list[Scheduled], budget: int) -> None:
+        """Admit in order who is ready, until one does not fit; then only look after the adapters of some more."""
+        is_full, num_prefetched = False, 0
+        with self._residency.round() as adapters:
+            for sequence in tuple(self.waiting):
+                if is_full and num_prefetched == PREFETCHED:
+                    break
+                num_prefetched += is_full
+                try:
+                    ready = adapters.ready(sequence.adapters)
+                except WeftError as error:
+                    self.hopeless.append((sequence, error))
+                    continue
+                is_full = is_full or budget <= 0 or (ready and not self._fits(sequence))
+                if ready and not is_full:
+                    adapters.hold(sequence.adapters)
+                    budget -= self._pick(picked, self._admit(sequence), budget)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        if len(self.running) >= self._max_running:
+            return False
+        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)))
+
+    def _admit(self, sequence: Sequence) -> Sequence:
+        self.waiting.remove(sequence)
         sequence.blocks = self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)))
         self.running.append(sequence)
         return sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from weft.adapters.store import AdapterRef
+from weft.adapters.residency import AdapterRef
 from weft.server.engine.request import Finish, FinishReason, Request
 from weft.server.engine.text import OutputText
 
@@ -59,6 +59,13 @@ class Sequence:
             found = (at for at in range(len(prompt) - length, -1, -1) if prompt[at : at + length] == invocation)
             self._starts[invocation] = next(found, NEVER)
         return self._starts[invocation]
+
+    @property
+    def ends_s(self) -> tuple[float, ...]:
+        """When it ends at the latest, by its deadline and by its time limit."""
+        limit_s = self.request.stopping.time_limit_s
+        ends_s = (self.request.deadline_s, None if limit_s is None else self.arrived_s + limit_s)
+        return tuple(end_s for end_s in ends_s if end_s is not None)
 
     @property
     def adapter_label(self) -> str:

@@ -14,7 +14,7 @@ from tiny import make_adapter, make_model
 from weft.adapters.pages import PageConfig, PagePool
 from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterState, AdapterStore, NewAdapter
-from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, OutOfCapacity
+from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable
 
 SHAPES = {
     f"model.layers.{i}.self_attn.{name}": (64, d) for i in range(3) for name, d in (("q_proj", 64), ("v_proj", 32))
@@ -131,19 +131,21 @@ def test_a_failed_reservation_says_why_and_may_be_taken_over(store: AdapterStore
 
 
 def test_a_load_that_breaks_leaves_neither_pages_nor_the_name_behind(
-    store: AdapterStore, folders: Path, monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, folders: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def out_of_memory(*args: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(store._pool, "write", out_of_memory)
-    with pytest.raises(MemoryError):
+    with pytest.raises(Unavailable, match="could not be moved from host"):
         store.create(new(folders, "r4"))
     assert store.list() == []
+    assert [type(record.exc_info[1]) for record in caplog.records if record.exc_info] == [MemoryError]
     reservation = store.reserve(new(folders, "r4"))
-    with pytest.raises(MemoryError):
+    with pytest.raises(Unavailable):
         store.load(reservation)
     assert store.get("r4").state is AdapterState.FAILED
+    assert store.capacity().host_bytes_used == 0
     store.check()
 
 
@@ -186,11 +188,13 @@ def test_a_taken_name_is_refused(store: AdapterStore, folders: Path) -> None:
         store.create(new(folders, "r4", "r8"))
 
 
-def test_full_pages_are_refused_with_the_numbers(store: AdapterStore, folders: Path) -> None:
+def test_what_finds_no_free_pages_is_kept_in_host_memory(store: AdapterStore, folders: Path) -> None:
     store.create(new(folders, "a", "r16"))
     store.create(new(folders, "b", "r8"))
-    with pytest.raises(OutOfCapacity, match="needs 2 pages and 1 of 4 are free"):
-        store.create(NewAdapter("d", f"file:{second_content(folders)}"))
+    info = store.create(NewAdapter("d", f"file:{second_content(folders)}"))
+    assert (info.state, info.device_bytes) == (AdapterState.HOST, 0)
+    assert info.host_bytes > 0
+    assert store.get("a").state is AdapterState.DEVICE, "nobody makes way for it"
     store.check()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -75,6 +76,8 @@ class Harness:
         self.store: AdapterStore = loaded.store
         self.info = loaded.info
         self.answers: dict[Request, Answer] = {}
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.store.wake_with(lambda: self._wakes.put(None))
         for name, folder in (adapters or {}).items():
             self.store.create(NewAdapter(name, f"file:{folder}"))
 
@@ -86,6 +89,9 @@ class Harness:
         return self.answers[request]
 
     def step(self) -> None:
+        """One step; where nothing can be done before an adapter comes, wait for it first."""
+        if self.engine.has_work and self.engine.idle_s != 0.0:
+            self._wakes.get(timeout=60)
         for request, event in self.engine.step():
             self.answers[request].take(event)
         self.engine.check_pools()

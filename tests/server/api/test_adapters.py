@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2 as details_pb2
-from house import House, generate, refusal, stream
+from house import ADAPTER_PAGES, House, generate, refusal, stream
 
 from weft.v1 import adapter_pb2 as pb2
 
@@ -113,10 +113,10 @@ def test_a_name_that_is_taken_is_refused(house: House) -> None:
         assert refused.detail(details_pb2.ResourceInfo).resource_name == "one"
 
 
-def test_more_than_the_pages_hold_is_refused_with_a_time_to_retry(house: House) -> None:
+def test_more_than_all_pages_hold_is_refused_with_the_remedy(house: House) -> None:
     refused = refusal(lambda: house.create("huge", "huge"))
-    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert refused.detail(details_pb2.RetryInfo).retry_delay.ToNanoseconds() > 0
+    assert refused.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert f"start the server with --adapter-pages {ADAPTER_PAGES + 1} or more" in refused.message
 
 
 @pytest.mark.parametrize(

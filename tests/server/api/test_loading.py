@@ -74,7 +74,7 @@ def test_draining_waits_no_longer_than_its_grace(loading: Loading, caplog: pytes
             return super().load(reservation)
 
     async def main() -> None:
-        store = Slow(loading.store._pool, loading.store._roots, lambda: 0.0)
+        store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
         loader = AdapterLoader(store, Metrics(CollectorRegistry()))
         for i in range(NUM_THREADS + 1):
             loader.start(loading.new(f"n{i}"))

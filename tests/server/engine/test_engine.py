@@ -10,7 +10,7 @@ import torch
 from harness import Harness
 from tiny import VOCAB, linear_names, make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterRef
+from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest
 from weft.server.engine.batch import Batch
 from weft.server.engine.request import FinishReason, Request, Sampling, Stopping

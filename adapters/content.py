@@ -55,6 +55,17 @@ class TokenUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One thing that an adapter does to a module or a parameter. rank, scale: 0 where there is no low-rank term."""
+
+    name: str
+    what: str
+    rank: int
+    scale: float
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoraWeights:
     """A validated adapter in host memory. All but `modules` is keyed by module, or `module.parameter`.
 
@@ -87,6 +98,20 @@ class LoraWeights:
         """The names of the modules that it changes."""
         names = {*self.modules, *self.biases, *self.saved, *self.tokens}
         return tuple(sorted(names | {name.rpartition(".")[0] for name in self.parameters}))
+
+    def parts(self) -> Iterator[Part]:
+        """Everything that it does, one by one."""
+        for name, module in self.modules.items():
+            what = "LoRA" if module.magnitude is None else "DoRA"
+            yield Part(name, what, module.rank, module.scale, tuple(module.tensors.values()))
+        for name, term in self.parameters.items():
+            yield Part(name, "LoRA of a parameter", term.rank, term.scale, (term.a, term.b))
+        for name, bias in self.biases.items():
+            yield Part(name, "own bias", 0, 0.0, (bias,))
+        for name, saved in self.saved.items():
+            yield Part(name, "own weights", 0, 0.0, tuple(saved.values()))
+        for name, update in self.tokens.items():
+            yield Part(name, f"{len(update.ids)} token rows", 0, 0.0, (update.rows,))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, by a name that says what it is, in order."""

@@ -26,21 +26,29 @@ def load_folder(folder: Path, source: str, base: Base) -> LoraWeights:
     fields that can't be honoured, modules the base does not have or can't adapt, shapes of another base, tensors that
     are missing, left over, not finite or not floating point.
     """
-    if not _is_folder(folder):
-        raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
-    config = read_config(folder, source)
-    tensors = _read_tensors(folder, source)
-    try:
-        weights, problems = match_up(config, sort_tensors(tensors, config, base), base)
-    except TimeoutError:
-        words = "holds a regular expression that takes too long to match: write it without repeats inside repeats"
-        raise InvalidAdapter(source, [Problem(CONFIG_FILE, words)]) from None
+    weights, problems = examine_folder(folder, source, base)
     if problems:
         shown = problems[:MAX_PROBLEMS]
         if len(problems) > MAX_PROBLEMS:
             shown.append(Problem(WEIGHTS_FILE, f"has {len(problems) - MAX_PROBLEMS} more problems"))
         raise InvalidAdapter(source, shown)
     return replace(weights, digest=digest_of(weights))
+
+
+def examine_folder(folder: Path, source: str, base: Base) -> tuple[LoraWeights, list[Problem]]:
+    """What of a folder fits the base, and all that does not.
+
+    Raises InvalidAdapter where the files can't be read, or the config can't be honoured.
+    """
+    if not _is_folder(folder):
+        raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
+    config = read_config(folder, source)
+    tensors = _read_tensors(folder, source)
+    try:
+        return match_up(config, sort_tensors(tensors, config, base), base)
+    except TimeoutError:
+        words = "holds a regular expression that takes too long to match: write it without repeats inside repeats"
+        raise InvalidAdapter(source, [Problem(CONFIG_FILE, words)]) from None
 
 
 def _is_folder(path: Path) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from weft.adapters.base import Base, ModuleKind
 from weft.adapters.content import LoraWeights
+from weft.adapters.effect import has_effect
 from weft.adapters.fold import Folded, fold
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
 from weft.kernels.patches import Patch, tensors_of
@@ -91,7 +92,7 @@ class HostAdapter:
     rows: by module, A: [rank, d_in] and B: [rank, d_out], contiguous; page-locked where the pages are on a CUDA device.
     patches, invocation: as a `PagedAdapter` has them. modules: all that it changes. num_row_pages: that hold its rows.
     num_pages: that it takes on the device, those included whose place its patches take. num_bytes: that it takes here.
-    disk_bytes: of its tensors in the file.
+    disk_bytes: of its tensors in the file. probe_error: of the parity probe, None where it was not run.
     """
 
     digest: str
@@ -105,6 +106,13 @@ class HostAdapter:
     num_pages: int
     num_bytes: int
     disk_bytes: int
+    has_effect: bool
+    probe_error: float | None = None
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether all that it does is a sum of terms that a weight can scale, so that it may be mixed with others."""
+        return all(patch.is_sum for patches in self.patches.values() for patch in patches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +181,7 @@ class PagePool:
             num_pages=num_row_pages - (-patch_bytes // max(self.page_bytes, 1)),
             num_bytes=numbers.nbytes + patch_bytes,
             disk_bytes=weights.num_bytes,
+            has_effect=has_effect(folded, self.base),
         )
 
     def allocate(self, host: HostAdapter) -> Runs:

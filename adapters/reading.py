@@ -3,29 +3,74 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from weft.adapters.folder import WEIGHTS_FILE, load_folder
+from weft.adapters.content import LoraWeights, digest_of
+from weft.adapters.folder import WEIGHTS_FILE, examine_folder, load_folder
 from weft.adapters.pages import HostAdapter, PagePool
 from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.report import AdapterReport, ModuleReport, module_reports
 from weft.adapters.sources import Sources
 from weft.errors import InvalidAdapter, InvalidRequest, Problem, Unavailable
+
+Probe = Callable[[LoraWeights, HostAdapter, str], float]
+"""Compares what would be served with a plain reference: gives the largest relative error, or raises InvalidAdapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What an adapter must show before it is taken. probe: None to do without."""
+
+    allow_no_effect: bool = False
+    probe: Probe | None = None
 
 
 class Reader:
     """Reads adapters for one page pool. Every method blocks, and may be called from any thread."""
 
-    def __init__(self, pool: PagePool, sources: Sources) -> None:
+    def __init__(self, pool: PagePool, sources: Sources, policy: Policy) -> None:
         self._pool = pool
         self._sources = sources
+        self._policy = policy
 
     def check(self, source: str) -> None:
         """Look at the source's form alone. Raises InvalidRequest."""
         self._sources.check(source)
 
     def read(self, source: str) -> HostAdapter:
-        """Read and validate. Raises InvalidRequest, InvalidAdapter, Unavailable."""
+        """Read, validate, and see that it does what it should. Raises InvalidRequest, InvalidAdapter, Unavailable."""
         weights = load_folder(self._sources.fetch(source), source, self._pool.base)
+        return self._prove(weights, self._prepare(weights, source), source)
+
+    def inspect(self, source: str) -> AdapterReport:
+        """Say what a source holds, what of it can't be served and why, and what it would cost.
+
+        Raises InvalidRequest for a source that may not be read, Unavailable for one that can't be just now.
+        """
+        modules: tuple[ModuleReport, ...] = ()
+        try:
+            weights, problems = examine_folder(self._sources.fetch(source), source, self._pool.base)
+            modules = module_reports(weights, self._pool.base, problems)
+            if problems:
+                return AdapterReport(source, "", modules, tuple(problems), num_pages=0, device_bytes=0)
+            weights = replace(weights, digest=digest_of(weights))
+            host = self._prove(weights, self._prepare(weights, source), source)
+        except InvalidAdapter as error:
+            return AdapterReport(source, "", modules, error.problems, num_pages=0, device_bytes=0)
+        device_bytes = host.num_pages * self._pool.page_bytes
+        return AdapterReport(source, host.digest, modules, (), host.num_pages, device_bytes, host.probe_error)
+
+    def _prove(self, weights: LoraWeights, host: HostAdapter, source: str) -> HostAdapter:
+        """Raises InvalidAdapter where it has no effect, or the probe finds it served wrong."""
+        if not host.has_effect and not self._policy.allow_no_effect:
+            words = "changes nothing: every delta is zero. Train it, or start the server with --allow-no-effect"
+            raise InvalidAdapter(source, [Problem(WEIGHTS_FILE, words)])
+        if self._policy.probe is None:
+            return host
+        return replace(host, probe_error=self._policy.probe(weights, host, source))
+
+    def _prepare(self, weights: LoraWeights, source: str) -> HostAdapter:
         host = self._pool.prepare(weights, source)
         if host.num_pages > self._pool.num_pages:
             words = (
@@ -43,7 +88,8 @@ class Reader:
         errors: list[InvalidAdapter | Unavailable] = []
         for source in dict.fromkeys(sources):
             try:
-                host = self.read(source)
+                weights = load_folder(self._sources.fetch(source), source, self._pool.base)
+                host = self._prepare(weights, source)
             except Unavailable as error:
                 errors.append(error)
             except OSError as error:

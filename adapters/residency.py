@@ -142,6 +142,17 @@ class Residency:
         self._tiers.pages_are_claimed = claim is not None
 
 
+def check_mixable(refs: Refs) -> None:
+    """Raises InvalidRequest where what an adapter does can't be weighted, or added to what others do."""
+    whole = [ref.name for ref in refs if not ref.version.is_sum]
+    if whole:
+        raise InvalidRequest.of(
+            "adapters",
+            f"{', '.join(whole)} has parts that no weight can scale (DoRA, biases, weights of its own, experts): "
+            "use it alone, by adapter_id",
+        )
+
+
 def check_fit(tiers: Tiers, versions: Iterable[AdapterVersion]) -> None:
     """Raises InvalidRequest where versions can't be on the device together, OutOfCapacity where pins prevent it."""
     wanted = list(versions)

@@ -8,7 +8,7 @@ moment is the business of `tiers.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -16,8 +16,9 @@ from enum import Enum
 from itertools import count
 
 from weft.adapters.pages import PagePool
-from weft.adapters.reading import Reader
-from weft.adapters.residency import AdapterRef, Residency, check_fit
+from weft.adapters.reading import Policy, Reader
+from weft.adapters.report import AdapterReport
+from weft.adapters.residency import AdapterRef, Residency, check_fit, check_mixable
 from weft.adapters.sources import Sources
 from weft.adapters.tiers import AdapterVersion, TierMetrics, Tiers
 from weft.errors import AdapterExists, AdapterNotFound, InvalidRequest, WeftError
@@ -79,6 +80,7 @@ class AdapterInfo:
     host_bytes: int = 0
     disk_bytes: int = 0
     num_in_flight: int = 0
+    probe_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class AdapterStore:
     """The registry of adapters on one page pool. Every method may be called from any thread.
 
     sources: where adapters may come from. now: seconds since the epoch. host_bytes: the budget of
-    copies in host memory. residency: for the engine's thread.
+    copies in host memory. policy: what an adapter must show. residency: for the engine's thread.
     """
 
     def __init__(
@@ -156,10 +158,11 @@ class AdapterStore:
         now: Callable[[], float],
         host_bytes: int = 1 << 30,
         metrics: TierMetrics | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self._pool = pool
         self._now = now
-        self._reader = Reader(pool, sources)
+        self._reader = Reader(pool, sources, policy or Policy())
         self._tiers = Tiers(pool, self._reader, host_bytes, metrics or NoMetrics(), self._moved)
         self._lock = self._tiers.lock
         self._entries: dict[str, _Entry] = {}
@@ -227,6 +230,14 @@ class AdapterStore:
             entry, number = self._entry(name), next(self._numbers)
         return self._change(entry, change, number)
 
+    def inspect(self, source: str) -> AdapterReport:
+        """A dry run: what a source holds, what can't be served of it and why, what it would cost; blocks.
+
+        Raises InvalidRequest for a source that may not be read, Unavailable for one that can't be just now.
+        """
+        self._reader.check(source)
+        return self._reader.inspect(source)
+
     def get(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""
         with self._lock:
@@ -267,15 +278,18 @@ class AdapterStore:
             ref.version.users -= 1
             self._tiers.settle_up(ref.version)
 
-    def acquire_all(self, adapter_ids: Iterable[str]) -> tuple[AdapterRef, ...]:
-        """Acquire several for one request; if one can't be had, none is held.
+    def acquire_all(self, mix: Sequence[tuple[str, float]]) -> tuple[AdapterRef, ...]:
+        """Acquire those of one request, each with its weight; if one can't be had, none is held.
 
-        Raises AdapterNotFound, and InvalidRequest or OutOfCapacity where they can't be on the device together.
+        Raises AdapterNotFound, and InvalidRequest or OutOfCapacity where they can't be mixed, or not be on the device
+        together.
         """
         refs: list[AdapterRef] = []
         try:
-            for adapter_id in adapter_ids:
-                refs.append(self.acquire(adapter_id))  # noqa: PERF401 - what is held must be known if the next fails
+            for adapter_id, _ in mix:
+                refs.append(self.acquire(adapter_id))
+            if len(mix) > 1 or any(weight != 1.0 for _, weight in mix):
+                check_mixable(refs)
             with self._lock:
                 check_fit(self._tiers, {ref.version for ref in refs})
         except WeftError:
@@ -466,6 +480,7 @@ class AdapterStore:
             host_bytes=version.host.num_bytes if version.host else 0,
             disk_bytes=version.disk_bytes,
             num_in_flight=version.users,
+            probe_error=version.probe_error,
         )
 
 

@@ -67,6 +67,8 @@ class AdapterVersion:
     modules: tuple[str, ...]
     num_pages: int
     disk_bytes: int
+    is_sum: bool
+    probe_error: float | None
     names: dict[str, str] = field(default_factory=dict)
     keepers: int = 0
     users: int = 0
@@ -164,7 +166,16 @@ class Tiers:
         """The version of this content, new or known. It lives on only if the caller is one of its keepers next."""
         version = self.versions.get(host.digest)
         if version is None:
-            version = AdapterVersion(host.digest, source, host.ranks, host.modules, host.num_pages, host.disk_bytes)
+            version = AdapterVersion(
+                digest=host.digest,
+                origin=source,
+                ranks=host.ranks,
+                modules=host.modules,
+                num_pages=host.num_pages,
+                disk_bytes=host.disk_bytes,
+                is_sum=host.is_sum,
+                probe_error=host.probe_error,
+            )
             self.versions[host.digest] = version
         if version.host is None:
             self._put_on_host(version, host)

@@ -44,6 +44,8 @@ class EngineConfig:
     adapter_pages: int = 256
     adapter_host_bytes: int = 1 << 30
     lora_backend: str = "torch"
+    adapter_probe: bool = True
+    allow_no_effect: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ class Frontend:
         if len(self._streams) >= self._max_requests:
             raise OutOfCapacity(f"{len(self._streams)} requests are queued or running, as many as are allowed")
         self._engine.check(request)
-        adapters = self._store.acquire_all(adapter_id for adapter_id, _ in request.adapters)
+        adapters = self._store.acquire_all(request.adapters)
         stream = Stream(adapters)
         self._streams[request] = stream
         self._idle.clear()

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from weft.adapters.base import ModuleKind
 from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.reading import Policy
 from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel, one_line
@@ -23,6 +24,7 @@ from weft.server.engine.attention import KvCache
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel, check_path, load_model
+from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.text import Decode
@@ -88,7 +90,9 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     )
     error = probe(model, pool, expected)
     sources = Sources(config.all_source_roots)
-    store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics)
+    adapter_probe = AdapterProbe(model, settings.lora_backend) if settings.adapter_probe else None
+    policy = Policy(settings.allow_no_effect, adapter_probe)
+    store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics, policy)
     kv_tokens = pool.capacity * pool.block_tokens
     limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
     model.check_position(limits.context_length - 1)

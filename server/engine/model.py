@@ -97,6 +97,12 @@ class PagedModel:
         return logits if self._selects_logits else logits[batch.logit_rows]
 
     @torch.inference_mode()
+    def run_whole(self, input_ids: torch.Tensor) -> None:
+        """Run one prompt, int64 [1, T], for the sake of what the running step sees of it."""
+        positions = torch.arange(input_ids.shape[1], device=self.device)[None]
+        self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+
+    @torch.inference_mode()
     def check_position(self, position: int) -> None:
         """Raises InvalidModel where a token at this position can't be run: a table of positions ends before it."""
         where = torch.tensor([[position]], device=self.device)

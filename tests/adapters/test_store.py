@@ -107,7 +107,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(store: AdapterStore, folder
 def test_acquiring_several_is_all_or_nothing(store: AdapterStore, folders: Path) -> None:
     store.create(new(folders, "r4"))
     with pytest.raises(AdapterNotFound):
-        store.acquire_all(["r4", "missing"])
+        store.acquire_all([("r4", 1.0), ("missing", 1.0)])
     assert store.get("r4").num_in_flight == 0
 
 

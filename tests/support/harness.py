@@ -83,7 +83,7 @@ class Harness:
 
     def submit(self, request: Request) -> Answer:
         self.engine.check(request)
-        adapters = self.store.acquire_all(adapter_id for adapter_id, _ in request.adapters)
+        adapters = self.store.acquire_all(request.adapters)
         self.engine.add(request, adapters)
         self.answers[request] = Answer()
         return self.answers[request]
@@ -101,7 +101,7 @@ class Harness:
         pool, model = self.engine._scheduler.pool, self.engine._model
         sequences = []
         for request in requests:
-            refs = self.store.acquire_all(adapter_id for adapter_id, _ in request.adapters)
+            refs = self.store.acquire_all(request.adapters)
             sequence = Sequence(request, refs, OutputText(lambda ids: ""), random.Random(0), 0.0)
             sequence.blocks = pool.allocate(pool.blocks_for(len(request.prompt)))
             sequences.append(sequence)

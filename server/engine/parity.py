@@ -1,0 +1,84 @@
+"""Is this adapter served right? One short prompt, each module's output against the plain reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from weft.adapters.content import LoraWeights
+from weft.adapters.pages import HostAdapter, PageConfig, PagePool
+from weft.adapters.plain import plain_output
+from weft.errors import InvalidAdapter, Problem
+from weft.kernels.lora import BACKENDS
+from weft.kernels.plan import Plan, build_plan
+from weft.server.engine.adapting import Adapting, rows_of
+from weft.server.engine.attention import WholePrompt
+from weft.server.engine.model import PagedModel
+from weft.server.engine.step import running
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Largest error allowed, as ‖ours - plain‖ / ‖plain‖ over a module's output. A wrong scale or row gives 0.01 to 1."""
+
+_NUM_TOKENS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterProbe:
+    """Runs the base once with the adapter in pages of its own, beside whatever is being served.
+
+    May be called from any thread.
+    """
+
+    model: PagedModel
+    lora_backend: str
+
+    @torch.inference_mode()
+    def __call__(self, weights: LoraWeights, host: HostAdapter, source: str) -> float:
+        """The largest relative error of any module. Raises InvalidAdapter where it is above `TOLERANCE`."""
+        model = self.model
+        pool = PagePool(model.base, PageConfig(host.num_pages + 1, model.dtype, model.device))
+        prompt = self._prompt(weights)
+        paged = pool.write(pool.allocate(host), host)
+        plan = build_plan([(len(prompt), [(paged, 1.0)])], model.device)
+        assert plan is not None, "a prompt has rows"
+        step = _Comparing(model, weights, Adapting(pool.sites, BACKENDS[self.lora_backend]), plan)
+        ids = torch.tensor([prompt], device=model.device)
+        with running(step):
+            model.run_whole(ids)
+        worst = max(step.errors, key=lambda name: step.errors[name], default=None)
+        error = step.errors[worst] if worst is not None else 0.0
+        limit = TOLERANCE[model.dtype]
+        if not error <= limit:
+            words = f"comes out {error:.2g} away from PEFT's formula (relative; at most {limit:g} is allowed)"
+            raise InvalidAdapter(source, [Problem(str(worst), words)])
+        return error
+
+    def _prompt(self, weights: LoraWeights) -> list[int]:
+        """Tokens at random, and some of those that the adapter has trained."""
+        rng = random.Random(0)
+        trained = [token for update in weights.tokens.values() for token in update.ids[:2]]
+        return [*trained, *(rng.randrange(self.model.vocab_size) for _ in range(_NUM_TOKENS))][:_NUM_TOKENS]
+
+
+@dataclass(slots=True)
+class _Comparing(WholePrompt):
+    """Adapts as a served step does, and notes how far each module's output is from the plain reference."""
+
+    model: PagedModel
+    weights: LoraWeights
+    adapting: Adapting
+    plan: Plan
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        if module not in self.weights.touched:
+            return
+        self.adapting.adapt(self.plan, module, inputs, output)
+        rows = [rows_of(tensor, self.plan.num_tokens) for tensor in inputs]
+        plain = plain_output(module, rows, self.model.base.modules[module], self.weights)
+        ours = rows_of(output, self.plan.num_tokens).float()
+        error = (ours - plain).norm() / plain.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        self.errors[module] = float(error.nan_to_num(nan=float("inf")))

@@ -8,8 +8,10 @@ from enum import Enum
 
 import torch
 
+from weft.kernels.patches import Output
+
 Parameters = Mapping[str, torch.Tensor]
-Function = Callable[..., torch.Tensor]
+Function = Callable[..., Output]
 
 
 class ModuleKind(Enum):
@@ -33,7 +35,8 @@ class BaseModule:
 
     d_in, d_out: features; of an EMBEDDING the number of rows and their width; 0 where that says nothing.
     shapes: of its own parameters, by name; those of EXPERTS are [experts, d_in, d_out] when is_transposed, else
-    [experts, d_out, d_in]. output_scale: the factor that an EMBEDDING puts on its rows.
+    [experts, d_out, d_in], their gate and up halves one after the other when is_concatenated. output_scale: the factor
+    that an EMBEDDING puts on its rows.
     read: a parameter as a plain tensor; the weight of LINEAR and HEAD as [d_out, d_in]. own: the module's function with
     other parameters in the place of some of its own. with_terms: of EXPERTS, their function with low-rank terms,
     `name.a` [experts, r, d_in] and `name.b` [experts, d_out, r], added to some.
@@ -48,6 +51,7 @@ class BaseModule:
     with_terms: Callable[[Parameters], Function] | None = None
     output_scale: float = 1.0
     is_transposed: bool = False
+    is_concatenated: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 
 from weft.adapters.base import Base, BaseModule, ModuleKind
 from weft.adapters.content import LoraModule, LoraParameter, LoraWeights, TokenUpdate
+from weft.adapters.legacy import fuse_experts
 from weft.adapters.peft_config import PeftConfig
 from weft.adapters.tensors import SortedTensors, is_saved
 from weft.errors import Problem
@@ -22,9 +23,9 @@ def match_up(config: PeftConfig, tensors: SortedTensors, base: Base) -> tuple[Lo
     """The parts of the adapter that are right, and everything that is wrong, with the others or with the whole."""
     matcher = _Matcher(config, tensors, base)
     weights = LoraWeights(
+        parameters=matcher.parameters(),
         modules=matcher.modules(),
         default_scale=config.default_scale or 1.0,
-        parameters=matcher.parameters(),
         biases=matcher.biases(),
         saved=matcher.saved(),
         tokens=matcher.tokens(),
@@ -66,14 +67,15 @@ class _Matcher:
 
     def parameters(self) -> dict[str, LoraParameter]:
         """LoRA of bare parameters: stacks of experts, or the matrix of a router."""
-        parameters, seen = {}, set()
+        parameters = fuse_experts(self._tensors, self._config, self._base, self.problems)
+        seen = set(parameters)
         for (name, wraps), parts in sorted(self._tensors.lora.items()):
             module = self._base.modules.get(name)
             if module is None or module.kind in _WITH_LORA:
                 if wraps:
                     self._refuse(name, _NOT_A_MODULE)
                 continue
-            targets = [key for key in module.shapes if self._config.targets_parameter(f"{name}.{key}")]
+            targets = self._targeted_parameters(name, module)
             if wraps >= len(targets):  # PEFT wraps a module once a parameter, the first one innermost
                 self._refuse(name, "has tensors, but adapter_config.json targets no parameter of it that they are for")
                 continue
@@ -83,8 +85,8 @@ class _Matcher:
             if parameter is not None:
                 parameters[f"{name}.{key}"] = parameter
         for name, module in self._base.modules.items():
-            for full in (f"{name}.{key}" for key in module.shapes):
-                if full not in seen and self._config.targets_parameter(full):
+            for full in (f"{name}.{key}" for key in self._targeted_parameters(name, module)):
+                if full not in seen:
                     reason = "name the module in target_modules" if module.kind in _WITH_LORA else "it has no tensors"
                     self._refuse(full, f"is targeted as a parameter by adapter_config.json: {reason}")
         return parameters
@@ -151,6 +153,12 @@ class _Matcher:
             own = self._base.modules[name].read("weight").cpu()
             if not torch.equal(tensor.to(own.dtype), own):
                 self._refuse(f"{name}.weight", "differs from this base's: the adapter was trained on another one")
+
+    def _targeted_parameters(self, name: str, module: BaseModule) -> list[str]:
+        """The parameters of a module that PEFT would put LoRA on; a router is targeted as the linear module it was."""
+        if module.kind is ModuleKind.OTHER and len(module.shapes.get("weight", ())) == 2 and self._targets(name):
+            return ["weight"]
+        return [key for key in module.shapes if self._config.targets_parameter(f"{name}.{key}")]
 
     def _targets(self, name: str) -> bool:
         """Whether PEFT would put LoRA on this module; a tied head goes with its embedding where the config asks."""

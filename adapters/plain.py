@@ -15,9 +15,10 @@ from weft.adapters.content import LoraWeights
 
 
 def plain_output(name: str, inputs: Sequence[torch.Tensor], module: BaseModule, weights: LoraWeights) -> torch.Tensor:
-    """The output of a module with the adapter merged into it, in float32; inputs as the module takes them."""
+    """The first output of a module with the adapter merged into it, float32; inputs: rows, as the module takes them."""
     if module.kind in (ModuleKind.EXPERTS, ModuleKind.OTHER):
-        return module.own(_merged_parameters(name, module, weights))(*inputs).float()
+        output = module.own(_merged_parameters(name, module, weights))(*inputs)
+        return (output[0] if isinstance(output, tuple) else output).float()
     weight, bias = _merged(name, module, weights)
     if module.kind is ModuleKind.EMBEDDING:
         return weight.t()[inputs[0]] * module.output_scale

@@ -16,6 +16,10 @@ Rows = Sequence[torch.Tensor]
 """What went into a module, one tensor an argument, the first dimension of each being the step's rows."""
 
 
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+"""What a module gives: one tensor, or several where it is a router."""
+
+
 class Patch(Protocol):
     """One change of one module's output.
 
@@ -25,7 +29,7 @@ class Patch(Protocol):
     @property
     def is_sum(self) -> bool: ...
 
-    def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
+    def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> Output:
         """The module's output for these rows, given the base's, y [n, d_out], and the adapter's weight in the mix."""
 
     def to(self, device: torch.device) -> Patch:
@@ -114,15 +118,15 @@ class TokenColumns:
 class Own:
     """The module itself with other parameters. make: gives the function of its inputs, from the parameters by name."""
 
-    make: Callable[[Mapping[str, torch.Tensor]], Callable[..., torch.Tensor]]
+    make: Callable[[Mapping[str, torch.Tensor]], Callable[..., Output]]
     parameters: Mapping[str, torch.Tensor]
     is_sum: bool = False
-    _run: Callable[..., torch.Tensor] = field(init=False)
+    _run: Callable[..., Output] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_run", self.make(self.parameters))
 
-    def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
+    def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> Output:
         return self._run(*inputs)
 
     def to(self, device: torch.device) -> Own:

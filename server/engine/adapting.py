@@ -22,15 +22,22 @@ class Adapting:
     sites: Mapping[str, Site]
     add_lora: AddLora
 
-    def adapt(self, plan: Plan, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-        """Change the output's rows in place: first each adapter's patches of the module, then all rank rows."""
+    def adapt(self, plan: Plan, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        """Change the outputs' rows in place: first each adapter's patches of the module, then all rank rows."""
         for patched in plan.patches.get(module, ()):
-            rows = rows_of(output, plan.num_tokens)
+            rows = [rows_of(tensor, plan.num_tokens) for tensor in outputs]
             mine = [rows_of(tensor, plan.num_tokens)[patched.rows] for tensor in inputs]
-            rows[patched.rows] = patched.patch.apply(rows[patched.rows], mine, patched.weight)
+            made = patched.patch.apply(rows[0][patched.rows], mine, patched.weight)
+            for whole, part in zip(rows, as_tuple(made), strict=True):
+                whole[patched.rows] = part
         site = self.sites.get(module)
         if site is not None:
-            self.add_lora(rows_of(output, plan.num_tokens), rows_of(inputs[0], plan.num_tokens), site, plan)
+            self.add_lora(rows_of(outputs[0], plan.num_tokens), rows_of(inputs[0], plan.num_tokens), site, plan)
+
+
+def as_tuple(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What a module gave; a router gives several tensors."""
+    return output if isinstance(output, tuple) else (output,)
 
 
 def rows_of(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -51,4 +58,4 @@ class _Hook:
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         step = current_step()
         if step is not None:
-            step.adapt(self.name, inputs, output)
+            step.adapt(self.name, inputs, as_tuple(output))

@@ -168,7 +168,7 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
 
@@ -203,10 +203,10 @@ class PagedStep:
             out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
         return out
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if module == self._head else self._batch.plan
         if plan is not None:
-            self._adapting.adapt(plan, module, inputs, output)
+            self._adapting.adapt(plan, module, inputs, outputs)
 
     def _decode(
         self,

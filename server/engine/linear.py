@@ -42,7 +42,7 @@ class FrozenLinear(nn.Module):
         y = self._product(x)
         step = current_step()
         if step is not None:
-            step.adapt(self._name, (x,), y)
+            step.adapt(self._name, (x,), (y,))
         return y
 
 

@@ -73,12 +73,12 @@ class _Comparing(WholePrompt):
     plan: Plan
     errors: dict[str, float] = field(default_factory=dict)
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         if module not in self.weights.touched:
             return
-        self.adapting.adapt(self.plan, module, inputs, output)
+        self.adapting.adapt(self.plan, module, inputs, outputs)
         rows = [rows_of(tensor, self.plan.num_tokens) for tensor in inputs]
         plain = plain_output(module, rows, self.model.base.modules[module], self.weights)
-        ours = rows_of(output, self.plan.num_tokens).float()
+        ours = rows_of(outputs[0], self.plan.num_tokens).float()
         error = (ours - plain).norm() / plain.norm().clamp(min=torch.finfo(torch.float32).tiny)
         self.errors[module] = float(error.nan_to_num(nan=float("inf")))

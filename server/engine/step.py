@@ -39,10 +39,10 @@ class Step(Protocol):
         """query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v] -> [T, heads, d_v]."""
         ...
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Change, in place, what the base's module of this name made of its inputs.
 
-        One row a token: inputs and output are [1, T, ...] or [T, ...], T the rows that the module sees.
+        One row a token: inputs and outputs are [1, T, ...] or [T, ...], T the rows that the module sees.
         """
         ...
 

@@ -121,7 +121,8 @@ class _Calls:
     @property
     def is_by_row(self) -> bool:
         """Whether the module saw every row of the prompt once, and gave one for each."""
-        return self.count == 1 and bool(self.inputs) and all(map(_has_a_row_a_token, (*self.inputs, self.output)))
+        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
+        return self.count == 1 and bool(self.inputs) and all(map(_has_a_row_a_token, (*self.inputs, *outputs)))
 
 
 def _has_a_row_a_token(value: Any) -> bool:
@@ -193,6 +194,7 @@ def _base_module(model: nn.Module, name: str, kind: ModuleKind) -> BaseModule:
         with_terms=partial(LowRankExperts, module) if kind is ModuleKind.EXPERTS else None,
         output_scale=float(getattr(module, "embed_scale", 1.0)) if kind is ModuleKind.EMBEDDING else 1.0,
         is_transposed=bool(getattr(module, "is_transposed", False)),
+        is_concatenated=bool(getattr(module, "is_concatenated", True)),
     )
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import Harness
 from parity import Case
+from peft import LoraConfig
+from safetensors.torch import save_file
 from tiny import VOCAB, make_adapter, make_model, peft_generate, peft_logits, save_tokenizer
+from transformers import PreTrainedModel
 
 NEW_TOKENS = 16
 INVOCATION = [40, 41, 42]
@@ -31,6 +36,9 @@ CLASSES = ["llama", "tied llama", "qwen2", "gemma3_text", "phi3", "gpt2", "mixtr
 EMBEDDING = {"gpt2": "wte"}
 NORMS = {"gpt2": ["ln_f"], "gemma3_text": ["model.norm", "input_layernorm"]}
 EXPERTS = ("mixtral", "gpt_oss", "qwen3_moe")
+ROUTER = {"mixtral": "gate.weight", "gpt_oss": "router.weight", "qwen3_moe": "gate.weight"}
+LEGACY = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2"), "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj")}
+"""How adapters named the parts of single experts before transformers 5."""
 OVERRIDES: Mapping[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -71,6 +79,7 @@ def features(name: str) -> dict[str, dict[str, Any]]:
         both = ["experts.gate_up_proj", "experts.down_proj"]
         found["experts"] = {"target_modules": linear, "target_parameters": both}
         found["experts, down alone"] = {"target_modules": [], "target_parameters": both[1:], "r": 3}
+        found["router"] = {"target_modules": linear, "target_parameters": [ROUTER[kind]]}
         del found["all-linear"]
     if kind == "gpt2":
         found["fan_in_fan_out"] = {"target_modules": linear, "fan_in_fan_out": True}
@@ -93,12 +102,34 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     adapters: dict[str | None, Path | None] = {None: None}
     for i, (feature, config) in enumerate(features(name).items()):
         adapters[feature] = make_adapter(model, folder / f"adapter-{i}", seed=i, **config)
+    if kind in LEGACY:
+        adapters["single experts"] = make_legacy_adapter(model, folder / "legacy", *LEGACY[kind])
     names = {f"a{i}": path for i, path in enumerate(adapters.values()) if path}
     return Case(
         model,
         Harness(folder / "base", names, adapter_pages=256),
         dict(zip([None, *names], adapters.values(), strict=True)),
     )
+
+
+def make_legacy_adapter(model: PreTrainedModel, folder: Path, block: str, *projections: str) -> Path:
+    """Rows for every single expert, as older versions of transformers and peft saved them."""
+    generator = torch.Generator().manual_seed(3)
+    gate, up, down = projections
+    tensors = {}
+    for layer in range(model.config.num_hidden_layers):
+        experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        count, width, d_in = experts.gate_up_proj.shape
+        for expert, (name, d_from, d_to) in itertools.product(
+            range(count), ((gate, d_in, width // 2), (up, d_in, width // 2), (down, width // 2, d_in))
+        ):
+            key = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, d_from, generator=generator) * 0.2
+            tensors[f"{key}.lora_B.weight"] = torch.randn(d_to, 4, generator=generator) * 0.25
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    LoraConfig(r=4, lora_alpha=8, target_modules=[*projections], task_type="CAUSAL_LM").save_pretrained(folder)
+    return folder
 
 
 def prompt_for(rng: random.Random, adapter: Path | None) -> list[int]:

@@ -1,0 +1,92 @@
+"""Adapters from when experts were modules of their own: their rows, put together for the stacks that experts are now.
+
+transformers 5 holds a layer's experts as stacked weights, the first projection's gate and up halves in one. Rows that
+were trained for expert e's gate, up and down projections mean the same there: the ranks of gate and up side by side,
+each writing its own half.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from weft.adapters.base import Base, ModuleKind
+from weft.adapters.content import LoraParameter
+from weft.adapters.peft_config import PeftConfig
+from weft.adapters.tensors import SortedTensors
+from weft.errors import Problem
+
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w[123])")
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+Parts = Mapping[str, torch.Tensor]
+
+
+def to_current_name(name: str) -> str:
+    """A module's name as transformers 5 has it."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def fuse_experts(
+    tensors: SortedTensors, config: PeftConfig, base: Base, problems: list[Problem]
+) -> dict[str, LoraParameter]:
+    """Take the rows of single experts out of the tensors, and give them as terms of the stacks; note each problem."""
+    stacks: dict[str, dict[tuple[str, int], Parts]] = {}
+    for name, wraps in list(tensors.lora):
+        match = _EXPERT.fullmatch(name)
+        module = base.modules.get(to_current_name(match["stack"])) if match else None
+        if match is None or module is None or module.kind is not ModuleKind.EXPERTS or wraps:
+            continue
+        parts = tensors.lora.pop((name, wraps))
+        if not config.targets(name):
+            problems.append(Problem(name, "has tensors, but adapter_config.json does not target it"))
+            continue
+        projection = _PROJECTIONS.get(match["projection"], match["projection"])
+        stacks.setdefault(to_current_name(match["stack"]), {})[projection, int(match["expert"])] = parts
+    fused: dict[str, LoraParameter] = {}
+    for stack, experts in stacks.items():
+        try:
+            fused |= _fuse(stack, experts, config, base)
+        except ValueError as error:
+            problems.append(Problem(stack, str(error)))
+    return fused
+
+
+def _fuse(
+    stack: str, experts: Mapping[tuple[str, int], Parts], config: PeftConfig, base: Base
+) -> dict[str, LoraParameter]:
+    """Raises ValueError where the rows don't say what they would have to."""
+    module = base.modules[stack]
+    if config.use_rslora or config.use_dora or config.lora_bias or config.rank_pattern or config.alpha_pattern:
+        raise ValueError("has rows for single experts, which are served only with one rank and scale for all")
+    if module.is_transposed or not module.is_concatenated or "gate_up_proj" not in module.shapes:
+        raise ValueError("has rows for single experts, but this base's are laid out in another way")
+    count, width, d_in = module.shapes["gate_up_proj"]
+    inner = width // 2
+    shapes = {"gate_proj": (inner, d_in), "up_proj": (inner, d_in), "down_proj": (d_in, inner)}
+    present = {projection for projection, _ in experts}
+    if ("gate_proj" in present) != ("up_proj" in present):
+        raise ValueError("has rows for one of gate and up projection, which are one weight in this base")
+    a, b = {}, {}
+    for projection in present:
+        d_out, width_in = shapes[projection]
+        parts = [experts.get((projection, expert), {}) for expert in range(count)]
+        wanted = {"lora_A": (config.r, width_in), "lora_B": (d_out, config.r)}
+        if any({key: tuple(tensor.shape) for key, tensor in each.items()} != wanted for each in parts):
+            raise ValueError(f"needs rows for {projection} of each of {count} experts, shaped {wanted}")
+        a[projection] = torch.stack([each["lora_A"] for each in parts])
+        b[projection] = torch.stack([each["lora_B"] for each in parts])
+    if any(not tensor.is_floating_point() or not torch.isfinite(tensor).all() for tensor in (*a.values(), *b.values())):
+        raise ValueError("has rows for single experts that are not finite numbers")
+    fused = {}
+    if "down_proj" in present:
+        fused[f"{stack}.down_proj"] = LoraParameter(a["down_proj"], b["down_proj"], config.default_scale)
+    if "gate_proj" in present:
+        halves = torch.zeros(count, width, 2 * config.r, dtype=b["up_proj"].dtype)
+        halves[:, :inner, : config.r] = b["gate_proj"]
+        halves[:, inner:, config.r :] = b["up_proj"]
+        both = torch.cat([a["gate_proj"], a["up_proj"]], dim=1)
+        fused[f"{stack}.gate_up_proj"] = LoraParameter(both, halves, config.default_scale)
+    return fused

@@ -9,11 +9,11 @@ already go on meanwhile, and an adapter that is still being read holds up nobody
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from weft.adapters.tiers import AdapterVersion, Tier, Tiers
+from weft.adapters.tiers import AdapterVersion, Tiers
 from weft.errors import InvalidRequest, OutOfCapacity
 
 
@@ -53,19 +53,17 @@ class Round:
 
         Raises the error of a move that failed since the request came, and OutOfCapacity where pins leave it too little.
         """
-        versions = dict.fromkeys(ref.version for ref in refs)
-        missing = [version for version in versions if version.resident is None]
+        missing = [ref for ref in refs if ref.version.resident is None]
         if not missing:
-            self._kept |= versions.keys()
-            return self.claim is None or self.claim.victims.isdisjoint(versions)
-        for ref in refs:
-            if ref.version.resident is None and ref.version.failures > ref.failures and ref.version.failure is not None:
+            self._kept.update(ref.version for ref in refs)
+            return self.claim is None or not any(ref.version in self.claim.victims for ref in refs)
+        for ref in missing:
+            if ref.version.failures > ref.failures and ref.version.failure is not None:
                 raise ref.version.failure
-        check_fit(self._tiers, versions)
-        if self._all_read(missing):
-            self._kept |= versions.keys()
-            waiting = [version for version in missing if version.moving_from is None]
-            if waiting and self.claim is None and self._find_pages(refs, sum(each.num_pages for each in waiting)):
+        if self._all_read(missing) and self.claim is None:
+            self._kept.update(ref.version for ref in refs)
+            waiting = {ref.version for ref in missing if ref.version.moving_from is None}
+            if waiting and self._find_pages(refs, sum(version.num_pages for version in waiting)):
                 for version in waiting:
                     self._tiers.copy(version)
         return False
@@ -76,9 +74,9 @@ class Round:
             ref.version.active += 1
             self._tiers.use(ref.version)
 
-    def _all_read(self, missing: Sequence[AdapterVersion]) -> bool:
+    def _all_read(self, missing: Refs) -> bool:
         """Whether all are in host memory; if not, read: within the budget, but for the first one who needs it."""
-        unread = [version for version in missing if version.tier is Tier.DISK]
+        unread = [ref.version for ref in missing if ref.version.host is None]
         for version in unread:
             if version.moving_from is None and (not self._somebody_reads or self._tiers.may_read):
                 self._tiers.read(version)
@@ -94,6 +92,7 @@ class Round:
         others = [version for version in idle if version not in self._kept]
         if tiers.make_room(num_pages, sorted(others, key=lambda version: version.is_wanted)):
             return True
+        check_fit(tiers, {ref.version for ref in refs})
         self.claim = _Claim(refs, self._choose_victims(refs, num_pages - tiers.num_free_pages))
         return False
 
@@ -153,17 +152,16 @@ def check_mixable(refs: Refs) -> None:
         )
 
 
-def check_fit(tiers: Tiers, versions: Iterable[AdapterVersion]) -> None:
+def check_fit(tiers: Tiers, versions: set[AdapterVersion]) -> None:
     """Raises InvalidRequest where versions can't be on the device together, OutOfCapacity where pins prevent it."""
-    wanted = list(versions)
-    num_pages = sum(version.num_pages for version in wanted)
+    num_pages = sum(version.num_pages for version in versions)
     if num_pages > tiers.num_pages:
         raise InvalidRequest.of(
             "adapters",
             f"need {num_pages} pages at once, and there are {tiers.num_pages}: use fewer or smaller adapters in one "
             f"request, or start the server with --adapter-pages {num_pages} or more",
         )
-    pinned = tiers.pages_pinned - sum(version.num_pages for version in wanted if version.pins)
+    pinned = tiers.pages_pinned - sum(version.num_pages for version in versions if version.pins)
     if num_pages > tiers.num_pages - pinned:
         raise OutOfCapacity(
             f"the request's adapters need {num_pages} pages; of {tiers.num_pages}, {pinned} are pinned by "

@@ -122,6 +122,10 @@ class Metrics:
         self._steps.observe(stats)
         self._last = stats
 
+    def stands(self, stats: StepStats) -> None:
+        """Nothing was computed, and this is how things stand."""
+        self._last = stats
+
     def first_token(self, adapter: str, queue_s: float, ttft_s: float) -> None:
         """A request got its first token, `ttft_s` after it came; it waited the first `queue_s` of them."""
         self._requests.first_token(adapter, queue_s, ttft_s)

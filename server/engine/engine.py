@@ -129,6 +129,7 @@ class Engine:
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
         self._is_stalled = not picked
         if not picked:
+            self._metrics.stands(self._stats(picked, 0, 0.0))
             return events
         for _ in range(self._scheduler.num_preemptions - preemptions):
             self._metrics.preempted()
@@ -137,7 +138,7 @@ class Engine:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
         events += self._run(picked)
-        self._observe_step(picked, num_decodes, self.clock() - started_s)
+        self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
         return events
 
     def check_pools(self) -> None:
@@ -250,9 +251,9 @@ class Engine:
             self._metrics.inter_token(label, now_s - sequence.last_token_s)
         sequence.last_token_s = now_s
 
-    def _observe_step(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
+    def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:
         pool = self._scheduler.pool
-        stats = StepStats(
+        return StepStats(
             duration_s=duration_s,
             num_prefill_tokens=sum(item.num_tokens for item in picked) - num_decodes,
             num_decode_tokens=num_decodes,
@@ -265,7 +266,6 @@ class Engine:
             kv_blocks_used=pool.capacity - pool.num_free,
             kv_blocks_total=pool.capacity,
         )
-        self._metrics.step(stats)
 
 
 def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

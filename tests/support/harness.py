@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry
 
+from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterStore, NewAdapter
 from weft.errors import WeftError
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
@@ -56,8 +57,14 @@ class Harness:
     """Loads a folder as the server does, and steps the engine by hand."""
 
     def __init__(
-        self, model: Path, adapters: Mapping[str, Path] | None = None, device: str = "cpu", **engine: object
+        self,
+        model: Path,
+        adapters: Mapping[str, Path] | None = None,
+        device: str = "cpu",
+        sources: Sources | None = None,
+        **engine: object,
     ) -> None:
+        """sources: instead of those that read the adapters' parent folders."""
         settings = {
             "max_batch_tokens": 64,
             "max_running_requests": 16,
@@ -75,6 +82,8 @@ class Harness:
         self.engine: Engine = loaded.engine
         self.store: AdapterStore = loaded.store
         self.info = loaded.info
+        if sources is not None:
+            self.store._reader._sources = sources
         self.answers: dict[Request, Answer] = {}
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.store.wake_with(lambda: self._wakes.put(None))
@@ -91,10 +100,24 @@ class Harness:
     def step(self) -> None:
         """One step; where nothing can be done before an adapter comes, wait for it first."""
         if self.engine.has_work and self.engine.idle_s != 0.0:
-            self._wakes.get(timeout=60)
+            self.wait()
         for request, event in self.engine.step():
             self.answers[request].take(event)
         self.engine.check_pools()
+        self.store.check()
+
+    def wait(self) -> None:
+        """Until an adapter came, or left."""
+        self._wakes.get(timeout=60)
+
+    def wake(self) -> None:
+        """Let the next step go on although no adapter came."""
+        self._wakes.put(None)
+
+    def finish(self) -> None:
+        """Step until every request has ended."""
+        while self.engine.has_work:
+            self.step()
 
     def logits(self, requests: Seq[Request], chunk: int) -> list[torch.Tensor]:
         """Logits [len(prompt), vocab] of each prompt, all in one row a step, `chunk` tokens of each at a time."""

@@ -136,9 +136,7 @@ def test_a_pin_of_what_is_on_disk_reads_it(shelf: Callable[..., Shelf]) -> None:
 
 def test_more_than_all_pages_hold_is_refused_with_the_remedy(shelf: Callable[..., Shelf]) -> None:
     tight = shelf(3)
-    with pytest.raises(
-        InvalidAdapter, match=r"takes 4 pages .* there are 3 in all: start .* --adapter-pages 4"
-    ):
+    with pytest.raises(InvalidAdapter, match=r"takes 4 pages .* there are 3 in all: start .* --adapter-pages 4"):
         tight.create("all")
     tight.create("wide")
     tight.create("a")

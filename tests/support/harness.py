@@ -62,6 +62,7 @@ class Harness:
         adapters: Mapping[str, Path] | None = None,
         device: str = "cpu",
         sources: Sources | None = None,
+        dtype: str = "float32",
         **engine: object,
     ) -> None:
         """sources: instead of those that read the adapters' parent folders."""
@@ -73,7 +74,7 @@ class Harness:
         }
         roots = tuple({folder.parent for folder in (adapters or {}).values()})
         config = ServerConfig(
-            model=ModelConfig(str(model), dtype="float32", device=device),
+            model=ModelConfig(str(model), dtype=dtype, device=device),
             engine=EngineConfig(**{**settings, **engine}),
             source_roots=roots,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from features import make_all
 from harness import Harness
 from tiny import linear_names, make_adapter, make_model, save_tokenizer
 
@@ -36,3 +37,16 @@ def test_mixed_batches_give_the_tokens_of_the_cpu(kind: str, tmp_path: Path) -> 
     arrivals = [i % 4 for i in range(len(requests))]
     expected = [answer.ids for answer in on_cpu.run(requests, arrivals)]
     assert [answer.ids for answer in on_gpu.run(requests, arrivals)] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2", "mixtral"])
+def test_everything_an_adapter_can_hold_gives_the_logits_of_the_cpu(name: str, tmp_path: Path) -> None:
+    _, adapters = make_all(name, tmp_path)
+    served = {f"a{i}": path for i, path in enumerate(adapters.values())}
+    requests = [Request(each, tuple(range(3, 30)), ((each, 1.0),)) for each in served]
+    on_cpu, on_gpu = (
+        Harness(tmp_path / "base", served, device=device, adapter_pages=256).logits(requests, 9)
+        for device in ("cpu", "cuda")
+    )
+    for mine, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert ((mine.cpu() - theirs).norm() / theirs.norm()).item() < 1e-3

@@ -136,6 +136,7 @@ class PagePool:
             name: Site(index, module.d_in, module.d_out, config.num_pages, config.dtype, config.device)
             for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
         }
+        self._rows = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
         self._stream: torch.cuda.Stream | None = None
         if config.device.type == "cuda":
             self._stream = torch.cuda.Stream(config.device)  # type: ignore[no-untyped-call]
@@ -198,9 +199,9 @@ class PagePool:
         targets: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         blanks: list[torch.Tensor] = []
-        for name, site in self.sites.items():
-            for pool, rows in zip((site.a, site.b), host.rows.get(name, (None, None)), strict=True):
-                self._lay_out(runs, pool.flatten(0, 1), rows, targets, values, blanks)
+        for name, halves in self._rows.items():
+            for pool, rows in zip(halves, host.rows.get(name, (None, None)), strict=True):
+                self._lay_out(runs, pool, rows, targets, values, blanks)
         with self._copying():
             # One call for all: it holds Python's lock only to begin with, while the engine's thread wants it.
             if targets:
@@ -231,7 +232,7 @@ class PagePool:
             filled = min(stop - start, rank - at)
             if rows is not None and filled > 0:
                 targets.append(pool[start : start + filled])
-                values.append(rows[at : at + filled])
+                values.append(rows if filled == rank else rows[at : at + filled])
                 at += filled
                 start += filled
             if start < stop:

@@ -31,7 +31,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def queue(origin: Path, tmp_path: Path) -> Callable[..., Queue]:
-    return lambda num_pages, **how: Queue(Shelf(origin, tmp_path, num_pages), **how)
+    return lambda num_pages, host_bytes=1 << 30, **how: Queue(Shelf(origin, tmp_path, num_pages, host_bytes), **how)
 
 
 class Queue:
@@ -119,6 +119,26 @@ def test_a_cold_adapter_gets_its_turn_however_many_ask_for_the_warm_one(queue: C
         line.add("s0", num_tokens=4)
         line.step()
     assert line.started == ["s0", "s1"], "those that came after it wait"
+    line.run()
+
+
+@pytest.mark.parametrize("host_bytes", [0, 1 << 30])
+def test_a_large_adapter_gets_its_turn_however_many_ask_for_small_ones(
+    queue: Callable[..., Queue], host_bytes: int
+) -> None:
+    line = queue(2, host_bytes)
+    for name, num_tokens in (("s0", 3), ("s1", 15)):
+        line.add(name, num_tokens=num_tokens)
+        line.step()
+    large = line.add("m0")
+    for at in range(200):
+        if large not in line.wanted:
+            break
+        line.add(f"s{2 + at % 4}", num_tokens=3)
+        line.step()
+    assert large not in line.wanted
+    assert line.started == ["s0", "s1", "m0"]
+    assert line.shelf.evicted.count("device") == 2, "pages come free for it, and for nobody behind it"
     line.run()
 
 

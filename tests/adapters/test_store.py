@@ -9,11 +9,12 @@ import pytest
 import torch
 from bases import linear_base
 from safetensors.torch import load_file, save_file
+from shelf import SlowSources
 from tiny import make_adapter, make_model
 
 from weft.adapters.pages import PageConfig, PagePool
 from weft.adapters.sources import Sources
-from weft.adapters.store import AdapterState, AdapterStore, NewAdapter
+from weft.adapters.store import AdapterChange, AdapterState, AdapterStore, NewAdapter
 from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable
 
 SHAPES = {
@@ -258,3 +259,102 @@ def test_threads_that_create_use_and_delete_leave_a_clean_pool(store: AdapterSto
     assert errors == []
     assert store.num_pages[0] == 0
     store.check()
+
+
+def test_an_update_swaps_the_content_and_keeps_the_rest(store: AdapterStore, folders: Path) -> None:
+    store.create(NewAdapter("x", f"file:{folders / 'r8'}", {"team": "one"}))
+    old = store.acquire("x")
+    info = store.update("x", AdapterChange(source=f"file:{folders / 'r4'}"))
+    fresh = store.acquire("x")
+    assert (info.ranks, info.labels, info.pinned) == ((4,), {"team": "one"}, False)
+    assert info.source == f"file:{folders / 'r4'}"
+    assert old.version.digest != fresh.version.digest == info.digest
+    assert store.num_pages[0] == 2, "requests in flight finish on the old one"
+    store.check()
+    for ref in (old, fresh):
+        store.release(ref)
+    assert store.num_pages[0] == 1
+    relabelled = store.update("x", AdapterChange(labels={"team": "two"}))
+    assert (relabelled.labels, relabelled.digest) == ({"team": "two"}, info.digest)
+    store.check()
+
+
+def test_an_update_that_fails_changes_nothing(store: AdapterStore, folders: Path) -> None:
+    before = store.create(new(folders, "r8"))
+    for source, error in ((f"file:{folders / 'broken'}", InvalidAdapter), ("nonsense", InvalidRequest)):
+        with pytest.raises(error):
+            store.update("r8", AdapterChange(source, {"team": "one"}, pinned=True))
+    with pytest.raises(AdapterNotFound):
+        store.update("missing", AdapterChange(pinned=True))
+    assert store.get("r8") == before
+    store.check()
+
+
+def test_an_update_brings_a_failed_adapter_to_life(store: AdapterStore, folders: Path) -> None:
+    reservation = store.reserve(NewAdapter("x", f"file:{folders / 'broken'}", pinned=True))
+    with pytest.raises(InvalidAdapter):
+        store.load(reservation)
+    store.update("x", AdapterChange(labels={"team": "one"}))
+    assert store.get("x").state is AdapterState.FAILED
+    info = store.update("x", AdapterChange(source=f"file:{folders / 'r4'}"))
+    assert (info.state, info.error, info.pinned) == (AdapterState.DEVICE, "", True)
+    assert store.capacity().pages_pinned == 1
+    store.check()
+
+
+def test_of_updates_that_overlap_the_last_one_asked_for_wins(folders: Path) -> None:
+    sources = SlowSources(folders)
+    pool = PagePool(SHAPES, PageConfig(5, torch.float32, torch.device("cpu")))
+    store = AdapterStore(pool, sources, now=lambda: 0.0)
+    store.create(new(folders, "x", "r16"))
+    sources.hold(lambda source: source.endswith("r4"))
+    slow = threading.Thread(
+        target=store.update, args=("x", AdapterChange(f"file:{folders / 'r4'}", {"by": "slow"}, pinned=True))
+    )
+    slow.start()
+    sources.reached.acquire()
+    store.update("x", AdapterChange(source=f"file:{folders / 'r8'}"))
+    sources.may_read.set()
+    slow.join()
+    info = store.get("x")
+    assert (info.ranks, info.labels, info.pinned) == ((8,), {"by": "slow"}, True)
+    assert info.source.endswith("r8")
+    assert store.num_pages[0] == 1
+    store.check()
+
+
+def test_listeners_hear_of_every_change_in_order(store: AdapterStore, folders: Path) -> None:
+    events: list[tuple[str, str, str]] = []
+    stop = store.subscribe(lambda event: events.append((event.kind.value, event.info.name, event.info.state.value)))
+    store.create(new(folders, "r16"))
+    store.update("r16", AdapterChange(labels={"team": "one"}))
+    store.create(NewAdapter("b", f"file:{second_content(folders)}"))
+    store.create(NewAdapter("r8", f"file:{folders / 'r8'}", pinned=True))
+    store.delete("r16")
+    with pytest.raises(InvalidAdapter):
+        store.create(new(folders, "broken"))
+    stop()
+    store.delete("r8")
+    assert [event for event in events if event[1] == "r16"] == [
+        ("added", "r16", "loading"),
+        ("changed", "r16", "device"),
+        ("changed", "r16", "device"),
+        ("changed", "r16", "host"),
+        ("deleted", "r16", "host"),
+    ]
+    assert [event for event in events if event[1] == "broken"] == [
+        ("added", "broken", "loading"),
+        ("changed", "broken", "failed"),
+        ("deleted", "broken", "failed"),
+    ]
+    assert events[-1][1] == "broken"
+
+
+def test_capacity_is_told_in_pages_and_bytes(store: AdapterStore, folders: Path) -> None:
+    info = store.create(NewAdapter("r16", f"file:{folders / 'r16'}", pinned=True))
+    store.create(new(folders, "r8"))
+    capacity = store.capacity()
+    assert (capacity.pages_total, capacity.pages_free, capacity.pages_pinned) == (4, 1, 2)
+    assert (capacity.page_rows, capacity.page_bytes) == (8, info.device_bytes // 2)
+    assert capacity.host_bytes_used == info.host_bytes + store.get("r8").host_bytes
+    assert capacity.host_bytes_total == 1 << 30

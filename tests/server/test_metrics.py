@@ -257,3 +257,22 @@ def test_no_adapter_labels_at_all_if_none_are_wanted() -> None:
     for _ in range(50):
         scraped.end("one")
     assert scraped.adapters("weft_requests") == {OTHER}
+
+
+def test_moves_and_evictions_are_counted_by_tier() -> None:
+    scraped = Scraped()
+    scraped.metrics.adapter_moved("disk", 0.5, "ok")
+    scraped.metrics.adapter_moved("disk", 0.1, "failed")
+    scraped.metrics.adapter_moved("host", 0.25, "ok")
+    scraped.metrics.adapter_evicted("device")
+    assert scraped.value("weft_adapter_move_seconds_sum", tier="disk", outcome="ok") == 0.5
+    assert scraped.value("weft_adapter_move_seconds_count", tier="disk", outcome="failed") == 1
+    assert scraped.value("weft_adapter_move_seconds_sum", tier="host", outcome="ok") == 0.25
+    assert scraped.value("weft_adapter_evictions_total", tier="device") == 1
+
+
+def test_what_waits_is_published_though_nothing_is_computed() -> None:
+    scraped = Scraped()
+    scraped.metrics.stands(replace(STEP, num_running=0, num_requests=0))
+    assert scraped.value("weft_requests_waiting") == 3
+    assert scraped.value("weft_step_seconds_count") == 0

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from harness import Harness
+from shelf import SlowSources
 from tiny import make_adapter, make_model, save_tokenizer
 
-from weft.errors import AdapterNotFound, InvalidRequest, OutOfCapacity, Unavailable
+from weft.adapters.store import AdapterState
+from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidRequest, OutOfCapacity, Unavailable
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.request import Delta, FinishReason, Request, Stopping
 
@@ -23,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("frontend")
     model = make_model("llama", root / "base")
     save_tokenizer(root / "base")
-    make_adapter(model, root / "adapters" / "one", target_modules=["q_proj"])
+    for seed, name in enumerate(("one", "two")):
+        make_adapter(model, root / "adapters" / name, seed, target_modules=["q_proj"])
     return root
 
 
@@ -137,6 +141,66 @@ def test_what_outlives_the_grace_is_answered(harness: Harness) -> None:
             await frontend.drain(0.0)
             with pytest.raises(Unavailable, match="stopping"):
                 [delta async for delta in deltas]
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def cold(folder: Path) -> tuple[Harness, SlowSources]:
+    """A harness where `one` is on disk, and the sources that it is read from."""
+    sources = SlowSources(folder / "adapters")
+    names = {"two": folder / "adapters" / "two", "one": folder / "adapters" / "one"}
+    harness = Harness(folder / "base", names, sources=sources, adapter_pages=1, adapter_host_bytes=0)
+    assert harness.store.get("one").state is AdapterState.DISK
+    return harness, sources
+
+
+def test_the_engine_sleeps_while_requests_wait_for_a_read_and_wakes_when_it_ends(
+    cold: tuple[Harness, SlowSources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, sources = cold
+    step, steps = harness.engine.step, []
+    monkeypatch.setattr(harness.engine, "step", lambda: (steps.append(1), step())[1])
+
+    async def main() -> None:
+        async with running(harness) as frontend:
+            sources.hold()
+            waiting = asyncio.create_task(collect(frontend, ask()))
+            await asyncio.to_thread(sources.reached.acquire)
+            assert len(await collect(frontend, ask(adapter="two"))) == 10
+            before = len(steps)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            sources.may_read.set()
+            assert len(await waiting) == 10
+            assert len(steps) - before < 20, "ten tokens, and a few looks at what came"
+
+    asyncio.run(main())
+
+
+def test_a_deadline_passes_while_the_engine_sleeps(cold: tuple[Harness, SlowSources]) -> None:
+    harness, sources = cold
+
+    async def main() -> None:
+        async with running(harness) as frontend:
+            sources.hold()
+            with pytest.raises(DeadlineExceeded):
+                await collect(frontend, replace(ask(), deadline_s=harness.engine.clock() + 0.05))
+            sources.may_read.set()
+
+    asyncio.run(main())
+
+
+def test_a_read_that_fails_is_answered_with_its_own_error(cold: tuple[Harness, SlowSources]) -> None:
+    harness, sources = cold
+
+    async def main() -> None:
+        async with running(harness) as frontend:
+            sources.error = OSError(5, "Input/output error")
+            with pytest.raises(Unavailable, match="Input/output error"):
+                await collect(frontend, ask())
+            sources.error = None
+            assert len(await collect(frontend, ask())) == 10
 
     asyncio.run(main())
 

@@ -217,6 +217,6 @@ def test_whatever_happens_to_adapters_no_request_gets_a_wrong_token(folder: Path
     run_state_machine_as_test(
         partial(Adapters, harness, folder / "adapters", expect),
         settings=settings(
-            max_examples=12, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -129,7 +129,7 @@ class Hub:
         """What huggingface_hub takes for a progress bar: it counts, tells, and stops what grows too large."""
         limits = self._limits
 
-        class Meter(tqdm[NoReturn]):
+        class Meter(tqdm):  # type: ignore[type-arg]  # the class itself takes no argument
             def __init__(self, *args: Any, **settings: Any) -> None:
                 self.done = int(settings.get("initial") or 0)
                 self.expected: int | None = settings.pop("total", None)

@@ -54,8 +54,7 @@ class Location:
             address = ipaddress.ip_address(host)
         except ValueError:
             return host == "localhost" or host.endswith(".localhost")
-        mapped = getattr(address, "ipv4_mapped", None)
-        return (mapped or address).is_loopback or (mapped or address).is_unspecified
+        return address.is_loopback or address.is_unspecified
 
     def is_under(self, prefix: Location) -> bool:
         """Whether the prefix allows it: the same scheme and host, and the path whole segment by whole segment."""
@@ -134,7 +133,9 @@ def _is_host(host: str) -> bool:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
-    return host == (f"[{address}]" if address.version == 6 else str(address))
+    if isinstance(address, ipaddress.IPv4Address):
+        return host == str(address)
+    return host == f"[{address}]" and address.ipv4_mapped is None
 
 
 def _is_path(segments: list[str]) -> bool:

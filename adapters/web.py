@@ -15,7 +15,6 @@ from weft.errors import InvalidAdapter, Problem
 WEB_SCHEMES = ("https", "http")
 MAX_REDIRECTS = 5
 _TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
-_CHUNK_BYTES = 1 << 20
 _GONE = {401: "may not be read", 403: "may not be read", 404: "is missing", 410: "is missing"}
 _LATER = (408, 425, 429)
 
@@ -95,15 +94,15 @@ def _reply(response: httpx2.Response, location: Location, name: str, have: Have)
     version = response.headers.get("etag", "")
     strong = version if version.startswith('"') and version.isprintable() else ""
     start, size = _extent(response, have, strong)
-    return Reply(start, size, strong, response.iter_raw(_CHUNK_BYTES))
+    return Reply(start, size, strong, response.iter_raw())
 
 
 def _extent(response: httpx2.Response, have: Have, version: str) -> tuple[int, int | None]:
     """The first byte that comes, and the size of the whole file where it is known."""
     if response.status_code == 200:
         length = response.headers.get("content-length", "")
-        return 0, int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
-    match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("content-range", ""))
+        return 0, int(length) if re.fullmatch(r"[0-9]{1,19}", length) else None
+    match = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]{1,19}/([0-9]{1,19})", response.headers.get("content-range", ""))
     if response.status_code == 416 or match is None or int(match[1]) != have.part_bytes or version != have.part:
         raise StaleTransfer("the server has another version than the one that was begun")
     return int(match[1]), int(match[2])

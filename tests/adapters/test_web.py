@@ -167,7 +167,7 @@ class TestSize:
 
     def test_a_config_is_small(self, web: Web, cache: Path) -> None:
         web.endless.add(CONFIG_AT)
-        with pytest.raises(InvalidAdapter, match="adapter_config.json: has .* bytes or more; 1,048,576 are allowed"):
+        with pytest.raises(InvalidAdapter, match=r"adapter_config.json: has .* bytes or more; 1,048,576 are allowed"):
             fetch(web, cache)
         assert web.gets(AT) == []
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weft.adapters.store import NewAdapter
-from weft.errors import InvalidConfig, Unavailable
+from weft.adapters.store import AdapterStore, NewAdapter
+from weft.errors import AdapterNotFound, InvalidConfig, Unavailable
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x57454654
@@ -70,7 +70,39 @@ class State:
             with self._lock, self._database:
                 yield self._database
         except sqlite3.Error as error:
-            raise Unavailable(f"--state {self._path} can't be written ({error})") from None
+            words = (
+                f"--state {self._path} can't be written ({error}): the change was made, but would not survive a restart"
+            )
+            raise Unavailable(words) from None
+
+
+class Recorder:
+    """Brings a state in step with a store, name by name, in whatever order and from whatever threads changes come.
+
+    What is written is how the store has a name when it is written: after the last of several changes the two agree.
+    """
+
+    def __init__(self, store: AdapterStore, state: State) -> None:
+        self._store = store
+        self._state = state
+        self._lock = threading.Lock()
+        self._owed: set[str] = set()
+
+    def record(self, name: str) -> None:
+        """Return once it is on disk how the store has the name now, and any name that could not be written before.
+
+        Raises Unavailable.
+        """
+        with self._lock:
+            self._owed.add(name)
+            for owed in sorted(self._owed):
+                try:
+                    info = self._store.get(owed)
+                except AdapterNotFound:
+                    self._state.remove(owed)
+                else:
+                    self._state.put(NewAdapter(owed, info.source, info.labels, info.pinned))
+                self._owed.discard(owed)
 
 
 def _open(path: Path) -> sqlite3.Connection:

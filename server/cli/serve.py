@@ -19,7 +19,7 @@ _PATH = click.Path(path_type=Path)
 
 
 class _Root(click.ParamType[Path | str]):
-    """A folder or a prefix of sources. In an environment variable several stand between spaces: prefixes hold colons."""
+    """A folder or a prefix of sources. In an environment variable, spaces part several: prefixes hold colons."""
 
     name = "folder or prefix"
 

@@ -128,7 +128,7 @@ class TestStart:
                 return server.startup_line
 
         assert "adapters loaded: 0, failed: 1; " in asyncio.run(main())
-        (warning,) = (record.getMessage() for record in caplog.records if record.name == "weft.server.app")
+        (warning,) = (record.getMessage() for record in caplog.records if record.name == "weft.server.watching")
         assert warning == (
             f"{tmp_path}/linked was not loaded: it leads to {target}; add that with --source-root {target}"
         )

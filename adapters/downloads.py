@@ -167,7 +167,7 @@ class _Download:
         part = _Part(self.home / f"{name}.part")
         reason = ""
         for _ in range(MAX_TRIES):
-            before = part.version, part.num_bytes
+            before = part.num_bytes
             try:
                 version = self._pull_once(name, known, part)
             except StaleTransfer as error:
@@ -175,7 +175,7 @@ class _Download:
                 part.drop()
             except BrokenTransfer as error:
                 reason = str(error)
-                if (part.version, part.num_bytes) == before:
+                if part.num_bytes == before:
                     break
             else:
                 return known if known is not None and version is None else part.finish(version or "")

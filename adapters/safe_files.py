@@ -15,6 +15,7 @@ MAX_HEADER_BYTES = 16 << 20
 """Of a safetensors file; a hundred thousand tensors need about ten million."""
 
 _LENGTH_BYTES = 8
+_MAX_DIGITS = 20
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -23,11 +24,10 @@ def open_regular(path: Path) -> BinaryIO:
     Raises OSError; it is one too where the path is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise OSError(0, "is not a regular file", str(path))
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def check_safetensors(path: Path, source: str) -> dict[str, Any]:
@@ -41,7 +41,9 @@ def check_safetensors(path: Path, source: str) -> dict[str, Any]:
         with open_regular(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             header = file.read(_header_bytes(file.read(_LENGTH_BYTES), num_bytes))
-        tensors = json.loads(header.decode(), object_pairs_hook=_without_twins, parse_constant=_no_constant)
+        tensors = json.loads(
+            header.decode(), object_pairs_hook=_without_twins, parse_constant=_no_constant, parse_int=_short_int
+        )
         _check_extents(tensors, num_bytes - _LENGTH_BYTES - len(header))
     except OSError as error:
         raise InvalidAdapter(source, [Problem(path.name, f"can't be read ({error.strerror})")]) from None
@@ -75,6 +77,12 @@ def _without_twins(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"has a header that holds {key[:200]!r} twice")
         found[key] = value
     return found
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"has a header that holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_constant(name: str) -> None:

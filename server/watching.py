@@ -22,7 +22,7 @@ QUIET_MS = 500
 """How long nothing must change before a change is acted on: a folder that is being copied is not looked at."""
 
 LONGEST_MS = 300_000
-LOOK_EVERY_MS = 10_000
+LOOK_EVERY_MS = 5_000
 """For file systems that don't tell of changes, and links that lead out of the watched folder."""
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -70,15 +70,15 @@ class AdapterFolders:
                 self._seen[name] = marks
                 self._bring(name)
 
-    async def watch(self) -> None:
-        """Catch up whenever the folder has changed and come to rest, until `stop`."""
+    async def watch(self, look_every_ms: int = LOOK_EVERY_MS) -> None:
+        """Catch up whenever the folder has changed and come to rest, and now and then without, until `stop`."""
         try:
             async for _ in awatch(
                 self._root,
                 watch_filter=None,
                 debounce=LONGEST_MS,
                 step=QUIET_MS,
-                rust_timeout=LOOK_EVERY_MS,
+                rust_timeout=look_every_ms,
                 yield_on_timeout=True,
                 ignore_permission_denied=True,
                 stop_event=self._stop,
@@ -87,7 +87,7 @@ class AdapterFolders:
                     await self._loader.run(self.catch_up)
                 except Unavailable as error:
                     _log.warning("--adapters %s: %s", self._root, error)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the system's limits on watches, for one
             _log.warning(
                 "--adapters %s can't be watched any more (%s): restart the server to load it", self._root, error
             )

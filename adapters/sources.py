@@ -40,6 +40,7 @@ class Sources:
         self._roots = tuple(root.resolve() for root in roots)
         self._remote = remote or RemoteSettings()
         self._prefixes = tuple(map(_prefix, self._remote.prefixes))
+        self._fetched: dict[str, Path] = {}
 
     def check(self, source: str) -> None:
         """Look at the form and the allow-list alone. Raises InvalidRequest."""
@@ -55,7 +56,16 @@ class Sources:
         """
         if source.startswith("file:"):
             return self._check_files(source, self._folder_of(source))
-        location = self._location_of(source)
+        folder = self._download(self._location_of(source))
+        self._fetched[source] = folder
+        return folder
+
+    def fetch_again(self, source: str) -> Path:
+        """As `fetch`, but of a remote source the copy that its last fetch gave, whatever the remote has by now."""
+        folder = self._fetched.get(source)
+        return folder if folder is not None and (folder / WEIGHTS_FILE).is_file() else self.fetch(source)
+
+    def _download(self, location: Location) -> Path:
         cache = self._remote.cache or _user_cache()
         if location.scheme == "hf":
             return Hub(cache / "hub", self._remote.limits, self._remote.hub_endpoint).fetch(location)

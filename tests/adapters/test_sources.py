@@ -270,6 +270,19 @@ def test_every_scheme_has_its_way(root: Path, tmp_path: Path) -> None:
             assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
+def test_what_was_fetched_can_be_had_again_without_asking(root: Path, tmp_path: Path) -> None:
+    with serving() as web:
+        web.hold(root / "good", "/x")
+        sources = Sources([root], RemoteSettings([web.url], tmp_path / "cache"))
+        folder = sources.fetch_again(f"{web.url}/x")
+        web.seen.clear()
+        assert sources.fetch_again(f"{web.url}/x") == folder
+        assert web.seen == []
+        (folder / "adapter_model.safetensors").unlink()
+        assert (sources.fetch_again(f"{web.url}/x") / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert sources.fetch_again(f"file:{root}/good") == root.resolve() / "good"
+
+
 def test_copies_go_to_the_users_cache_where_nothing_else_is_said(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

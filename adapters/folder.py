@@ -12,6 +12,7 @@ from weft.adapters.base import Base
 from weft.adapters.content import LoraWeights, digest_of
 from weft.adapters.matching import match_up
 from weft.adapters.peft_config import CONFIG_FILE, read_config
+from weft.adapters.safe_files import check_safetensors
 from weft.adapters.tensors import sort_tensors
 from weft.errors import InvalidAdapter, Problem
 
@@ -66,6 +67,7 @@ def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
             f" (found {pickles[0]}, a pickle, which can run code: save it again with safetensors)" if pickles else ""
         )
         raise InvalidAdapter(source, [Problem(WEIGHTS_FILE, f"is missing{found}")])
+    check_safetensors(path, source)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -88,7 +88,7 @@ class Reader:
         errors: list[InvalidAdapter | Unavailable] = []
         for source in dict.fromkeys(sources):
             try:
-                weights = load_folder(self._sources.fetch(source), source, self._pool.base)
+                weights = load_folder(self._sources.fetch_again(source), source, self._pool.base)
                 host = self._prepare(weights, source)
             except Unavailable as error:
                 errors.append(error)
@@ -105,7 +105,7 @@ class Reader:
     def _unreadable(self, source: str) -> Unavailable | None:
         """Whether it is the files that can't be read, rather than what they hold."""
         try:
-            folder = self._sources.fetch(source)
+            folder = self._sources.fetch_again(source)
             for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
                 if stat.S_ISREG(path.stat().st_mode):  # opening another kind of file may block
                     with path.open("rb") as file:

@@ -170,14 +170,15 @@ class AdapterStore:
         self._listeners: dict[int, Listener] = {}
         self.residency = Residency(self._tiers)
 
-    def reserve(self, new: NewAdapter) -> Reservation:
+    def reserve(self, new: NewAdapter, *, restored: bool = False) -> Reservation:
         """Take the name, in state LOADING; `load` then does the work.
 
-        Returns the reservation. Raises InvalidRequest for a bad name or source, AdapterExists when the name is taken
-        (a FAILED one may be taken over).
+        restored: its source was checked before; what is wrong with it now, `load` says. Returns the reservation. Raises
+        InvalidRequest for a bad name or source, AdapterExists when the name is taken (a FAILED one may be taken over).
         """
         check_name(new.name)
-        self._reader.check(new.source)
+        if not restored:
+            self._reader.check(new.source)
         with self._lock:
             held = self._entries.get(new.name)
             if held is not None and not held.error:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -24,9 +23,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from weft.adapters.folder import WEIGHTS_FILE
-from weft.adapters.peft_config import CONFIG_FILE
-from weft.adapters.store import AdapterStore, NewAdapter
+from weft.adapters.state import Recorder, State
+from weft.adapters.store import AdapterStore
 from weft.errors import AddressUnavailable, Unavailable
 from weft.server.api.adapters import AdapterServicer
 from weft.server.api.edge import Edge
@@ -39,6 +37,7 @@ from weft.server.config import ServerConfig
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
 from weft.server.metrics import AdapterSnapshot, Metrics
+from weft.server.watching import AdapterFolders
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -77,6 +76,26 @@ class _MetricsHandler(WSGIRequestHandler):
 
 
 @dataclass(frozen=True, slots=True)
+class _Watch:
+    """Folders, and the task that watches them."""
+
+    folders: AdapterFolders
+    task: asyncio.Task[None]
+
+    @classmethod
+    def of(cls, folders: AdapterFolders) -> _Watch:
+        return cls(folders, asyncio.create_task(folders.watch(), name="watch the adapters"))
+
+    async def end(self, grace_s: float) -> None:
+        """Wait for what it is doing for up to `grace_s`."""
+        self.folders.stop()
+        await asyncio.wait({self.task}, timeout=grace_s)
+        self.task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.task
+
+
+@dataclass(frozen=True, slots=True)
 class _Loaded:
     """What there is once the model is loaded."""
 
@@ -86,6 +105,7 @@ class _Loaded:
     num_adapters: int
     num_failed_adapters: int
     watcher: asyncio.Task[None]
+    folders: _Watch | None
 
 
 class Server:
@@ -99,6 +119,7 @@ class Server:
         self._edge = Edge(self._metrics.refused)
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
+        self._state: State | None = None
         self._loaded: _Loaded | None = None
         self.address = ""
         self.metrics_address = ""
@@ -132,13 +153,18 @@ class Server:
 
     async def load(self) -> None:
         """Load the model and the adapters, and start to serve. Raises InvalidModel, InvalidConfig."""
-        loaded = await _in_daemon_thread(lambda: load_engine(self._config, self._metrics))
-        info, store, engine = loaded.info, loaded.store, self._config.engine
+        config = self._config
+        state = self._state = State(config.state) if config.state is not None else None
+        loaded = await _in_daemon_thread(lambda: load_engine(config, self._metrics))
+        info, store, engine = loaded.info, loaded.store, config.engine
         self._metrics.set_build_info(version("weft"), info.model, info.dtype, info.device)
         self._metrics.set_cache_config(engine.block_tokens, info.kv_tokens // engine.block_tokens)
         self._metrics.watch_adapters(lambda: _snapshot(store))
-        loader = AdapterLoader(store, self._metrics)
-        outcomes = await _in_daemon_thread(lambda: self._load_folders(loader))
+        loader = AdapterLoader(store, self._metrics, Recorder(store, state) if state is not None else None)
+        folders = None
+        if config.adapters is not None:
+            folders = AdapterFolders(config.adapters, config.all_source_roots, store, loader)
+        outcomes = await _in_daemon_thread(lambda: self._load_adapters(loader, state, folders))
         frontend = Frontend(loaded.engine, store, engine.max_running_requests + engine.max_queued_requests)
         frontend.start()
         self._loaded = _Loaded(
@@ -148,6 +174,7 @@ class Server:
             num_adapters=sum(outcomes),
             num_failed_adapters=len(outcomes) - sum(outcomes),
             watcher=asyncio.create_task(self._watch(frontend), name="watch the engine"),
+            folders=_Watch.of(folders) if folders is not None and config.watch else None,
         )
         self._add_services(loaded, frontend, loader)
         await self._set_health(_SERVING)
@@ -161,8 +188,9 @@ class Server:
         """Refuse new requests and let those in flight finish, as long as the configuration says."""
         await self._health.enter_graceful_shutdown()
         if self._loaded is not None:
-            grace_s = self._config.drain_grace_s
-            await asyncio.gather(self._loaded.frontend.drain(grace_s), self._loaded.loader.drain(grace_s))
+            grace_s, loaded = self._config.drain_grace_s, self._loaded
+            ends = [loaded.folders.end(grace_s)] if loaded.folders is not None else []
+            await asyncio.gather(loaded.frontend.drain(grace_s), loaded.loader.drain(grace_s), *ends)
 
     async def close(self) -> None:
         """Give the ports back. Requests still in flight are cancelled."""
@@ -172,6 +200,9 @@ class Server:
             self._loaded.watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._loaded.watcher
+            await asyncio.to_thread(self._loaded.loader.close)
+        if self._state is not None:
+            self._state.close()
         if self._http is not None:
             httpd, thread = self._http
             await asyncio.to_thread(httpd.shutdown)
@@ -193,23 +224,11 @@ class Server:
             f"metrics on http://{self.metrics_address}/metrics"
         )
 
-    def _load_folders(self, loader: AdapterLoader) -> list[bool]:
-        """Load every PEFT folder directly under --adapters; whether each was loaded."""
-        if self._config.adapters is None:
-            return []
-        root = self._config.adapters.absolute()
-        folders = sorted({path.parent for name in (CONFIG_FILE, WEIGHTS_FILE) for path in root.glob(f"*/{name}")})
-        return [
-            self._is_inside(folder) and loader.load_now(NewAdapter(folder.name, f"file:{folder}")) for folder in folders
-        ]
-
-    def _is_inside(self, folder: Path) -> bool:
-        """Whether a folder leads to a place under the source roots; logged if it leads elsewhere."""
-        target = folder.resolve()
-        inside = any(target.is_relative_to(root.resolve()) for root in self._config.all_source_roots)
-        if not inside:
-            _log.warning("%s was not loaded: it leads to %s; add that with --source-root %s", folder, target, target)
-        return inside
+    def _load_adapters(self, loader: AdapterLoader, state: State | None, folders: AdapterFolders | None) -> list[bool]:
+        """Load what the state has kept, and then the folders whose names are free; whether each was loaded."""
+        kept = state.all() if state is not None else []
+        restored = [loader.load_now(new, restored=True) for new in kept]
+        return restored + (folders.load_all() if folders is not None else [])
 
     def _add_services(self, loaded: LoadedEngine, frontend: Frontend, loader: AdapterLoader) -> None:
         config = self._config

@@ -67,7 +67,12 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where the server listens, what it loads at start, and how long it waits. Port 0 takes any free port."""
+    """Where the server listens, what it loads at start and later, and how long it waits. Port 0 takes any free port.
+
+    source_roots: folders, and prefixes such as hf:org/ or https://host/folder/, that adapters may come from.
+    cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
+    watch: whether the adapters folder is looked at after the start.
+    """
 
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -75,7 +80,11 @@ class ServerConfig:
     port: int = 50051
     metrics_port: int = 9090
     adapters: Path | None = None
-    source_roots: tuple[Path, ...] = ()
+    source_roots: tuple[Path | str, ...] = ()
+    cache: Path | None = None
+    max_adapter_bytes: int = 4 << 30
+    state: Path | None = None
+    watch: bool = True
     max_request_s: float = 600.0
     drain_grace_s: float = 30.0
     max_prompt_bytes: int = 1 << 20
@@ -88,9 +97,10 @@ class ServerConfig:
         _between("--drain-grace-seconds", self.drain_grace_s, 0, 86400)
         _between("--max-prompt-bytes", self.max_prompt_bytes, 1, 1 << 28)
         _between("--metrics-adapters", self.metrics_adapters, 0, 10000)
+        _between("--max-adapter-bytes", self.max_adapter_bytes, 1, 1 << 50)
         for option, folder in (
             ("--adapters", self.adapters),
-            *(("--source-root", root) for root in self.source_roots),
+            *(("--source-root", root) for root in self._source_folders),
         ):
             if folder is not None and not folder.is_dir():
                 raise InvalidConfig(f"{option} is {str(folder)!r}; must be an existing folder")
@@ -98,7 +108,21 @@ class ServerConfig:
     @property
     def all_source_roots(self) -> tuple[Path, ...]:
         """Folders that `file:` sources may lie under."""
-        return (*([self.adapters] if self.adapters else []), *self.source_roots)
+        return (*([self.adapters] if self.adapters else []), *self._source_folders)
+
+    @property
+    def source_prefixes(self) -> tuple[str, ...]:
+        """What remote sources may begin with."""
+        return tuple(str(root) for root in self.source_roots if is_prefix(root))
+
+    @property
+    def _source_folders(self) -> tuple[Path, ...]:
+        return tuple(Path(root) for root in self.source_roots if not is_prefix(root))
+
+
+def is_prefix(root: Path | str) -> bool:
+    """Whether it begins as a URL does; a folder of such a name can be written ./hf:name."""
+    return isinstance(root, str) and re.match(r"[A-Za-z][A-Za-z0-9+-]*:", root) is not None
 
 
 def _between(option: str, value: float | None, low: float, high: float) -> None:

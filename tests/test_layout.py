@@ -41,7 +41,8 @@ ROOMS["weft.server.engine"] = {
     "weft.server.metrics",
 }
 ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {"weft.server.engine", "weft.v1"}
-ROOMS["weft.server.app"] = ROOMS["weft.server.api"] | {"weft.server.api"}
+ROOMS["weft.server.watching"] = ROOMS["weft.server.api"] | {"weft.server.api"}
+ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {"weft.server.watching"}
 ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {"weft.server.app", "weft.demo"}
 
 WIRE = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}

@@ -41,7 +41,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def CreateAdapter(self, request: pb2.CreateAdapterRequest, context: Context) -> pb2.CreateAdapterResponse:
         new = to_new_adapter(request.adapter)
-        info = await self.loader.create(new) if request.wait else self.loader.start(new)
+        info = await self.loader.create(new) if request.wait else await self.loader.start(new)
         return pb2.CreateAdapterResponse(adapter=to_message(info))
 
     async def GetAdapter(self, request: pb2.GetAdapterRequest, context: Context) -> pb2.GetAdapterResponse:
@@ -66,7 +66,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         )
 
     async def DeleteAdapter(self, request: pb2.DeleteAdapterRequest, context: Context) -> pb2.DeleteAdapterResponse:
-        return pb2.DeleteAdapterResponse(adapter=to_message(self.store.delete(_name(request))))
+        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(_name(request))))
 
 
 def to_new_adapter(adapter: pb2.Adapter) -> NewAdapter:

@@ -13,9 +13,18 @@ from typing import Any
 
 import click
 
-from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.server.config import EngineConfig, ModelConfig, ServerConfig, is_prefix
 
 _PATH = click.Path(path_type=Path)
+
+
+class _Root(click.ParamType[Path | str]):
+    """A folder or a prefix of sources. In an environment variable, spaces part several: prefixes hold colons."""
+
+    name = "folder or prefix"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        return value if is_prefix(value) else Path(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +50,11 @@ class Setting:
 
     def to_option(self) -> Callable[[Any], Any]:
         return click.option(
-            f"--{self.option}",
+            f"--{self.option}/--no-{self.option}" if self.type is bool else f"--{self.option}",
             self.name,
             type=self.type,
             multiple=self.multiple,
+            default=None,
             envvar=f"WEFT_{self.name.upper()}",
             show_envvar=True,
             help=self.help + (f"  [default: {self.default}]" if self.default else ""),
@@ -67,8 +77,17 @@ SETTINGS = (
     Setting("device", ModelConfig, "device", str, "auto, cpu, cuda or cuda:N."),
     Setting("adapters", ServerConfig, "adapters", _PATH, "A folder of PEFT folders, each loaded at the start."),
     Setting(
-        "source-root", ServerConfig, "source_roots", _PATH, "A folder that adapters may be loaded from later.", True
+        "source-root",
+        ServerConfig,
+        "source_roots",
+        _Root(),
+        "What adapters may be loaded from later: a folder, or a prefix such as hf:org/, https://host/folder/, s3://bucket/.",
+        True,
     ),
+    Setting("watch", ServerConfig, "watch", bool, "Load, update and unload as the folders of --adapters change."),
+    Setting("cache", ServerConfig, "cache", _PATH, "A folder for downloads; else weft in the user's cache."),
+    Setting("max-adapter-bytes", ServerConfig, "max_adapter_bytes", int, "The largest adapter_model.safetensors."),
+    Setting("state", ServerConfig, "state", _PATH, "A file that keeps over a restart what was created over the API."),
     Setting("host", ServerConfig, "host", str, "The address to listen on."),
     Setting("port", ServerConfig, "port", int, "For gRPC; 0 takes any free one."),
     Setting("metrics-port", ServerConfig, "metrics_port", int, "For Prometheus; 0 takes any free one."),
@@ -131,6 +150,10 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def _as_given(value: Any, subject: str, setting: Setting) -> str | list[str]:
     """As the command line would give it, so that both are read alike."""
+    if setting.type is bool:
+        if not isinstance(value, bool):
+            raise click.UsageError(f"{subject} is {value!r}; must be true or false")
+        return str(value).lower()
     items = value if setting.multiple and isinstance(value, list) else [value]
     is_number = setting.type in (int, float)
     kinds = (str, int, float) if is_number else (str,)

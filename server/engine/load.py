@@ -12,9 +12,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from weft.adapters.base import ModuleKind
+from weft.adapters.downloads import Limits as DownloadLimits
+from weft.adapters.downloads import ProgressLog
 from weft.adapters.pages import PageConfig, PagePool
 from weft.adapters.reading import Policy
-from weft.adapters.sources import Sources
+from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel, one_line
 from weft.kernels.lora import BACKENDS
@@ -72,6 +74,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         raise InvalidConfig(f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    sources = _sources(config)
     check_path(config.model.path)
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model)
@@ -89,7 +92,6 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         settings.lora_backend,
     )
     error = probe(model, pool, expected)
-    sources = Sources(config.all_source_roots)
     adapter_probe = AdapterProbe(model, settings.lora_backend) if settings.adapter_probe else None
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics, policy)
@@ -128,6 +130,11 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         ),
     )
     return LoadedEngine(engine, store, tokenizer, info)
+
+
+def _sources(config: ServerConfig) -> Sources:
+    limits = DownloadLimits(config.max_adapter_bytes, ProgressLog(time.monotonic))
+    return Sources(config.all_source_roots, RemoteSettings(config.source_prefixes, config.cache, limits))
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,13 +132,13 @@ def test_a_pickle_is_not_read(adapter: Path) -> None:
 def test_a_truncated_file_is_refused(adapter: Path, keep: int) -> None:
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert "is not a sound safetensors file" in refusal(adapter)
+    assert re.search(r"adapter_model\.safetensors: (has|claims) .* (bytes|data)", refusal(adapter))
 
 
 def test_a_header_that_claims_too_much_is_refused(adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     path.write_bytes((1 << 60).to_bytes(8, "little") + path.read_bytes()[8:])
-    assert "is not a sound safetensors file" in refusal(adapter)
+    assert "claims a header of 1,152,921,504,606,846,976 bytes" in refusal(adapter)
 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:

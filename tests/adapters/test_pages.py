@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from bases import linear_base
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.adapters.folder import LoraModule, LoraWeights
+from weft.adapters.content import LoraModule, LoraWeights
 from weft.adapters.pages import PageAllocator, PageConfig, PagePool, Runs
 from weft.errors import InvalidAdapter, OutOfCapacity
 
@@ -58,7 +61,7 @@ SHAPES = {"one": (6, 4), "two": (5, 3), "three": (2, 2)}
 
 
 def make_pool(dtype: torch.dtype = torch.float32) -> PagePool:
-    return PagePool(SHAPES, PageConfig(9, dtype, torch.device("cpu")))
+    return PagePool(linear_base(SHAPES), PageConfig(9, dtype, torch.device("cpu")))
 
 
 def weights(rank: int, *names: str, scale: float = 2.0, factor: float = 1.0) -> LoraWeights:
@@ -66,7 +69,7 @@ def weights(rank: int, *names: str, scale: float = 2.0, factor: float = 1.0) -> 
         name: LoraModule(torch.randn(rank, SHAPES[name][0]) * factor, torch.randn(SHAPES[name][1], rank), scale)
         for name in names
     }
-    return LoraWeights(modules, 2.0, "sha256:0")
+    return LoraWeights(modules, 2.0, digest="sha256:0")
 
 
 def rows(pool: PagePool, name: str, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +86,7 @@ def test_what_is_written_is_what_was_read_and_nothing_of_former_owners() -> None
             paged = pool.write(runs, host)
             assert paged.sites == {pool.sites[name].index for name in names}
             for name in SHAPES:
-                a, b = rows(pool, name, runs)
+                a, b = rows(pool, name, paged.runs)
                 held = rank if name in names else 0
                 if held:
                     assert torch.equal(a[:held], written.modules[name].a)
@@ -111,3 +114,15 @@ def test_a_scale_of_a_module_s_own_is_folded_into_its_b() -> None:
 def test_values_beyond_the_pages_type_are_refused_by_module() -> None:
     with pytest.raises(InvalidAdapter, match="one: has values beyond the range of float16"):
         make_pool(torch.float16).prepare(weights(4, "one", factor=1e6), "file:x")
+
+
+def test_patches_take_the_place_of_as_many_pages_as_would_hold_them() -> None:
+    pool = make_pool()
+    rows = weights(8, "one")
+    bias = torch.ones(4)
+    with_bias = replace(rows, modules={"one": replace(rows.modules["one"], bias=bias)})
+    plain, patched = pool.prepare(rows, "file:x"), pool.prepare(with_bias, "file:x")
+    assert (plain.num_row_pages, plain.num_pages) == (1, 1)
+    assert (patched.num_row_pages, patched.num_pages) == (1, 2)
+    assert patched.num_bytes == plain.num_bytes + 2 * bias.nbytes
+    assert pool.write(((3, 5),), patched).runs == ((3, 4),)

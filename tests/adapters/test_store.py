@@ -304,7 +304,7 @@ def test_an_update_brings_a_failed_adapter_to_life(store: AdapterStore, folders:
 
 def test_of_updates_that_overlap_the_last_one_asked_for_wins(folders: Path) -> None:
     sources = SlowSources(folders)
-    pool = PagePool(SHAPES, PageConfig(5, torch.float32, torch.device("cpu")))
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.float32, torch.device("cpu")))
     store = AdapterStore(pool, sources, now=lambda: 0.0)
     store.create(new(folders, "x", "r16"))
     sources.hold(lambda source: source.endswith("r4"))

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny import make_adapter, make_model, save_tokenizer
 
 from weft.adapters.store import AdapterState
-from weft.errors import AddressUnavailable, InvalidModel, Unavailable
+from weft.errors import AddressUnavailable, InvalidConfig, InvalidModel, Unavailable
 from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _MetricsHandler, _serve_until_lost, running_server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.server.engine.frontend import _Cancel
@@ -128,7 +128,7 @@ class TestStart:
                 return server.startup_line
 
         assert "adapters loaded: 0, failed: 1; " in asyncio.run(main())
-        (warning,) = (record.getMessage() for record in caplog.records if record.name == "weft.server.app")
+        (warning,) = (record.getMessage() for record in caplog.records if record.name == "weft.server.watching")
         assert warning == (
             f"{tmp_path}/linked was not loaded: it leads to {target}; add that with --source-root {target}"
         )
@@ -236,6 +236,63 @@ class TestStart:
     def test_a_host_that_is_not_here_is_named(self, config: ServerConfig, host: str) -> None:
         with pytest.raises(AddressUnavailable, match=f"--host is '{host}'; can't listen there"):
             asyncio.run(enter(replace(config, host=host)))
+
+
+class TestState:
+    def test_what_was_created_over_the_api_is_there_after_a_restart(
+        self, config: ServerConfig, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folders = tmp_path / "adapters"
+        for name in ("good", "other", "gone"):
+            shutil.copytree(root / "adapters" / "good", folders / name)
+        kept = replace(config, source_roots=(root, folders), state=tmp_path / "state.db", adapters=folders)
+
+        async def run(config: ServerConfig, *calls: Callable[[Any], Awaitable[object]]) -> dict[str, Any]:
+            async with (
+                running_server(config) as server,
+                grpc.aio.insecure_channel(server.address) as channel,
+            ):
+                stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
+                for call in calls:
+                    await call(stub)
+                listed = (await stub.ListAdapters(adapter_pb2.ListAdaptersRequest())).adapters
+                return {adapter.name: adapter for adapter in listed}
+
+        def create(name: str, source: Path, *, wait: bool, **fields: Any) -> Callable[[Any], Awaitable[object]]:
+            adapter = {"name": name, "source": f"file:{source}", **fields}
+            return lambda stub: stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=wait))
+
+        def delete(name: str) -> Callable[[Any], Awaitable[object]]:
+            return lambda stub: stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
+
+        good = root / "adapters" / "good"
+        first = asyncio.run(
+            run(
+                kept,
+                create("mine", good, wait=True, labels={"k": "v"}, pinned=True),
+                create("later", good, wait=False),
+                create("torn", root / "adapters" / "torn", wait=False),
+                create("brief", good, wait=True),
+                delete("brief"),
+            )
+        )
+        assert set(first) == {"good", "other", "gone", "mine", "later", "torn"}
+        shutil.rmtree(folders / "gone")
+        second = asyncio.run(run(replace(kept, source_roots=(root,))))
+        assert set(second) == {"good", "other", "mine", "later", "torn"}
+        assert (dict(second["mine"].labels), second["mine"].pinned) == ({"k": "v"}, True)
+        assert second["mine"].digest == first["mine"].digest
+        assert second["torn"].state == adapter_pb2.ADAPTER_STATE_FAILED
+        assert "adapter_config.json" in second["torn"].error
+        narrow = asyncio.run(run(replace(kept, source_roots=(), adapters=None)))
+        assert {adapter.state for adapter in narrow.values()} == {adapter_pb2.ADAPTER_STATE_FAILED}
+        assert "--source-root" in narrow["mine"].error, "it stays, and says why it is not served"
+        assert set(narrow) == {"mine", "later", "torn"}
+
+    def test_a_state_that_is_none_stops_the_start(self, config: ServerConfig, tmp_path: Path) -> None:
+        (tmp_path / "state.db").write_text("not a database" * 1000)
+        with pytest.raises(InvalidConfig, match=r"--state is .*not a database.*: move it away"):
+            asyncio.run(enter(replace(config, state=tmp_path / "state.db")))
 
 
 class TestEnd:

@@ -174,6 +174,22 @@ class TestServeOptions:
         assert (config.port, config.metrics_port) == (3, 2)
         assert (config.model.path, config.engine.block_tokens) == ("from-file", 32)
 
+    def test_source_roots_are_folders_and_prefixes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert parse("--model", "m", "--source-root", "hf:org/").source_prefixes == ("hf:org/",)
+        monkeypatch.setenv("WEFT_SOURCE_ROOT", f"s3://bucket/loras/ {tmp_path}")
+        config = parse("--model", "m")
+        assert (config.source_prefixes, config.all_source_roots) == (("s3://bucket/loras/",), (tmp_path,))
+
+    def test_the_watch_can_be_turned_off_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "weft.toml"
+        file.write_text('model = "m"\nwatch = false\n')
+        assert parse("--model", "m").watch
+        assert not parse("--model", "m", "--no-watch").watch
+        assert not parse("--config", str(file)).watch
+        assert parse("--config", str(file), "--watch").watch
+        monkeypatch.setenv("WEFT_WATCH", "0")
+        assert not parse("--model", "m").watch
+
     def test_the_file_may_come_from_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "weft.toml"
         file.write_text(f'model = "m"\nsource-root = ["{tmp_path}"]\n')
@@ -186,6 +202,7 @@ class TestServeOptions:
             ("zzz = 1", "'zzz' is no key; the keys are the options"),
             ("model = 5", "'model' is 5; must be a text"),
             ("adapters = 5", "'adapters' is 5; must be a text"),
+            ("watch = 1", "'watch' is 1; must be true or false"),
             ("port = [1]", "'port' is [1]; must be a number"),
             ('log-level = "loud"', "--log-level"),
             ("prot = 1", "'prot' is no key; did you mean 'port'?"),

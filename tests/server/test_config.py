@@ -29,6 +29,7 @@ RANGES = [
     (ServerConfig, "max_request_s", "--max-request-seconds", 0.001, 604800),
     (ServerConfig, "drain_grace_s", "--drain-grace-seconds", 0, 86400),
     (ServerConfig, "max_prompt_bytes", "--max-prompt-bytes", 1, 1 << 28),
+    (ServerConfig, "max_adapter_bytes", "--max-adapter-bytes", 1, 1 << 50),
     (ServerConfig, "metrics_adapters", "--metrics-adapters", 0, 10000),
 ]
 
@@ -116,6 +117,12 @@ def test_sources_may_lie_under_the_adapters_and_every_source_root(tmp_path: Path
     assert ServerConfig(MODEL).all_source_roots == ()
     assert ServerConfig(MODEL, source_roots=(more,)).all_source_roots == (more,)
     assert ServerConfig(MODEL, adapters=adapters, source_roots=(more,)).all_source_roots == (adapters, more)
+
+
+def test_a_source_root_may_be_a_prefix_of_remote_sources(tmp_path: Path) -> None:
+    config = ServerConfig(MODEL, source_roots=("hf:org/", str(tmp_path), "https://host/folder/"))
+    assert config.source_prefixes == ("hf:org/", "https://host/folder/")
+    assert config.all_source_roots == (tmp_path,)
 
 
 def test_nothing_changes_it() -> None:

@@ -47,12 +47,12 @@ def loading(tmp_path: Path) -> Loading:
 
 def test_draining_waits_for_the_loads_under_way_and_takes_no_more(loading: Loading) -> None:
     async def main() -> None:
-        infos = [loading.loader.start(loading.new(f"n{i}")) for i in range(4)]
+        infos = [await loading.loader.start(loading.new(f"n{i}")) for i in range(4)]
         assert {info.state for info in infos} == {AdapterState.LOADING}
         draining = asyncio.create_task(loading.loader.drain(60))
         await asyncio.sleep(0)
         with pytest.raises(Unavailable, match="draining"):
-            loading.loader.start(loading.new("late"))
+            await loading.loader.start(loading.new("late"))
         with pytest.raises(Unavailable, match="draining"):
             await loading.loader.create(loading.new("late"))
         await draining
@@ -77,7 +77,7 @@ def test_draining_waits_no_longer_than_its_grace(loading: Loading, caplog: pytes
         store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
         loader = AdapterLoader(store, Metrics(CollectorRegistry()))
         for i in range(NUM_THREADS + 1):
-            loader.start(loading.new(f"n{i}"))
+            await loader.start(loading.new(f"n{i}"))
         await asyncio.to_thread(reached.wait)
         await loader.drain(0.0)
         assert loader.is_loading
@@ -92,7 +92,7 @@ def test_a_failure_in_the_background_is_kept_and_logged_in_one_line(
     loading: Loading, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        loading.loader.start(loading.new("n", "bad"))
+        await loading.loader.start(loading.new("n", "bad"))
         await loading.loader.drain(60)
 
     with caplog.at_level(logging.WARNING, "weft"):
@@ -105,9 +105,9 @@ def test_a_failure_in_the_background_is_kept_and_logged_in_one_line(
 def test_what_can_not_be_reserved_is_refused_at_once(loading: Loading) -> None:
     async def main() -> None:
         with pytest.raises(AdapterExists):
-            loading.loader.start(loading.new("first"))
+            await loading.loader.start(loading.new("first"))
         with pytest.raises(InvalidRequest):
-            loading.loader.start(NewAdapter("n", "elsewhere"))
+            await loading.loader.start(NewAdapter("n", "elsewhere"))
 
     asyncio.run(main())
     assert [info.name for info in loading.store.list()] == ["first"]

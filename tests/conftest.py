@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_single_threaded() -> None:
     """Tiny models run fastest on one thread, and two would wait for each other on a busy machine."""
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level() -> Iterator[None]:
+    """Commands that run in the tests' process set the level of the log; the next test is not to notice."""
+    log = logging.getLogger("weft")
+    level = log.level
+    yield
+    log.setLevel(level)

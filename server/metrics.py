@@ -95,6 +95,7 @@ class Metrics:
         """now: seconds since the epoch."""
         self._registry = registry
         self._last = _IDLE
+        self._block_tokens = 0
         self._requests = _RequestMetrics(registry, max_adapters)
         self._steps = _StepMetrics(registry)
         self._vllm = _VllmMetrics(registry, model_name)
@@ -173,8 +174,16 @@ class Metrics:
     def set_cache_config(self, block_size: int, num_blocks: int) -> None:
         """block_size in tokens; num_blocks that requests can use."""
         self._last = replace(self._last, kv_blocks_total=num_blocks)
+        self._block_tokens = block_size
         labels = {"block_size": str(block_size), "num_gpu_blocks": str(num_blocks)}
         self._constant("vllm:cache_config_info", "Sizes of the KV cache: always 1.", labels)
+
+    @property
+    def kv_tokens(self) -> tuple[int, int]:
+        """Tokens that fit in the KV cache, and how many nobody held after the last step. Any thread may ask."""
+        last = self._last
+        free = last.kv_blocks_total - last.kv_blocks_used
+        return last.kv_blocks_total * self._block_tokens, free * self._block_tokens
 
     def _constant(self, name: str, text: str, labels: Mapping[str, str]) -> None:
         Gauge(name, text, list(labels), registry=self._registry).labels(**labels).set(1)
@@ -367,6 +376,9 @@ class _VllmMetrics:
         self._e2e.observe(e2e_s)
 
 
+_ADAPTER_STATES = ("loading", "disk", "host", "device", "failed")
+
+
 class _LoadCollector(Collector):
     """What stands now, read at each scrape. Keeps no series of what once was."""
 
@@ -392,8 +404,8 @@ class _LoadCollector(Collector):
         yield self._lora_requests_info(last, adapters)
         if adapters is not None:
             states = GaugeMetricFamily("weft_adapters", "Registered adapters, by state.", labels=["state"])
-            for state, count in adapters.by_state.items():
-                states.add_metric([state], count)
+            for state in _ADAPTER_STATES:
+                states.add_metric([state], adapters.by_state.get(state, 0))
             yield states
             yield GaugeMetricFamily("weft_adapter_pages_used", "Device pages in use.", value=adapters.pages_used)
             yield GaugeMetricFamily("weft_adapter_pages", "Device pages there are.", value=adapters.pages_total)

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from weft.adapters.store import AdapterInfo, AdapterState, AdapterStore, NewAdapter
+from weft.adapters.report import AdapterReport
+from weft.adapters.store import AdapterStore
 from weft.errors import InvalidRequest
+from weft.server.api.adapter_fields import (
+    page_start,
+    page_token,
+    renamed,
+    to_change,
+    to_filter,
+    to_name,
+    to_new_adapter,
+)
 from weft.server.api.edge import Context
 from weft.server.api.loading import AdapterLoader
-from weft.server.api.translation import MAX_ADAPTER_ID_CHARACTERS, Range, Violations
+from weft.server.api.planning import to_plan, to_wanted
+from weft.server.api.resources import EVENT_KINDS, to_message, to_report
+from weft.server.api.translation import Range, Violations
+from weft.server.api.watching import Watchers
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-MAX_LABELS = 64
-MAX_LABEL_CHARACTERS = 256
-
-_SET_BY_CLIENT = frozenset({"name", "source", "pinned", "labels"})
-_STATES = {
-    AdapterState.LOADING: pb2.ADAPTER_STATE_LOADING,
-    AdapterState.DISK: pb2.ADAPTER_STATE_DISK,
-    AdapterState.HOST: pb2.ADAPTER_STATE_HOST,
-    AdapterState.DEVICE: pb2.ADAPTER_STATE_DEVICE,
-    AdapterState.FAILED: pb2.ADAPTER_STATE_FAILED,
-}
 
 
-@dataclass(frozen=True, slots=True)
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
-    """Answers from the store; loads through the loader."""
+    """Answers from the store; loads through the loader, and ends the watches when that drains."""
 
-    store: AdapterStore
-    loader: AdapterLoader
+    def __init__(self, store: AdapterStore, loader: AdapterLoader) -> None:
+        self.store = store
+        self.loader = loader
+        self.watchers = Watchers(store)
+        loader.when_draining(self.watchers.close)
 
     async def CreateAdapter(self, request: pb2.CreateAdapterRequest, context: Context) -> pb2.CreateAdapterResponse:
         new = to_new_adapter(request.adapter)
@@ -45,101 +45,55 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         return pb2.CreateAdapterResponse(adapter=to_message(info))
 
     async def GetAdapter(self, request: pb2.GetAdapterRequest, context: Context) -> pb2.GetAdapterResponse:
-        return pb2.GetAdapterResponse(adapter=to_message(self.store.get(_name(request))))
+        return pb2.GetAdapterResponse(adapter=to_message(self.store.get(to_name(request))))
 
     async def ListAdapters(self, request: pb2.ListAdaptersRequest, context: Context) -> pb2.ListAdaptersResponse:
         violations = Violations()
         page_size = violations.number(request, "page_size", DEFAULT_PAGE_SIZE, Range(1, MAX_PAGE_SIZE))
-        if request.state not in pb2.AdapterState.values():
-            violations.add("state", f"is {request.state}, which is no state that this server knows")
-        after = _after(request.page_token, violations)
+        wanted = to_filter(request, violations)
+        after = page_start(request.page_token, violations)
         violations.raise_any()
-        matching = [
-            info
-            for info in self.store.list()
-            if info.name > after and request.state in (pb2.ADAPTER_STATE_UNSPECIFIED, _STATES[info.state])
-        ]
+        matching = [info for info in self.store.list() if info.name > after and wanted.matches(info)]
         page = matching[:page_size]
         return pb2.ListAdaptersResponse(
             adapters=[to_message(info) for info in page],
-            next_page_token=_page_token(page) if len(matching) > len(page) else "",
+            next_page_token=page_token(page[-1].name) if len(matching) > len(page) else "",
         )
+
+    async def UpdateAdapter(self, request: pb2.UpdateAdapterRequest, context: Context) -> pb2.UpdateAdapterResponse:
+        change = to_change(request)
+        return pb2.UpdateAdapterResponse(adapter=to_message(await self.loader.update(request.adapter.name, change)))
 
     async def DeleteAdapter(self, request: pb2.DeleteAdapterRequest, context: Context) -> pb2.DeleteAdapterResponse:
-        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(_name(request))))
+        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(to_name(request))))
 
+    async def WatchAdapters(
+        self, request: pb2.WatchAdaptersRequest, context: Context
+    ) -> AsyncIterator[pb2.WatchAdaptersResponse]:
+        violations = Violations()
+        wanted = to_filter(request, violations)
+        violations.raise_any()
+        async with aclosing(self.watchers.watch(wanted)) as told:
+            async for event in told:
+                if event is None:
+                    yield pb2.WatchAdaptersResponse(kind=pb2.ADAPTER_EVENT_KIND_LISTED)
+                else:
+                    kind, info = event
+                    yield pb2.WatchAdaptersResponse(kind=EVENT_KINDS[kind], adapter=to_message(info))
 
-def to_new_adapter(adapter: pb2.Adapter) -> NewAdapter:
-    """Raises InvalidRequest with every violation but those of a name's or a source's form, which the store knows."""
-    violations = Violations()
-    for name in ("name", "source"):
-        if not getattr(adapter, name):
-            violations.add(f"adapter.{name}", "is empty; it is required")
-    for descriptor, _ in adapter.ListFields():
-        if descriptor.name not in _SET_BY_CLIENT:
-            violations.add(f"adapter.{descriptor.name}", "is set by the server; leave it unset")
-    labels = dict(adapter.labels) if violations.fits(adapter.labels, "adapter.labels", MAX_LABELS) else {}
-    for key, value in labels.items():
-        if not key or max(len(key), len(value)) > MAX_LABEL_CHARACTERS:
-            violations.add(
-                f"adapter.labels[{key!r}]",
-                f"must have a key that is not empty, and at most {MAX_LABEL_CHARACTERS} characters in key and value",
-            )
-    violations.raise_any()
-    return NewAdapter(adapter.name, adapter.source, labels, adapter.pinned)
+    async def CheckAdapter(self, request: pb2.CheckAdapterRequest, context: Context) -> pb2.CheckAdapterResponse:
+        if not request.source:
+            raise InvalidRequest.of("source", "is empty; it is required")
+        return pb2.CheckAdapterResponse(report=to_report(await self._inspect(request.source, "source")))
 
+    async def PlanCapacity(self, request: pb2.PlanCapacityRequest, context: Context) -> pb2.PlanCapacityResponse:
+        wanted = to_wanted(request)
+        reports = [await self._inspect(source, f"sources[{i}]") for i, source in enumerate(wanted.sources)]
+        return to_plan(wanted, reports, self.store.list(), self.store.capacity(), self.loader.metrics.kv_tokens)
 
-def to_message(info: AdapterInfo) -> pb2.Adapter:
-    """A snapshot as a resource."""
-    return pb2.Adapter(
-        name=info.name,
-        source=info.source,
-        digest=info.digest,
-        state=_STATES[info.state],
-        ranks=info.ranks,
-        modules=_module_names(info.modules),
-        device_bytes=info.device_bytes,
-        disk_bytes=info.disk_bytes,
-        pinned=info.pinned,
-        labels=info.labels,
-        error=info.error,
-        create_time=_timestamp(info.created_s),
-        last_used_time=_timestamp(info.last_used_s),
-        requests_in_flight=info.num_in_flight,
-    )
-
-
-def _module_names(paths: Sequence[str]) -> list[str]:
-    """`model.layers.0.self_attn.q_proj`, … as `q_proj`, each once."""
-    return sorted({path.rpartition(".")[2] for path in paths})
-
-
-def _timestamp(seconds: float | None) -> Timestamp | None:
-    if seconds is None:
-        return None
-    timestamp = Timestamp()
-    timestamp.FromNanoseconds(round(seconds * 1e9))
-    return timestamp
-
-
-def _name(request: pb2.GetAdapterRequest | pb2.DeleteAdapterRequest) -> str:
-    if not request.name:
-        raise InvalidRequest.of("name", "is empty; name an adapter")
-    if len(request.name) > MAX_ADAPTER_ID_CHARACTERS:
-        raise InvalidRequest.of(
-            "name", f"has {len(request.name)} characters; no adapter's has more than {MAX_ADAPTER_ID_CHARACTERS}"
-        )
-    return request.name
-
-
-def _page_token(page: Sequence[AdapterInfo]) -> str:
-    return base64.urlsafe_b64encode(page[-1].name.encode()).decode()
-
-
-def _after(token: str, violations: Violations) -> str:
-    """The name that the page before ended with; "" for the first page."""
-    try:
-        return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError):
-        violations.add("page_token", "is not one that this server gave; start again without it")
-        return ""
+    async def _inspect(self, source: str, path: str) -> AdapterReport:
+        """path: of the field that holds the source."""
+        try:
+            return await self.loader.inspect(source)
+        except InvalidRequest as error:
+            raise renamed(error, path) from error

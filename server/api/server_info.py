@@ -12,7 +12,10 @@ from weft.server.engine.load import EngineInfo
 from weft.v1 import server_pb2 as pb2
 from weft.v1 import server_pb2_grpc
 
-CAPABILITIES = ("generate", "stream", "chat", "logprobs", "adapters", "adapter-mix")
+CAPABILITIES = (
+    *("generate", "stream", "chat", "logprobs"),
+    *("adapters", "adapter-mix", "adapter-update", "adapter-watch", "adapter-check", "capacity-plan"),
+)
 
 
 @dataclass(frozen=True, slots=True)

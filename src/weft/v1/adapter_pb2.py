@@ -12,10 +12,11 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15weft/v1/adapter.proto\x12\x07weft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb8\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.weft.v1.AdapterState\x12\r\n\x05ranks\x18\x05 \x03(\x05\x12\x0f\n\x07modules\x18\x06 \x03(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x07 \x01(\x03\x12\x12\n\nhost_bytes\x18\x08 \x01(\x03\x12\x12\n\ndisk_bytes\x18\t \x01(\x03\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12,\n\x06labels\x18\x0b \x03(\x0b\x32\x1c.weft.v1.Adapter.LabelsEntry\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12requests_in_flight\x18\x0f \x01(\x05\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"G\n\x14\x43reateAdapterRequest\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\x12\x0c\n\x04wait\x18\x02 \x01(\x08\":\n\x15\x43reateAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x12GetAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\"u\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.weft.v1.AdapterStateB\x0c\n\n_page_size\"S\n\x14ListAdaptersResponse\x12\"\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x10.weft.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x15\x44\x65leteAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter*\xac\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x16\n\x12\x41\x44\x41PTER_STATE_DISK\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_DEVICE\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\xc4\x02\n\x0e\x41\x64\x61pterService\x12N\n\rCreateAdapter\x12\x1d.weft.v1.CreateAdapterRequest\x1a\x1e.weft.v1.CreateAdapterResponse\x12\x45\n\nGetAdapter\x12\x1a.weft.v1.GetAdapterRequest\x1a\x1b.weft.v1.GetAdapterResponse\x12K\n\x0cListAdapters\x12\x1c.weft.v1.ListAdaptersRequest\x1a\x1d.weft.v1.ListAdaptersResponse\x12N\n\rDeleteAdapter\x12\x1d.weft.v1.DeleteAdapterRequest\x1a\x1e.weft.v1.DeleteAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15weft/v1/adapter.proto\x12\x07weft.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.weft.v1.AdapterState\x12\r\n\x05ranks\x18\x05 \x03(\x05\x12\x0f\n\x07modules\x18\x06 \x03(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x07 \x01(\x03\x12\x12\n\nhost_bytes\x18\x08 \x01(\x03\x12\x12\n\ndisk_bytes\x18\t \x01(\x03\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12,\n\x06labels\x18\x0b \x03(\x0b\x32\x1c.weft.v1.Adapter.LabelsEntry\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12requests_in_flight\x18\x0f \x01(\x05\x12\x11\n\tnum_pages\x18\x10 \x01(\x03\x12\x19\n\x0cparity_error\x18\x11 \x01(\x02H\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_parity_error\"G\n\x14\x43reateAdapterRequest\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\x12\x0c\n\x04wait\x18\x02 \x01(\x08\":\n\x15\x43reateAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x12GetAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\"\xf3\x01\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.weft.v1.AdapterState\x12\x38\n\x06labels\x18\x04 \x03(\x0b\x32(.weft.v1.ListAdaptersRequest.LabelsEntry\x12\x13\n\x0bname_prefix\x18\x05 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_page_size\"S\n\x14ListAdaptersResponse\x12\"\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x10.weft.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x14UpdateAdapterRequest\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\":\n\x15UpdateAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x15\x44\x65leteAdapterResponse\x12!\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x10.weft.v1.Adapter\"\xbb\x01\n\x14WatchAdaptersRequest\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.weft.v1.AdapterState\x12\x39\n\x06labels\x18\x02 \x03(\x0b\x32).weft.v1.WatchAdaptersRequest.LabelsEntry\x12\x13\n\x0bname_prefix\x18\x03 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x15WatchAdaptersResponse\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.weft.v1.AdapterEventKind\x12!\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x10.weft.v1.Adapter\"%\n\x13\x43heckAdapterRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\">\n\x14\x43heckAdapterResponse\x12&\n\x06report\x18\x01 \x01(\x0b\x32\x16.weft.v1.AdapterReport\"\xd7\x01\n\rAdapterReport\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12&\n\x07modules\x18\x03 \x03(\x0b\x32\x15.weft.v1.ModuleReport\x12)\n\x08problems\x18\x04 \x03(\x0b\x32\x17.weft.v1.AdapterProblem\x12\x11\n\tnum_pages\x18\x05 \x01(\x03\x12\x14\n\x0c\x64\x65vice_bytes\x18\x06 \x01(\x03\x12\x19\n\x0cparity_error\x18\x07 \x01(\x02H\x00\x88\x01\x01\x42\x0f\n\r_parity_error\"\x8d\x01\n\x0cModuleReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07\x61pplied\x18\x03 \x01(\x08\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\r\n\x05scale\x18\x05 \x01(\x01\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x11\n\tnum_pages\x18\x07 \x01(\x03\x12\x11\n\tnum_bytes\x18\x08 \x01(\x03\"6\n\x0e\x41\x64\x61pterProblem\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\\\n\x13PlanCapacityRequest\x12\x0f\n\x07sources\x18\x01 \x03(\t\x12%\n\x06shapes\x18\x02 \x03(\x0b\x32\x15.weft.v1.AdapterShape\x12\r\n\x05ranks\x18\x03 \x03(\x05\":\n\x0c\x41\x64\x61pterShape\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\x05\x63ount\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_count\"\xc3\x02\n\x14PlanCapacityResponse\x12\x0c\n\x04\x66its\x18\x01 \x01(\x08\x12\x14\n\x0cpages_needed\x18\x02 \x01(\x03\x12\x13\n\x0bpages_total\x18\x03 \x01(\x03\x12\x12\n\npages_free\x18\x04 \x01(\x03\x12\x14\n\x0cpages_pinned\x18\x05 \x01(\x03\x12\x19\n\x11host_bytes_needed\x18\x06 \x01(\x03\x12\x18\n\x10host_bytes_total\x18\x07 \x01(\x03\x12\x17\n\x0fhost_bytes_used\x18\x08 \x01(\x03\x12\x17\n\x0fkv_tokens_total\x18\t \x01(\x03\x12\x16\n\x0ekv_tokens_free\x18\n \x01(\x03\x12\'\n\x07sources\x18\x0b \x03(\x0b\x32\x16.weft.v1.PlannedSource\x12 \n\x05rooms\x18\x0c \x03(\x0b\x32\x11.weft.v1.RankRoom\"\x81\x01\n\rPlannedSource\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x11\n\tnum_pages\x18\x03 \x01(\x03\x12\x12\n\nhost_bytes\x18\x04 \x01(\x03\x12)\n\x08problems\x18\x05 \x03(\x0b\x32\x17.weft.v1.AdapterProblem\"\'\n\x08RankRoom\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\r\n\x05\x63ount\x18\x02 \x01(\x03*\xac\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x16\n\x12\x41\x44\x41PTER_STATE_DISK\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_DEVICE\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05*\xb3\x01\n\x10\x41\x64\x61pterEventKind\x12\"\n\x1e\x41\x44\x41PTER_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_EVENT_KIND_ADDED\x10\x01\x12\x1e\n\x1a\x41\x44\x41PTER_EVENT_KIND_CHANGED\x10\x02\x12\x1e\n\x1a\x41\x44\x41PTER_EVENT_KIND_DELETED\x10\x03\x12\x1d\n\x19\x41\x44\x41PTER_EVENT_KIND_LISTED\x10\x04\x32\x80\x05\n\x0e\x41\x64\x61pterService\x12N\n\rCreateAdapter\x12\x1d.weft.v1.CreateAdapterRequest\x1a\x1e.weft.v1.CreateAdapterResponse\x12\x45\n\nGetAdapter\x12\x1a.weft.v1.GetAdapterRequest\x1a\x1b.weft.v1.GetAdapterResponse\x12K\n\x0cListAdapters\x12\x1c.weft.v1.ListAdaptersRequest\x1a\x1d.weft.v1.ListAdaptersResponse\x12N\n\rUpdateAdapter\x12\x1d.weft.v1.UpdateAdapterRequest\x1a\x1e.weft.v1.UpdateAdapterResponse\x12N\n\rDeleteAdapter\x12\x1d.weft.v1.DeleteAdapterRequest\x1a\x1e.weft.v1.DeleteAdapterResponse\x12P\n\rWatchAdapters\x12\x1d.weft.v1.WatchAdaptersRequest\x1a\x1e.weft.v1.WatchAdaptersResponse0\x01\x12K\n\x0c\x43heckAdapter\x12\x1c.weft.v1.CheckAdapterRequest\x1a\x1d.weft.v1.CheckAdapterResponse\x12K\n\x0cPlanCapacity\x12\x1c.weft.v1.PlanCapacityRequest\x1a\x1d.weft.v1.PlanCapacityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -24,28 +25,66 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_ADAPTER_LABELSENTRY']._options = None
   _globals['_ADAPTER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERSTATE']._serialized_start=1038
-  _globals['_ADAPTERSTATE']._serialized_end=1210
-  _globals['_ADAPTER']._serialized_start=68
-  _globals['_ADAPTER']._serialized_end=508
-  _globals['_ADAPTER_LABELSENTRY']._serialized_start=463
-  _globals['_ADAPTER_LABELSENTRY']._serialized_end=508
-  _globals['_CREATEADAPTERREQUEST']._serialized_start=510
-  _globals['_CREATEADAPTERREQUEST']._serialized_end=581
-  _globals['_CREATEADAPTERRESPONSE']._serialized_start=583
-  _globals['_CREATEADAPTERRESPONSE']._serialized_end=641
-  _globals['_GETADAPTERREQUEST']._serialized_start=643
-  _globals['_GETADAPTERREQUEST']._serialized_end=676
-  _globals['_GETADAPTERRESPONSE']._serialized_start=678
-  _globals['_GETADAPTERRESPONSE']._serialized_end=733
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=735
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=852
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=854
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=937
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=939
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=975
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=977
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1035
-  _globals['_ADAPTERSERVICE']._serialized_start=1213
-  _globals['_ADAPTERSERVICE']._serialized_end=1537
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._options = None
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_WATCHADAPTERSREQUEST_LABELSENTRY']._options = None
+  _globals['_WATCHADAPTERSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_ADAPTERSTATE']._serialized_start=2895
+  _globals['_ADAPTERSTATE']._serialized_end=3067
+  _globals['_ADAPTEREVENTKIND']._serialized_start=3070
+  _globals['_ADAPTEREVENTKIND']._serialized_end=3249
+  _globals['_ADAPTER']._serialized_start=102
+  _globals['_ADAPTER']._serialized_end=605
+  _globals['_ADAPTER_LABELSENTRY']._serialized_start=543
+  _globals['_ADAPTER_LABELSENTRY']._serialized_end=588
+  _globals['_CREATEADAPTERREQUEST']._serialized_start=607
+  _globals['_CREATEADAPTERREQUEST']._serialized_end=678
+  _globals['_CREATEADAPTERRESPONSE']._serialized_start=680
+  _globals['_CREATEADAPTERRESPONSE']._serialized_end=738
+  _globals['_GETADAPTERREQUEST']._serialized_start=740
+  _globals['_GETADAPTERREQUEST']._serialized_end=773
+  _globals['_GETADAPTERRESPONSE']._serialized_start=775
+  _globals['_GETADAPTERRESPONSE']._serialized_end=830
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=833
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1076
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_start=543
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_end=588
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1078
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1161
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1163
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1269
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1271
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1329
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=1331
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=1367
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1369
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1427
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1430
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1617
+  _globals['_WATCHADAPTERSREQUEST_LABELSENTRY']._serialized_start=543
+  _globals['_WATCHADAPTERSREQUEST_LABELSENTRY']._serialized_end=588
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1619
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1718
+  _globals['_CHECKADAPTERREQUEST']._serialized_start=1720
+  _globals['_CHECKADAPTERREQUEST']._serialized_end=1757
+  _globals['_CHECKADAPTERRESPONSE']._serialized_start=1759
+  _globals['_CHECKADAPTERRESPONSE']._serialized_end=1821
+  _globals['_ADAPTERREPORT']._serialized_start=1824
+  _globals['_ADAPTERREPORT']._serialized_end=2039
+  _globals['_MODULEREPORT']._serialized_start=2042
+  _globals['_MODULEREPORT']._serialized_end=2183
+  _globals['_ADAPTERPROBLEM']._serialized_start=2185
+  _globals['_ADAPTERPROBLEM']._serialized_end=2239
+  _globals['_PLANCAPACITYREQUEST']._serialized_start=2241
+  _globals['_PLANCAPACITYREQUEST']._serialized_end=2333
+  _globals['_ADAPTERSHAPE']._serialized_start=2335
+  _globals['_ADAPTERSHAPE']._serialized_end=2393
+  _globals['_PLANCAPACITYRESPONSE']._serialized_start=2396
+  _globals['_PLANCAPACITYRESPONSE']._serialized_end=2719
+  _globals['_PLANNEDSOURCE']._serialized_start=2722
+  _globals['_PLANNEDSOURCE']._serialized_end=2851
+  _globals['_RANKROOM']._serialized_start=2853
+  _globals['_RANKROOM']._serialized_end=2892
+  _globals['_ADAPTERSERVICE']._serialized_start=3252
+  _globals['_ADAPTERSERVICE']._serialized_end=3892
 # @@protoc_insertion_point(module_scope)

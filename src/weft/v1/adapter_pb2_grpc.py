@@ -30,10 +30,30 @@ class AdapterServiceStub(object):
                 request_serializer=weft_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=weft_dot_v1_dot_adapter__pb2.ListAdaptersResponse.FromString,
                 )
+        self.UpdateAdapter = channel.unary_unary(
+                '/weft.v1.AdapterService/UpdateAdapter',
+                request_serializer=weft_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_adapter__pb2.UpdateAdapterResponse.FromString,
+                )
         self.DeleteAdapter = channel.unary_unary(
                 '/weft.v1.AdapterService/DeleteAdapter',
                 request_serializer=weft_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=weft_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
+                )
+        self.WatchAdapters = channel.unary_stream(
+                '/weft.v1.AdapterService/WatchAdapters',
+                request_serializer=weft_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.FromString,
+                )
+        self.CheckAdapter = channel.unary_unary(
+                '/weft.v1.AdapterService/CheckAdapter',
+                request_serializer=weft_dot_v1_dot_adapter__pb2.CheckAdapterRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_adapter__pb2.CheckAdapterResponse.FromString,
+                )
+        self.PlanCapacity = channel.unary_unary(
+                '/weft.v1.AdapterService/PlanCapacity',
+                request_serializer=weft_dot_v1_dot_adapter__pb2.PlanCapacityRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_adapter__pb2.PlanCapacityResponse.FromString,
                 )
 
 
@@ -62,8 +82,41 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateAdapter(self, request, context):
+        """Changes an adapter, all at once or, if anything fails, not at all. A source is read and checked as by CreateAdapter
+        before the name moves to it; requests in flight finish on the version they began with. Of updates that overlap,
+        each field keeps what the one that began last has set. An update that has begun goes on if its caller gives up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
         """Frees the name at once. Requests in flight finish on the version they began with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """First the adapters that are there, each as ADDED; then one LISTED; then what happens to them. A client that reads
+        slowly gets fewer events, not older ones: of each name it gets the latest. It ends with UNAVAILABLE when the server
+        drains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckAdapter(self, request, context):
+        """Reads and checks a source, and reports, module by module, what CreateAdapter would apply. Loads nothing. A source
+        that can't be served is a report with problems, and no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanCapacity(self, request, context):
+        """Whether adapters would fit in device memory all at once, and what there is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,10 +140,30 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=weft_dot_v1_dot_adapter__pb2.ListAdaptersRequest.FromString,
                     response_serializer=weft_dot_v1_dot_adapter__pb2.ListAdaptersResponse.SerializeToString,
             ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=weft_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_adapter__pb2.UpdateAdapterResponse.SerializeToString,
+            ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
                     request_deserializer=weft_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=weft_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=weft_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'CheckAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckAdapter,
+                    request_deserializer=weft_dot_v1_dot_adapter__pb2.CheckAdapterRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_adapter__pb2.CheckAdapterResponse.SerializeToString,
+            ),
+            'PlanCapacity': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanCapacity,
+                    request_deserializer=weft_dot_v1_dot_adapter__pb2.PlanCapacityRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_adapter__pb2.PlanCapacityResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -155,6 +228,23 @@ class AdapterService(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/weft.v1.AdapterService/UpdateAdapter',
+            weft_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.SerializeToString,
+            weft_dot_v1_dot_adapter__pb2.UpdateAdapterResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
     def DeleteAdapter(request,
             target,
             options=(),
@@ -168,5 +258,56 @@ class AdapterService(object):
         return grpc.experimental.unary_unary(request, target, '/weft.v1.AdapterService/DeleteAdapter',
             weft_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
             weft_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/weft.v1.AdapterService/WatchAdapters',
+            weft_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.SerializeToString,
+            weft_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def CheckAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/weft.v1.AdapterService/CheckAdapter',
+            weft_dot_v1_dot_adapter__pb2.CheckAdapterRequest.SerializeToString,
+            weft_dot_v1_dot_adapter__pb2.CheckAdapterResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def PlanCapacity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/weft.v1.AdapterService/PlanCapacity',
+            weft_dot_v1_dot_adapter__pb2.PlanCapacityRequest.SerializeToString,
+            weft_dot_v1_dot_adapter__pb2.PlanCapacityResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -40,11 +40,43 @@ class AdapterServiceStub:
     ]
     """In the order of their names."""
 
+    UpdateAdapter: grpc.UnaryUnaryMultiCallable[
+        weft.v1.adapter_pb2.UpdateAdapterRequest,
+        weft.v1.adapter_pb2.UpdateAdapterResponse,
+    ]
+    """Changes an adapter, all at once or, if anything fails, not at all. A source is read and checked as by CreateAdapter
+    before the name moves to it; requests in flight finish on the version they began with. Of updates that overlap,
+    each field keeps what the one that began last has set. An update that has begun goes on if its caller gives up.
+    """
+
     DeleteAdapter: grpc.UnaryUnaryMultiCallable[
         weft.v1.adapter_pb2.DeleteAdapterRequest,
         weft.v1.adapter_pb2.DeleteAdapterResponse,
     ]
     """Frees the name at once. Requests in flight finish on the version they began with."""
+
+    WatchAdapters: grpc.UnaryStreamMultiCallable[
+        weft.v1.adapter_pb2.WatchAdaptersRequest,
+        weft.v1.adapter_pb2.WatchAdaptersResponse,
+    ]
+    """First the adapters that are there, each as ADDED; then one LISTED; then what happens to them. A client that reads
+    slowly gets fewer events, not older ones: of each name it gets the latest. It ends with UNAVAILABLE when the server
+    drains.
+    """
+
+    CheckAdapter: grpc.UnaryUnaryMultiCallable[
+        weft.v1.adapter_pb2.CheckAdapterRequest,
+        weft.v1.adapter_pb2.CheckAdapterResponse,
+    ]
+    """Reads and checks a source, and reports, module by module, what CreateAdapter would apply. Loads nothing. A source
+    that can't be served is a report with problems, and no error.
+    """
+
+    PlanCapacity: grpc.UnaryUnaryMultiCallable[
+        weft.v1.adapter_pb2.PlanCapacityRequest,
+        weft.v1.adapter_pb2.PlanCapacityResponse,
+    ]
+    """Whether adapters would fit in device memory all at once, and what there is."""
 
 class AdapterServiceAsyncStub:
     """Adapters as resources. A name is an alias; an adapter's identity is the digest of its content."""
@@ -68,11 +100,43 @@ class AdapterServiceAsyncStub:
     ]
     """In the order of their names."""
 
+    UpdateAdapter: grpc.aio.UnaryUnaryMultiCallable[
+        weft.v1.adapter_pb2.UpdateAdapterRequest,
+        weft.v1.adapter_pb2.UpdateAdapterResponse,
+    ]
+    """Changes an adapter, all at once or, if anything fails, not at all. A source is read and checked as by CreateAdapter
+    before the name moves to it; requests in flight finish on the version they began with. Of updates that overlap,
+    each field keeps what the one that began last has set. An update that has begun goes on if its caller gives up.
+    """
+
     DeleteAdapter: grpc.aio.UnaryUnaryMultiCallable[
         weft.v1.adapter_pb2.DeleteAdapterRequest,
         weft.v1.adapter_pb2.DeleteAdapterResponse,
     ]
     """Frees the name at once. Requests in flight finish on the version they began with."""
+
+    WatchAdapters: grpc.aio.UnaryStreamMultiCallable[
+        weft.v1.adapter_pb2.WatchAdaptersRequest,
+        weft.v1.adapter_pb2.WatchAdaptersResponse,
+    ]
+    """First the adapters that are there, each as ADDED; then one LISTED; then what happens to them. A client that reads
+    slowly gets fewer events, not older ones: of each name it gets the latest. It ends with UNAVAILABLE when the server
+    drains.
+    """
+
+    CheckAdapter: grpc.aio.UnaryUnaryMultiCallable[
+        weft.v1.adapter_pb2.CheckAdapterRequest,
+        weft.v1.adapter_pb2.CheckAdapterResponse,
+    ]
+    """Reads and checks a source, and reports, module by module, what CreateAdapter would apply. Loads nothing. A source
+    that can't be served is a report with problems, and no error.
+    """
+
+    PlanCapacity: grpc.aio.UnaryUnaryMultiCallable[
+        weft.v1.adapter_pb2.PlanCapacityRequest,
+        weft.v1.adapter_pb2.PlanCapacityResponse,
+    ]
+    """Whether adapters would fit in device memory all at once, and what there is."""
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
     """Adapters as resources. A name is an alias; an adapter's identity is the digest of its content."""
@@ -103,11 +167,51 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         """In the order of their names."""
 
     @abc.abstractmethod
+    def UpdateAdapter(
+        self,
+        request: weft.v1.adapter_pb2.UpdateAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[weft.v1.adapter_pb2.UpdateAdapterResponse, collections.abc.Awaitable[weft.v1.adapter_pb2.UpdateAdapterResponse]]:
+        """Changes an adapter, all at once or, if anything fails, not at all. A source is read and checked as by CreateAdapter
+        before the name moves to it; requests in flight finish on the version they began with. Of updates that overlap,
+        each field keeps what the one that began last has set. An update that has begun goes on if its caller gives up.
+        """
+
+    @abc.abstractmethod
     def DeleteAdapter(
         self,
         request: weft.v1.adapter_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[weft.v1.adapter_pb2.DeleteAdapterResponse, collections.abc.Awaitable[weft.v1.adapter_pb2.DeleteAdapterResponse]]:
         """Frees the name at once. Requests in flight finish on the version they began with."""
+
+    @abc.abstractmethod
+    def WatchAdapters(
+        self,
+        request: weft.v1.adapter_pb2.WatchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[weft.v1.adapter_pb2.WatchAdaptersResponse], collections.abc.AsyncIterator[weft.v1.adapter_pb2.WatchAdaptersResponse]]:
+        """First the adapters that are there, each as ADDED; then one LISTED; then what happens to them. A client that reads
+        slowly gets fewer events, not older ones: of each name it gets the latest. It ends with UNAVAILABLE when the server
+        drains.
+        """
+
+    @abc.abstractmethod
+    def CheckAdapter(
+        self,
+        request: weft.v1.adapter_pb2.CheckAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[weft.v1.adapter_pb2.CheckAdapterResponse, collections.abc.Awaitable[weft.v1.adapter_pb2.CheckAdapterResponse]]:
+        """Reads and checks a source, and reports, module by module, what CreateAdapter would apply. Loads nothing. A source
+        that can't be served is a report with problems, and no error.
+        """
+
+    @abc.abstractmethod
+    def PlanCapacity(
+        self,
+        request: weft.v1.adapter_pb2.PlanCapacityRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[weft.v1.adapter_pb2.PlanCapacityResponse, collections.abc.Awaitable[weft.v1.adapter_pb2.PlanCapacityResponse]]:
+        """Whether adapters would fit in device memory all at once, and what there is."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

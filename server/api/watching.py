@@ -1,0 +1,141 @@
+"""Everybody who watches the adapters, and what each is still to be told.
+
+The store calls one listener, under its lock; that notes the latest of each name and no more. What is noted is handed
+out on the event loop, to which everything else here belongs. A watcher holds one entry a name, so that a client that
+never reads holds up nobody, and costs no more than the registry is large.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from weft.adapters.store import AdapterEvent, AdapterInfo, AdapterStore, EventKind
+from weft.errors import Unavailable
+from weft.server.api.adapter_fields import AdapterFilter
+
+Told = tuple[EventKind, AdapterInfo] | None
+"""What a watcher is told next; None: all that were there at the beginning have been."""
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """What one watcher has been told, and what it has not.
+
+    The first entries of `_untold` are the adapters that were there at the beginning. A name is never in it that was not
+    told of and is gone.
+    """
+
+    wanted: AdapterFilter
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _untold: dict[str, tuple[AdapterInfo, bool]] = field(default_factory=dict)
+    _first: set[str] = field(default_factory=set)
+    _told: set[str] = field(default_factory=set)
+    _is_listed: bool = False
+
+    def begin(self, present: Iterable[AdapterInfo]) -> None:
+        """Tell of these first."""
+        for info in present:
+            self.take(info, gone=False)
+        self._first.update(self._untold)
+        self.ready.set()
+
+    def take(self, info: AdapterInfo, *, gone: bool) -> None:
+        """Tell of this, in the place of what was still to be told of the name. gone: it was deleted."""
+        gone = gone or not self.wanted.matches(info)
+        if gone and info.name not in self._told:
+            self._untold.pop(info.name, None)
+            self._first.discard(info.name)
+        else:
+            self._untold[info.name] = (info, gone)
+        self.ready.set()
+
+    @property
+    def has_more(self) -> bool:
+        return bool(self._untold) or not self._is_listed
+
+    def next(self) -> Told:
+        """What to tell now; there must be more."""
+        if not self._first and not self._is_listed:
+            self._is_listed = True
+            return None
+        name = next(iter(self._untold))
+        info, gone = self._untold.pop(name)
+        self._first.discard(name)
+        if gone:
+            self._told.discard(name)
+            return EventKind.DELETED, info
+        kind = EventKind.CHANGED if name in self._told else EventKind.ADDED
+        self._told.add(name)
+        return kind, info
+
+
+class Watchers:
+    """Serves watchers of one store on one event loop. It listens to the store while there is one."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+        self._watches: set[Watch] = set()
+        self._lock = threading.Lock()
+        self._latest: dict[str, AdapterEvent] = {}
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._refusal: str | None = None
+
+    async def watch(self, wanted: AdapterFilter) -> AsyncGenerator[Told]:
+        """First what is there, then None, then what changes. Ends when it is closed, and raises Unavailable then."""
+        self._check_open()
+        watch = Watch(wanted)
+        self._enter(watch)
+        try:
+            watch.begin(self._store.list())
+            while True:
+                await watch.ready.wait()
+                self._check_open()
+                if watch.has_more:
+                    yield watch.next()
+                else:
+                    watch.ready.clear()
+        finally:
+            self._leave(watch)
+
+    def close(self, refusal: str) -> None:
+        """End every watch, and refuse those that come."""
+        self._refusal = refusal
+        for watch in self._watches:
+            watch.ready.set()
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise Unavailable(self._refusal)
+
+    def _enter(self, watch: Watch) -> None:
+        if not self._watches:
+            loop = asyncio.get_running_loop()
+            self._unsubscribe = self._store.subscribe(lambda event: self._note(event, loop))
+        self._watches.add(watch)
+
+    def _leave(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+        if not self._watches:
+            self._unsubscribe()
+            self._take_noted()  # what is older than the list that the next watcher begins with
+
+    def _note(self, event: AdapterEvent, loop: asyncio.AbstractEventLoop) -> None:
+        """The listener: on any thread, with the store's lock held."""
+        with self._lock:
+            is_first = not self._latest
+            self._latest[event.info.name] = event
+        if is_first:
+            loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        for event in self._take_noted():
+            for watch in self._watches:
+                watch.take(event.info, gone=event.kind is EventKind.DELETED)
+
+    def _take_noted(self) -> Iterable[AdapterEvent]:
+        with self._lock:
+            noted, self._latest = self._latest, {}
+        return noted.values()

@@ -13,8 +13,8 @@ from weft.v1 import adapter_pb2 as pb2
 
 MAX_SOURCES = 64
 MAX_SHAPES = 64
-RANKS = Range(1, 1 << 20)
-COUNTS = Range(1, 1_000_000)
+RANKS = Range(1, 65536)
+COUNTS = Range(1, 100_000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,14 +124,34 @@ class House:
         return f"file:{self.root / 'adapters' / name}"
 
     def digest(self, name: str) -> str:
-        response = self.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=name))
-        return str(response.adapter.digest)
+        return self.get(name).digest
 
     def create(self, name: str, folder: str = "one", *, wait: bool = True, **fields: Any) -> adapter_pb2.Adapter:
         adapter = {"name": name, "source": self.source(folder), **fields}
         response = self.adapters.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=wait))
         assert isinstance(response.adapter, adapter_pb2.Adapter)
         return response.adapter
+
+    def update(self, name: str, *paths: str, folder: str = "", **fields: Any) -> adapter_pb2.Adapter:
+        """paths: of the mask. folder: of the new source."""
+        source = {"source": self.source(folder)} if folder else {}
+        request = adapter_pb2.UpdateAdapterRequest(adapter={"name": name, **source, **fields})
+        if paths:
+            request.update_mask.paths.extend(paths)
+        response = self.adapters.UpdateAdapter(request)
+        assert isinstance(response.adapter, adapter_pb2.Adapter)
+        return response.adapter
+
+    def get(self, name: str) -> adapter_pb2.Adapter:
+        response = self.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=name))
+        assert isinstance(response.adapter, adapter_pb2.Adapter)
+        return response.adapter
+
+    def settled(self, name: str) -> adapter_pb2.Adapter:
+        """The adapter once its load has ended."""
+        while (adapter := self.get(name)).state == adapter_pb2.ADAPTER_STATE_LOADING:
+            pass
+        return adapter
 
     def delete(self, name: str) -> adapter_pb2.Adapter:
         response = self.adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))

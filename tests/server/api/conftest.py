@@ -70,6 +70,17 @@ def house(root: Path) -> Iterator[House]:
         loop.close()
 
 
+@pytest.fixture
+def leaves_nothing_behind(house: House) -> Iterator[None]:
+    """Deletes what the test has created, and audits."""
+    names = {info.name for info in house.store.list()}
+    yield
+    for info in house.store.list():
+        if info.name not in names:
+            house.delete(info.name)
+    house.audit()
+
+
 async def _serve(config: ServerConfig, started: Future[Server], over: asyncio.Event) -> None:
     try:
         async with running_server(config) as server:

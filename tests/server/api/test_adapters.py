@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -12,28 +11,7 @@ from house import ADAPTER_PAGES, House, generate, refusal, stream
 
 from weft.v1 import adapter_pb2 as pb2
 
-
-@pytest.fixture(autouse=True)
-def _leaves_nothing_behind(house: House) -> Iterator[None]:
-    names = {info.name for info in house.store.list()}
-    yield
-    for info in house.store.list():
-        if info.name not in names:
-            house.delete(info.name)
-    house.audit()
-
-
-def get(house: House, name: str) -> pb2.Adapter:
-    adapter = house.adapters.GetAdapter(pb2.GetAdapterRequest(name=name)).adapter
-    assert isinstance(adapter, pb2.Adapter)
-    return adapter
-
-
-def settled(house: House, name: str) -> pb2.Adapter:
-    """The adapter once its load has ended."""
-    while (adapter := get(house, name)).state == pb2.ADAPTER_STATE_LOADING:
-        pass
-    return adapter
+pytestmark = pytest.mark.usefixtures("leaves_nothing_behind")
 
 
 def pages(house: House, page_size: int, **fields: Any) -> list[list[str]]:
@@ -49,13 +27,15 @@ def pages(house: House, page_size: int, **fields: Any) -> list[list[str]]:
 
 def test_create_waits_for_the_load(house: House) -> None:
     created = house.create("new/one-1.0_b", "three", pinned=True, labels={"team": "a"})
-    assert created == get(house, "new/one-1.0_b")
+    assert created == house.get("new/one-1.0_b")
     assert created.state == pb2.ADAPTER_STATE_DEVICE
     assert created.source == house.source("three")
     assert created.digest.startswith("sha256:")
     assert (list(created.ranks), list(created.modules)) == ([8], ["down_proj", "q_proj", "v_proj"])
+    assert created.num_pages == 1
     assert created.device_bytes > 0
-    assert created.disk_bytes > 0
+    assert created.host_bytes == created.disk_bytes > 0
+    assert 0 <= created.parity_error < 1e-4
     assert created.pinned
     assert dict(created.labels) == {"team": "a"}
     assert created.HasField("create_time")
@@ -63,20 +43,20 @@ def test_create_waits_for_the_load(house: House) -> None:
     assert created.requests_in_flight == 0
     response = house.inference.Generate(generate(text="x", adapter_id=created.name, stopping={"max_tokens": 1}))
     assert response.adapters[0].digest == created.digest
-    assert get(house, created.name).HasField("last_used_time")
+    assert house.get(created.name).HasField("last_used_time")
 
 
 def test_create_answers_at_once_if_asked_to(house: House) -> None:
     created = house.create("later", "three", wait=False)
     assert (created.state, created.digest) == (pb2.ADAPTER_STATE_LOADING, "")
-    loaded = settled(house, "later")
+    loaded = house.settled("later")
     assert loaded.state == pb2.ADAPTER_STATE_DEVICE
     assert loaded.digest
 
 
 def test_a_load_in_the_background_that_fails_says_why_and_may_be_tried_again(house: House) -> None:
     house.create("later", "empty", wait=False)
-    failed = settled(house, "later")
+    failed = house.settled("later")
     assert failed.state == pb2.ADAPTER_STATE_FAILED
     assert "adapter_config.json" in failed.error
     refused = refusal(lambda: house.inference.Generate(generate(text="x", adapter_id="later")))
@@ -102,7 +82,7 @@ def test_what_this_base_cannot_serve_is_refused_and_leaves_no_name(
     violations = refused.detail(details_pb2.PreconditionFailure).violations
     assert {violation.type for violation in violations} == {"ADAPTER"}
     assert any(subject in violation.subject and words in violation.description for violation in violations)
-    assert refusal(lambda: get(house, "broken")).code is grpc.StatusCode.NOT_FOUND
+    assert refusal(lambda: house.get("broken")).code is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_name_that_is_taken_is_refused(house: House) -> None:
@@ -139,6 +119,8 @@ def test_more_than_all_pages_hold_is_refused_with_the_remedy(house: House) -> No
         ({"error": "x"}, "adapter.error"),
         ({"create_time": {"seconds": 1}}, "adapter.create_time"),
         ({"requests_in_flight": 1}, "adapter.requests_in_flight"),
+        ({"num_pages": 1}, "adapter.num_pages"),
+        ({"parity_error": 0.0}, "adapter.parity_error"),
         ({"labels": {str(i): "" for i in range(65)}}, "adapter.labels"),
         ({"labels": {str(i): "v" * 257 for i in range(65)}}, "adapter.labels"),
         ({"labels": {"": "x"}}, "adapter.labels['']"),
@@ -188,15 +170,55 @@ def test_a_page_goes_on_where_the_last_one_ended_whatever_was_deleted(house: Hou
 
 def test_list_filters_by_state(house: House) -> None:
     house.create("broken", "empty", wait=False)
-    settled(house, "broken")
+    house.settled("broken")
     assert pages(house, 1, state=pb2.ADAPTER_STATE_FAILED) == [["broken"]]
     assert pages(house, 1, state=pb2.ADAPTER_STATE_DEVICE) == [["one"], ["two"]]
     assert pages(house, 1, state=pb2.ADAPTER_STATE_HOST) == [[]]
 
 
+def test_list_filters_by_labels_and_by_prefix(house: House) -> None:
+    house.create("a/1", "three", labels={"team": "a", "tier": "gold"})
+    house.create("a/2", "three", labels={"team": "a"})
+    house.create("b/1", "three", labels={"team": "b", "tier": "gold"})
+    assert pages(house, 9, labels={"team": "a"}) == [["a/1", "a/2"]]
+    assert pages(house, 1, labels={"tier": "gold"}) == [["a/1"], ["b/1"]]
+    assert pages(house, 9, labels={"team": "a", "tier": "gold"}) == [["a/1"]]
+    assert pages(house, 9, labels={"team": ""}) == [[]]
+    assert pages(house, 9, name_prefix="a/") == [["a/1", "a/2"]]
+    assert pages(house, 9, name_prefix="a/", labels={"tier": "gold"}) == [["a/1"]]
+    assert pages(house, 9, name_prefix="one") == [["one"]]
+    assert pages(house, 9, name_prefix="onee") == [[]]
+
+
+def test_pages_while_names_come_and_go_hold_each_that_stays_once(house: House) -> None:
+    staying = [f"stay/{i:02}" for i in range(12)]
+    for name in staying:
+        house.create(name, "three")
+    seen: list[str] = []
+    token = ""
+    for turn in range(100):
+        page = house.adapters.ListAdapters(pb2.ListAdaptersRequest(page_size=3, page_token=token))
+        seen += [adapter.name for adapter in page.adapters]
+        token = page.next_page_token
+        if not token:
+            break
+        house.create(f"{seen[-1]}-after", "three")
+        house.create(f"a/{turn}", "three")
+        if seen[-1] not in staying and seen[-1].startswith("stay/"):
+            house.delete(seen[-1])
+    assert not token
+    assert len(seen) == len(set(seen))
+    assert seen == sorted(seen)
+    assert set(staying) <= set(seen)
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
+        ({"labels": {str(i): "" for i in range(65)}}, "labels"),
+        ({"labels": {"": "x"}}, "labels['']"),
+        ({"labels": {"k": "v" * 257}}, "labels['k']"),
+        ({"name_prefix": "a" * 257}, "name_prefix"),
         ({"page_size": 0}, "page_size"),
         ({"page_size": -1}, "page_size"),
         ({"page_size": 1001}, "page_size"),
@@ -216,7 +238,7 @@ def test_get_counts_the_requests_in_flight(house: House) -> None:
         stream(text="x", adapter_id="two", stopping={"max_tokens": 60_000, "ignore_eos": True})
     )
     next(call)
-    assert get(house, "two").requests_in_flight == 1
+    assert house.get("two").requests_in_flight == 1
     call.cancel()
 
 
@@ -224,7 +246,7 @@ def test_delete_frees_the_name(house: House) -> None:
     house.create("gone", "three")
     deleted = house.delete("gone")
     assert (deleted.name, deleted.state) == ("gone", pb2.ADAPTER_STATE_DEVICE)
-    for call in (lambda: get(house, "gone"), lambda: house.delete("gone")):
+    for call in (lambda: house.get("gone"), lambda: house.delete("gone")):
         refused = refusal(call)
         assert refused.code is grpc.StatusCode.NOT_FOUND
         assert refused.detail(details_pb2.ResourceInfo).resource_name == "gone"

@@ -12,7 +12,7 @@ from harness import Harness
 from prometheus_client import CollectorRegistry
 from tiny import make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterInfo, AdapterState, AdapterStore, NewAdapter, Reservation
+from weft.adapters.store import AdapterChange, AdapterInfo, AdapterState, AdapterStore, NewAdapter, Reservation
 from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest, Unavailable
 from weft.server.api.loading import NUM_THREADS, AdapterLoader
 from weft.server.metrics import Metrics
@@ -62,6 +62,60 @@ def test_draining_waits_for_the_loads_under_way_and_takes_no_more(loading: Loadi
     assert {info.state for info in loading.store.list()} == {AdapterState.DEVICE}
     assert loading.count("ok") == 4
     loading.store.check()
+
+
+def test_what_reads_and_moves_nothing_waits_behind_no_load(loading: Loading) -> None:
+    """Labels and an unpinning are changed while every thread that loads is held up; a check has a thread of its own."""
+    reached, may_end = threading.Semaphore(0), threading.Event()
+
+    class Slow(AdapterStore):
+        def create(self, new: NewAdapter) -> AdapterInfo:
+            reached.release()
+            may_end.wait()
+            return super().create(new)
+
+    async def main() -> None:
+        store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
+        store.load(store.reserve(NewAdapter("n", loading.new("n").source, pinned=True)))
+        loader = AdapterLoader(store, Metrics(CollectorRegistry()))
+        loads = [asyncio.create_task(loader.create(loading.new(f"slow{i}"))) for i in range(NUM_THREADS)]
+        for _ in loads:
+            await asyncio.to_thread(reached.acquire)
+        info = await loader.update("n", AdapterChange(labels={"a": "b"}, pinned=False))
+        assert (info.labels, info.pinned) == ({"a": "b"}, False)
+        report = await loader.inspect(loading.new("n").source)
+        assert (report.digest, report.problems) == (info.digest, ())
+        in_line = asyncio.create_task(loader.update("n", AdapterChange(source=loading.new("n", "first").source)))
+        await asyncio.sleep(0)
+        in_line.cancel()
+        may_end.set()
+        await asyncio.gather(*loads)
+        with pytest.raises(asyncio.CancelledError):
+            await in_line
+        await loader.drain(60)
+        assert store.get("n") == info, "an update that had not begun was made for nobody"
+
+    asyncio.run(main())
+
+
+def test_draining_refuses_updates_and_checks_and_tells_who_asked(loading: Loading) -> None:
+    told: list[str] = []
+
+    async def main() -> None:
+        loading.loader.when_draining(told.append)
+        source = loading.new("n").source
+        under_way = asyncio.create_task(loading.loader.update("first", AdapterChange(source=source)))
+        await asyncio.sleep(0)
+        await loading.loader.drain(60)
+        assert (await under_way).source == source
+        for change in (AdapterChange(source=source), AdapterChange(labels={}), AdapterChange(pinned=False)):
+            with pytest.raises(Unavailable, match="draining"):
+                await loading.loader.update("first", change)
+        with pytest.raises(Unavailable, match="draining"):
+            await loading.loader.inspect(source)
+
+    asyncio.run(main())
+    assert told == ["the server is draining"]
 
 
 def test_draining_waits_no_longer_than_its_grace(loading: Loading, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from weft.server.metrics import BASE, OTHER, AdapterSnapshot, Metrics, StepStats
 
+PROMTOOL = shutil.which("promtool")
 MODEL = {"model_name": "tiny"}
 
 STEP = StepStats(
@@ -204,6 +208,60 @@ def test_adapters_are_published_as_they_are_at_the_scrape(scraped: Scraped) -> N
     assert scraped.value("weft_adapters", state="failed") == 1
     assert scraped.value("weft_adapter_pages_used") == 2
     assert scraped.value("weft_adapter_pages") == 9
+
+
+def test_every_state_is_there_also_where_no_adapter_is_in_it(scraped: Scraped) -> None:
+    scraped.metrics.watch_adapters(lambda: AdapterSnapshot({"host": 3}, pages_used=0, pages_total=9))
+    counts = {sample.labels["state"]: sample.value for sample in scraped.family("weft_adapters").samples}
+    assert counts == {"loading": 0, "disk": 0, "host": 3, "device": 0, "failed": 0}
+
+
+def test_what_the_kv_cache_holds_is_known_in_tokens(scraped: Scraped) -> None:
+    scraped.metrics.set_cache_config(block_size=16, num_blocks=20)
+    assert scraped.metrics.kv_tokens == (320, 320)
+    scraped.metrics.step(STEP)
+    assert scraped.metrics.kv_tokens == (320, 240)
+    for _ in range(STEP.num_running + STEP.num_waiting):
+        scraped.end()
+    assert scraped.metrics.kv_tokens == (320, 320)
+
+
+def everything(scraped: Scraped) -> bytes:
+    """A scrape in which each metric has a series."""
+    metrics = scraped.metrics
+    metrics.set_build_info("1", "tiny", "float32", "cpu")
+    metrics.set_cache_config(block_size=16, num_blocks=20)
+    metrics.step(STEP)
+    metrics.first_token("one", 0.1, 0.2)
+    metrics.inter_token("one", 0.01)
+    metrics.preempted()
+    scraped.end("one")
+    metrics.refused("not_found")
+    metrics.adapter_loaded(0.1, "ok")
+    metrics.adapter_moved("disk", 0.1, "ok")
+    metrics.adapter_evicted("host")
+    metrics.watch_adapters(lambda: AdapterSnapshot({"device": 2}, pages_used=2, pages_total=9))
+    return generate_latest(scraped.registry)
+
+
+def test_a_scrape_is_read_by_the_clients_own_parser(scraped: Scraped) -> None:
+    families = list(text_string_to_metric_families(everything(scraped).decode()))
+    assert all(family.samples and family.documentation for family in families if not family.name.endswith("_created"))
+    series = [(sample.name, tuple(sample.labels.items())) for family in families for sample in family.samples]
+    assert len(series) == len(set(series))
+    assert {"weft_adapters", "weft_adapter_load_seconds", "weft_adapter_move_seconds", "weft_adapter_evictions"} <= {
+        family.name for family in families
+    }
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not on the PATH")
+def test_promtool_finds_nothing_but_vllms_own_names(scraped: Scraped) -> None:
+    assert PROMTOOL is not None
+    ran = subprocess.run(
+        [PROMTOOL, "check", "metrics"], input=everything(scraped), capture_output=True, check=False, timeout=60
+    )
+    complaints = (ran.stdout + ran.stderr).decode().splitlines()
+    assert [line for line in complaints if not line.startswith("vllm:")] == []
 
 
 def test_the_first_adapters_get_a_label_and_the_rest_share_one() -> None:

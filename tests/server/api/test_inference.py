@@ -234,6 +234,26 @@ def test_a_mix_applies_its_adapters_in_the_requests_order(house: House) -> None:
     assert ids([alone]) == ids([answer(house, adapter_id="one", stopping=LONG, **PROMPT)]) != ids([response])
 
 
+def test_an_adapter_that_is_named_twice_counts_with_the_sum_of_its_weights(house: House) -> None:
+    terms = [{"adapter_id": "one", "weight": -1.5}, {"adapter_id": f"one@{house.digest('one')}", "weight": 2.5}]
+    response = answer(house, adapters=terms, stopping=LONG, **PROMPT)
+    assert ids([response]) == ids([answer(house, adapter_id="one", stopping=LONG, **PROMPT)])
+    assert [ref.adapter_id for ref in response.adapters] == ["one", "one"]
+    none = answer(house, adapters=[{"adapter_id": "one", "weight": w} for w in (1, -1)], stopping=LONG, **PROMPT)
+    assert ids([none]) == ids([answer(house, stopping=LONG, **PROMPT)])
+    house.audit()
+
+
+def test_eight_adapters_are_mixed_and_a_ninth_is_refused(house: House) -> None:
+    terms = [{"adapter_id": ("one", "two")[i % 2], "weight": (-1) ** i * 0.3} for i in range(8)]
+    mixed = answer(house, adapters=terms, stopping=LONG, **PROMPT)
+    two = [{"adapter_id": "one", "weight": 1.2}, {"adapter_id": "two", "weight": -1.2}]
+    assert ids([mixed]) == ids([answer(house, adapters=two, stopping=LONG, **PROMPT)])
+    refused = refusal(lambda: answer(house, adapters=[*terms, {"adapter_id": "one"}], stopping=LONG, **PROMPT))
+    assert refused.violations == {"adapters": "has 9 entries; at most 8 are taken"}
+    house.audit()
+
+
 @pytest.mark.parametrize("key", ["x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite"])
 @pytest.mark.parametrize("adapter_id", ["", "one"])
 def test_the_adapter_may_come_as_metadata(house: House, key: str, adapter_id: str) -> None:

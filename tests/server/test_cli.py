@@ -2,104 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from serving import served
-from tiny import make_adapter, make_model, save_tokenizer
+from commands import Run, shell
 
 from weft.demo import tasks
-from weft.server.cli import _in_words, main
+from weft.server.cli import _in_words
 from weft.server.cli.serve import SETTINGS, build_config, serve
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
-from weft.v1 import inference_pb2, inference_pb2_grpc
 
 DEMO_FOLDER = Path(tasks.__file__).parent
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command left behind."""
-
-    exit_code: int
-    output: str
-    error: str
-
-    @property
-    def error_line(self) -> str:
-        """Standard error, which must be one line that names the program."""
-        assert self.error.startswith("weft: ")
-        assert self.error.count("\n") == 1
-        return self.error.removeprefix("weft: ").rstrip("\n")
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def run(*args: str) -> Ran:
-        capfd.readouterr()
-        exit_code = main(args)
-        captured = capfd.readouterr()
-        return Ran(exit_code, captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cli")
-    model = make_model("llama", root / "base")
-    save_tokenizer(root / "base", CHAT_TEMPLATE)
-    for seed, name in enumerate(("one", "two")):
-        make_adapter(model, root / "adapters" / name, seed=seed, target_modules=["q_proj", "v_proj"])
-    (root / "adapters" / "broken").mkdir()
-    shutil.copy(root / "adapters" / "one" / "adapter_config.json", root / "adapters" / "broken")
-    return root
-
-
-@pytest.fixture(scope="module")
-def address(root: Path) -> Iterator[str]:
-    config = ServerConfig(
-        model=ModelConfig(str(root / "base"), dtype="float32", device="cpu"),
-        engine=EngineConfig(max_batch_tokens=64, max_running_requests=8, kv_tokens=4096, adapter_pages=16),
-        port=0,
-        metrics_port=0,
-        adapters=root / "adapters",
-    )
-    with served(config) as server:
-        yield server.address
-
-
-def shell(
-    *args: str,
-    script: str = "import sys; from weft.server.cli import main; sys.exit(main())",
-    **options: Any,
-) -> Ran:
-    """As `run`, in a process of its own."""
-    command = [sys.executable, "-c", script, *args]
-    ran = subprocess.run(command, check=False, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1"}, **options)
-    return Ran(ran.returncode, "", ran.stderr.decode())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def parse(*args: str) -> ServerConfig:
@@ -246,161 +164,6 @@ class TestServeOptions:
         assert says in ran.error_line
 
 
-class TestGenerate:
-    def answer(self, address: str, **fields: Any) -> str:
-        with grpc.insecure_channel(address) as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            return stub.Generate(inference_pb2.GenerateRequest(**fields)).text
-
-    def test_prints_the_answer(self, run: Run, address: str) -> None:
-        expected = self.answer(address, text="hello", adapter_id="one", stopping={"max_tokens": 5, "ignore_eos": True})
-        args = ("generate", "hello", "--address", address, "--adapter", "one", "--max-tokens", "5", "--ignore-eos")
-        for more in ((), ("--stream",)):
-            ran = run(*args, *more)
-            assert (ran.exit_code, ran.output) == (0, expected + "\n")
-
-    def test_sampling_and_stopping_reach_the_server(self, run: Run, address: str) -> None:
-        fields = {
-            "sampling": {"temperature": 5, "top_k": 200, "seed": 3, "repetition_penalty": 1.5},
-            "stopping": {"max_tokens": 8, "min_tokens": 8, "stop_sequences": ["~", "#"]},
-        }
-        ran = run(
-            *("generate", "hello", "--address", address, "--temperature", "5", "--top-k", "200", "--seed", "3"),
-            *("--repetition-penalty", "1.5", "--max-tokens", "8", "--min-tokens", "8", "--stop", "~", "--stop", "#"),
-        )
-        assert ran.output == self.answer(address, text="hello", **fields) + "\n"
-
-    def test_a_dash_reads_standard_input(self, run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
-        ran = run("generate", "-", "--address", address, "--max-tokens", "3")
-        assert ran.output == self.answer(address, text="from a pipe", stopping={"max_tokens": 3}) + "\n"
-
-    def test_chat_sends_a_users_message(self, run: Run, address: str) -> None:
-        chat = {"messages": [{"role": "user", "content": "hi"}]}
-        ran = run("generate", "hi", "--chat", "--address", address, "--max-tokens", "3")
-        assert ran.output == self.answer(address, chat=chat, stopping={"max_tokens": 3}) + "\n"
-
-    def test_an_unknown_adapter_is_named(self, run: Run, address: str) -> None:
-        ran = run("generate", "x", "--address", address, "--adapter", "onne")
-        assert ran.exit_code == 1
-        assert ran.error_line == "NOT_FOUND: adapter 'onne' is not loaded: did you mean 'one'?"
-
-    def test_every_bad_field_is_named(self, run: Run, address: str) -> None:
-        ran = run("generate", "x", "--address", address, "--temperature", "-1", "--top-p", "2")
-        assert ran.exit_code == 1
-        assert ran.error_line.startswith("INVALID_ARGUMENT: sampling.temperature is -1; ")
-        assert "sampling.top_p is 2; " in ran.error_line
-
-    def test_a_number_that_no_message_can_hold_is_wrong_usage(self, run: Run) -> None:
-        ran = run("generate", "x", "--top-k", str(1 << 40))
-        assert ran.exit_code == 2
-        assert str(1 << 40) in ran.error_line
-
-    @pytest.mark.parametrize(
-        "address", ["", "bad address", "127.0.0.1", "127.0.0.1:", ":50051", "h:0", "h:65536", "::1:50051", "\udcff:1"]
-    )
-    def test_an_address_is_host_and_port(self, run: Run, address: str) -> None:
-        ran = run("generate", "x", "--address", address)
-        assert ran.exit_code == 2
-        assert f"--address is {address!r}; must be HOST:PORT" in ran.error_line
-
-    @pytest.mark.parametrize("timeout", ["nan", "inf", "1e300", "0", "-1"])
-    def test_a_timeout_has_a_range(self, run: Run, timeout: str) -> None:
-        ran = run("generate", "x", "--timeout", timeout)
-        assert ran.exit_code == 2
-        assert "must be above 0 and at most 604800" in ran.error_line
-
-    def test_a_timeout_is_an_error(self, run: Run, address: str) -> None:
-        ran = run("generate", "x", "--address", address, "--timeout", "0.000001")
-        assert ran.exit_code == 1
-        assert ran.error_line.startswith("DEADLINE_EXCEEDED")
-
-    def test_no_server_says_how_to_start_one(self, run: Run) -> None:
-        address = f"127.0.0.1:{free_port()}"
-        ran = run("generate", "x", "--address", address)
-        assert ran.exit_code == 1
-        assert ran.error_line == f"no server answers at {address}: start one with `weft serve`"
-
-    def test_the_address_may_come_from_the_environment(
-        self, run: Run, address: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("WEFT_ADDRESS", address)
-        assert run("generate", "x", "--max-tokens", "1").exit_code == 0
-
-    def test_an_interrupt_is_quiet(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            script = "import sys; from weft.server.cli import main; sys.exit(main())"
-            command = [sys.executable, "-c", script, "generate", "x"]
-            environment = {**os.environ, "WEFT_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}
-            with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-                connection, _ = silent.accept()
-                with connection:
-                    process.send_signal(signal.SIGINT)
-                    _, error = process.communicate()
-        assert process.returncode == 130
-        assert error.strip() == ""
-
-
-class TestAdapters:
-    def test_list_shows_each_with_its_state(self, run: Run, address: str) -> None:
-        ran = run("adapters", "list", "--address", address)
-        assert ran.exit_code == 0
-        header, *rows = [line.split() for line in ran.output.splitlines()]
-        assert header[:3] == ["name", "state", "ranks"]
-        assert [row[:2] for row in rows] == [["broken", "failed"], ["one", "device"], ["two", "device"]]
-        assert "adapter_model.safetensors: is missing" in ran.output
-
-    def test_list_turns_pages(self, run: Run, address: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("weft.server.api.adapters.DEFAULT_PAGE_SIZE", 1)
-        ran = run("adapters", "list", "--address", address)
-        assert [line.split()[0] for line in ran.output.splitlines()[1:]] == ["broken", "one", "two"]
-
-    def test_load_show_unload(self, run: Run, address: str, root: Path) -> None:
-        source = root / "adapters" / "two"
-        ran = run(
-            *("adapters", "load", "mine", str(source), "--address", address),
-            *("--label", "team=a", "--label", "made=by=hand", "--pinned"),
-        )
-        assert ran.exit_code == 0
-        shown = run("adapters", "show", "mine", "--address", address)
-        assert shown.output == ran.output
-        rows = dict(line.split(maxsplit=1) for line in shown.output.splitlines())
-        assert rows["source"].strip() == f"file:{source}"
-        assert rows["labels"].strip() == "made=by=hand, team=a"
-        assert rows["pinned"].strip() == "yes"
-        assert rows["modules"].strip() == "q_proj, v_proj"
-        assert run("adapters", "unload", "mine", "--address", address).output == "mine is unloaded\n"
-        ran = run("adapters", "show", "mine", "--address", address)
-        assert ran.exit_code == 1
-        assert ran.error_line.startswith("NOT_FOUND: adapter 'mine'")
-
-    def test_load_without_waiting_shows_it_loading(self, run: Run, address: str, root: Path) -> None:
-        ran = run("adapters", "load", "later", f"file:{root}/adapters/one", "--no-wait", "--address", address)
-        assert ran.exit_code == 0
-        assert "loading" in ran.output
-        run("adapters", "unload", "later", "--address", address)
-
-    def test_every_problem_of_an_adapter_is_named(self, run: Run, address: str, root: Path) -> None:
-        ran = run("adapters", "load", "bad", str(root / "adapters" / "broken"), "--address", address)
-        assert ran.exit_code == 1
-        assert ran.error_line == "FAILED_PRECONDITION: adapter_model.safetensors: is missing"
-
-    def test_a_taken_name_is_refused(self, run: Run, address: str, root: Path) -> None:
-        ran = run("adapters", "load", "one", str(root / "adapters" / "two"), "--address", address)
-        assert ran.exit_code == 1
-        assert ran.error_line.startswith("ALREADY_EXISTS: adapter 'one' exists already")
-
-    def test_a_label_without_a_value_is_wrong_usage(self, run: Run) -> None:
-        ran = run("adapters", "load", "x", "/x", "--label", "team")
-        assert ran.exit_code == 2
-        assert "--label is 'team'; must be KEY=VALUE" in ran.error_line
-
-    def test_no_server_says_how_to_start_one(self, run: Run) -> None:
-        ran = run("adapters", "list", "--address", f"127.0.0.1:{free_port()}")
-        assert ran.exit_code == 1
-        assert "start one with `weft serve`" in ran.error_line
-
-
 class TestDemo:
     def test_one_mixed_batch_is_answered_rightly(self, run: Run) -> None:
         ran = run("demo")
@@ -474,11 +237,11 @@ def test_a_model_that_is_none_fails_in_one_line(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", ["--port", "--metrics-port"])
-def test_a_taken_port_fails_in_one_line(run: Run, root: Path, option: str) -> None:
+def test_a_taken_port_fails_in_one_line(run: Run, folders: Path, option: str) -> None:
     ports = {"--port": "0", "--metrics-port": "0"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports[option] = str(taken.getsockname()[1])
         args = [word for pair in ports.items() for word in pair]
-        ran = run("serve", "--model", str(root / "base"), *args, "--log-level", "error")
+        ran = run("serve", "--model", str(folders / "base"), *args, "--log-level", "error")
     assert ran.exit_code == 1
     assert ran.error_line.startswith(f"{option} is {ports[option]}; can't listen on 127.0.0.1:{ports[option]} (")

@@ -1,0 +1,121 @@
+"""`weft generate` against a running server."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import grpc
+import pytest
+from commands import SCRIPT, Run, free_port
+
+from weft.v1 import inference_pb2, inference_pb2_grpc
+
+
+def answer(address: str, **fields: Any) -> str:
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        return stub.Generate(inference_pb2.GenerateRequest(**fields)).text
+
+
+def test_prints_the_answer(run: Run, address: str) -> None:
+    expected = answer(address, text="hello", adapter_id="one", stopping={"max_tokens": 5, "ignore_eos": True})
+    args = ("generate", "hello", "--address", address, "--adapter", "one", "--max-tokens", "5", "--ignore-eos")
+    for more in ((), ("--stream",)):
+        ran = run(*args, *more)
+        assert (ran.exit_code, ran.output) == (0, expected + "\n")
+
+
+def test_sampling_and_stopping_reach_the_server(run: Run, address: str) -> None:
+    fields = {
+        "sampling": {"temperature": 5, "top_k": 200, "seed": 3, "repetition_penalty": 1.5},
+        "stopping": {"max_tokens": 8, "min_tokens": 8, "stop_sequences": ["~", "#"]},
+    }
+    ran = run(
+        *("generate", "hello", "--address", address, "--temperature", "5", "--top-k", "200", "--seed", "3"),
+        *("--repetition-penalty", "1.5", "--max-tokens", "8", "--min-tokens", "8", "--stop", "~", "--stop", "#"),
+    )
+    assert ran.output == answer(address, text="hello", **fields) + "\n"
+
+
+def test_a_dash_reads_standard_input(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    ran = run("generate", "-", "--address", address, "--max-tokens", "3")
+    assert ran.output == answer(address, text="from a pipe", stopping={"max_tokens": 3}) + "\n"
+
+
+def test_chat_sends_a_users_message(run: Run, address: str) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    ran = run("generate", "hi", "--chat", "--address", address, "--max-tokens", "3")
+    assert ran.output == answer(address, chat=chat, stopping={"max_tokens": 3}) + "\n"
+
+
+def test_an_unknown_adapter_is_named(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--adapter", "onne")
+    assert ran.exit_code == 1
+    assert ran.error_line == "NOT_FOUND: adapter 'onne' is not loaded: did you mean 'one'?"
+
+
+def test_every_bad_field_is_named(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--temperature", "-1", "--top-p", "2")
+    assert ran.exit_code == 1
+    assert ran.error_line.startswith("INVALID_ARGUMENT: sampling.temperature is -1; ")
+    assert "sampling.top_p is 2; " in ran.error_line
+
+
+def test_a_number_that_no_message_can_hold_is_wrong_usage(run: Run) -> None:
+    ran = run("generate", "x", "--top-k", str(1 << 40))
+    assert ran.exit_code == 2
+    assert str(1 << 40) in ran.error_line
+
+
+@pytest.mark.parametrize(
+    "address", ["", "bad address", "127.0.0.1", "127.0.0.1:", ":50051", "h:0", "h:65536", "::1:50051", "\udcff:1"]
+)
+def test_an_address_is_host_and_port(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address)
+    assert ran.exit_code == 2
+    assert f"--address is {address!r}; must be HOST:PORT" in ran.error_line
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "1e300", "0", "-1"])
+def test_a_timeout_has_a_range(run: Run, timeout: str) -> None:
+    ran = run("generate", "x", "--timeout", timeout)
+    assert ran.exit_code == 2
+    assert "must be above 0 and at most 604800" in ran.error_line
+
+
+def test_a_timeout_is_an_error(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--timeout", "0.000001")
+    assert ran.exit_code == 1
+    assert ran.error_line.startswith("DEADLINE_EXCEEDED")
+
+
+def test_no_server_says_how_to_start_one(run: Run) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    ran = run("generate", "x", "--address", address)
+    assert ran.exit_code == 1
+    assert ran.error_line == f"no server answers at {address}: start one with `weft serve`"
+
+
+def test_the_address_may_come_from_the_environment(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_ADDRESS", address)
+    assert run("generate", "x", "--max-tokens", "1").exit_code == 0
+
+
+def test_an_interrupt_is_quiet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = [sys.executable, "-c", SCRIPT, "generate", "x"]
+        environment = {**os.environ, "WEFT_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGINT)
+                _, error = process.communicate()
+    assert process.returncode == 130
+    assert error.strip() == ""

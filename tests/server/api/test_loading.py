@@ -88,10 +88,10 @@ def test_what_reads_and_moves_nothing_waits_behind_no_load(loading: Loading) -> 
         in_line = asyncio.create_task(loader.update("n", AdapterChange(source=loading.new("n", "first").source)))
         await asyncio.sleep(0)
         in_line.cancel()
-        may_end.set()
-        await asyncio.gather(*loads)
         with pytest.raises(asyncio.CancelledError):
             await in_line
+        may_end.set()
+        await asyncio.gather(*loads)
         await loader.drain(60)
         assert store.get("n") == info, "an update that had not begun was made for nobody"
 

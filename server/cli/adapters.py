@@ -118,7 +118,7 @@ def check(source: str, address: str, as_json: bool) -> int:
 @click.option("--pinned", is_flag=True, help="Never evict it.")
 @click.option("--no-wait", is_flag=True, help="Return before it is loaded.")
 def load(name: str, source: str, address: str, labels: Mapping[str, str], pinned: bool, no_wait: bool) -> None:
-    """Load the PEFT folder at SOURCE, a path on the server's machine or `file:` and one, under NAME."""
+    """Load the PEFT folder at SOURCE under NAME: a path on the server's machine, `hf:org/repo`, a URL."""
     with _service(address) as stub:
         adapter = pb2.Adapter(name=name, source=_url(source), labels=labels, pinned=pinned)
         print_adapter(stub.CreateAdapter(pb2.CreateAdapterRequest(adapter=adapter, wait=not no_wait)).adapter)

@@ -12,6 +12,7 @@ from harness import Harness
 from prometheus_client import CollectorRegistry
 from tiny import make_adapter, make_model, save_tokenizer
 
+from weft.adapters.state import Recorder, State
 from weft.adapters.store import AdapterChange, AdapterInfo, AdapterState, AdapterStore, NewAdapter, Reservation
 from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest, Unavailable
 from weft.server.api.loading import NUM_THREADS, AdapterLoader
@@ -96,6 +97,36 @@ def test_what_reads_and_moves_nothing_waits_behind_no_load(loading: Loading) -> 
         assert store.get("n") == info, "an update that had not begun was made for nobody"
 
     asyncio.run(main())
+
+
+def test_what_was_changed_for_a_caller_who_gave_up_is_recorded(loading: Loading, tmp_path: Path) -> None:
+    reached, may_end = threading.Event(), threading.Event()
+
+    class Slow(AdapterStore):
+        def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+            reached.set()
+            may_end.wait()
+            return super().update(name, change)
+
+    state = State(tmp_path / "state.db")
+    store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
+
+    async def main() -> None:
+        loader = AdapterLoader(store, Metrics(CollectorRegistry()), Recorder(store, state))
+        await loader.create(loading.new("n"))
+        update = asyncio.create_task(loader.update("n", AdapterChange(source=loading.new("n", "first").source)))
+        await asyncio.to_thread(reached.wait)
+        update.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await update
+        may_end.set()
+        await loader.drain(60)
+        loader.close()
+
+    asyncio.run(main())
+    assert store.get("n").source == loading.new("n", "first").source
+    assert state.all() == [loading.new("n", "first")]
+    state.close()
 
 
 def test_draining_refuses_updates_and_checks_and_tells_who_asked(loading: Loading) -> None:

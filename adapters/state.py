@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weft.adapters.store import AdapterStore, NewAdapter
+from weft.adapters.records import NewAdapter
+from weft.adapters.store import AdapterStore
 from weft.errors import AdapterNotFound, InvalidConfig, Unavailable
 
 SCHEMA_VERSION = 1

@@ -12,11 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from enum import Enum
 from itertools import count
 
 from weft.adapters.pages import PagePool
 from weft.adapters.reading import Policy, Reader
+from weft.adapters.records import (
+    AdapterChange,
+    AdapterEvent,
+    AdapterInfo,
+    AdapterState,
+    Capacity,
+    EventKind,
+    Listener,
+    NewAdapter,
+)
 from weft.adapters.report import AdapterReport
 from weft.adapters.residency import AdapterRef, Residency, check_fit, check_mixable
 from weft.adapters.sources import Sources
@@ -26,16 +35,6 @@ from weft.kernels.plan import PAGE_ROWS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-class AdapterState(Enum):
-    """Where an adapter is. Requests can use it in DISK, HOST and DEVICE; it is brought to the device for them."""
-
-    LOADING = "loading"
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
-    FAILED = "failed"
 
 
 @dataclass(eq=False, slots=True)
@@ -58,80 +57,6 @@ class Reservation:
     """A name that was taken for one adapter, to be loaded."""
 
     entry: _Entry
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """A snapshot of one registered adapter. Times are seconds since the epoch, bytes those that it takes now."""
-
-    name: str
-    source: str
-    labels: Mapping[str, str]
-    pinned: bool
-    state: AdapterState
-    error: str
-    created_s: float
-    last_used_s: float | None
-    digest: str = ""
-    ranks: tuple[int, ...] = ()
-    modules: tuple[str, ...] = ()
-    num_pages: int = 0
-    device_bytes: int = 0
-    host_bytes: int = 0
-    disk_bytes: int = 0
-    num_in_flight: int = 0
-    probe_error: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NewAdapter:
-    """What to register."""
-
-    name: str
-    source: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterChange:
-    """What to change of a registered adapter; None leaves it as it is."""
-
-    source: str | None = None
-    labels: Mapping[str, str] | None = None
-    pinned: bool | None = None
-
-
-class EventKind(Enum):
-    """What happened to a name."""
-
-    ADDED = "added"
-    CHANGED = "changed"
-    DELETED = "deleted"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterEvent:
-    """A name came, went, or stands otherwise now. info: as it is after the event, or was before it was deleted."""
-
-    kind: EventKind
-    info: AdapterInfo
-
-
-Listener = Callable[[AdapterEvent], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """How much adapter memory there is, and how much of it is taken."""
-
-    pages_total: int
-    pages_free: int
-    pages_pinned: int
-    page_rows: int
-    page_bytes: int
-    host_bytes_total: int
-    host_bytes_used: int
 
 
 class NoMetrics:

@@ -12,7 +12,8 @@ from watchfiles import awatch
 
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.peft_config import CONFIG_FILE
-from weft.adapters.store import AdapterChange, AdapterInfo, AdapterState, AdapterStore, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
+from weft.adapters.store import AdapterStore
 from weft.errors import AdapterNotFound, Unavailable
 from weft.server.api.loading import AdapterLoader
 

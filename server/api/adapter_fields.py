@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from weft.adapters.store import AdapterChange, AdapterInfo, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, NewAdapter
 from weft.errors import InvalidRequest, Problem
 from weft.server.api.resources import STATES
 from weft.server.api.translation import MAX_ADAPTER_ID_CHARACTERS, Violations

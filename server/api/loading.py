@@ -10,9 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from weft.adapters.records import AdapterChange, AdapterInfo, NewAdapter
 from weft.adapters.report import AdapterReport
 from weft.adapters.state import Recorder
-from weft.adapters.store import AdapterChange, AdapterInfo, AdapterStore, NewAdapter, Reservation
+from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AdapterNotFound, Unavailable, WeftError
 from weft.server.metrics import Metrics
 

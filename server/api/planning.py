@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from weft.adapters.records import AdapterInfo, Capacity
 from weft.adapters.report import AdapterReport
-from weft.adapters.store import AdapterInfo, Capacity
 from weft.server.api.resources import to_problems
 from weft.server.api.translation import Range, Violations
 from weft.v1 import adapter_pb2 as pb2

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from weft.adapters.records import AdapterInfo, AdapterState, EventKind
 from weft.adapters.report import AdapterReport
-from weft.adapters.store import AdapterInfo, AdapterState, EventKind
 from weft.errors import Problem
 from weft.v1 import adapter_pb2 as pb2
 

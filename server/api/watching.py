@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from weft.adapters.store import AdapterEvent, AdapterInfo, AdapterStore, EventKind
+from weft.adapters.records import AdapterEvent, AdapterInfo, EventKind
+from weft.adapters.store import AdapterStore
 from weft.errors import Unavailable
 from weft.server.api.adapter_fields import AdapterFilter
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shelf import Shelf, equally, make_shelf
 
+from weft.adapters.records import AdapterChange
 from weft.adapters.residency import AdapterRef
-from weft.adapters.store import AdapterChange
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.request import Request
 from weft.server.engine.scheduler import Scheduler

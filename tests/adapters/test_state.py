@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import pytest
 
+from weft.adapters.records import NewAdapter
 from weft.adapters.state import SCHEMA_VERSION, Recorder, State
-from weft.adapters.store import AdapterStore, NewAdapter
+from weft.adapters.store import AdapterStore
 from weft.errors import AdapterNotFound, InvalidConfig, Unavailable
 
 ONE = NewAdapter("team/one", "hf:org/one@main", {"tier": "gold", "ключ": "“värde”\n"}, pinned=True)
@@ -58,7 +59,7 @@ def test_a_later_one_takes_the_place_of_an_earlier(path: Path) -> None:
 def test_a_change_is_on_disk_when_it_returns(path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from weft.adapters.state import State; "
-        "from weft.adapters.store import NewAdapter; state = State(Path(sys.argv[1])); "
+        "from weft.adapters.store import NewAdapter; state = State Path sys.argv[1]  ; "
         "[state.put(NewAdapter(f'n{i}', 'file:/x')) for i in range(9)]; state.remove('n4'); os.kill(os.getpid(), 9)"
     )
     ran = subprocess.run([sys.executable, "-c", script, str(path)], check=False)

@@ -13,8 +13,9 @@ from shelf import SlowSources
 from tiny import make_adapter, make_model
 
 from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.records import AdapterChange, AdapterState, NewAdapter
 from weft.adapters.sources import Sources
-from weft.adapters.store import AdapterChange, AdapterState, AdapterStore, NewAdapter
+from weft.adapters.store import AdapterStore
 from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable
 
 SHAPES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from shelf import Shelf, equally, make_shelf, replace_weights
 
+from weft.adapters.records import AdapterChange
 from weft.adapters.residency import AdapterRef
-from weft.adapters.store import AdapterChange
 from weft.adapters.tiers import NUM_READERS
 from weft.errors import InvalidAdapter, InvalidRequest, OutOfCapacity, Unavailable, WeftError
 

@@ -21,7 +21,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny import make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterState
+from weft.adapters.records import AdapterState
 from weft.errors import AddressUnavailable, InvalidConfig, InvalidModel, Unavailable
 from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _MetricsHandler, _serve_until_lost, running_server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig

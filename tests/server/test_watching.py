@@ -12,8 +12,9 @@ from harness import Harness
 from prometheus_client import CollectorRegistry
 from tiny import make_adapter, make_model, save_tokenizer
 
+from weft.adapters.records import AdapterChange, AdapterState, NewAdapter
 from weft.adapters.state import Recorder, State
-from weft.adapters.store import AdapterChange, AdapterState, AdapterStore, NewAdapter
+from weft.adapters.store import AdapterStore
 from weft.errors import AdapterNotFound
 from weft.server.api.loading import AdapterLoader
 from weft.server.metrics import Metrics

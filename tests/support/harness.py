@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry
 
+from weft.adapters.records import NewAdapter
 from weft.adapters.sources import Sources
-from weft.adapters.store import AdapterStore, NewAdapter
+from weft.adapters.store import AdapterStore
 from weft.errors import WeftError
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.server.engine.batch import build_batch

@@ -13,8 +13,9 @@ from bases import linear_base
 from tiny import make_adapter, make_model
 
 from weft.adapters.pages import PageConfig, PagePool
+from weft.adapters.records import AdapterInfo, NewAdapter
 from weft.adapters.sources import Sources
-from weft.adapters.store import AdapterInfo, AdapterStore, NewAdapter
+from weft.adapters.store import AdapterStore
 
 SHAPES = {
     f"model.layers.{i}.self_attn.{name}": (64, d) for i in range(3) for name, d in (("q_proj", 64), ("v_proj", 32))

@@ -12,8 +12,9 @@ from harness import Harness
 from prometheus_client import CollectorRegistry
 from tiny import make_adapter, make_model, save_tokenizer
 
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
 from weft.adapters.state import Recorder, State
-from weft.adapters.store import AdapterChange, AdapterInfo, AdapterState, AdapterStore, NewAdapter, Reservation
+from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest, Unavailable
 from weft.server.api.loading import NUM_THREADS, AdapterLoader
 from weft.server.metrics import Metrics

@@ -16,7 +16,7 @@ from house import House, refusal, refusal_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.adapters.store import AdapterInfo, AdapterState, EventKind
+from weft.adapters.records import AdapterInfo, AdapterState, EventKind
 from weft.server.api.adapter_fields import AdapterFilter
 from weft.server.api.watching import Told, Watch
 from weft.server.app import running_server

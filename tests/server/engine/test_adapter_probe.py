@@ -14,7 +14,7 @@ from tiny import make_adapter, make_model, save_tokenizer
 
 from weft.adapters import pages
 from weft.adapters.fold import Folded
-from weft.adapters.store import NewAdapter
+from weft.adapters.records import NewAdapter
 from weft.errors import InvalidAdapter
 from weft.kernels.patches import Affine
 

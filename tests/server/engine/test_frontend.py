@@ -13,7 +13,7 @@ from harness import Harness
 from shelf import SlowSources
 from tiny import make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterState
+from weft.adapters.records import AdapterState
 from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidRequest, OutOfCapacity, Unavailable
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.request import Delta, FinishReason, Request, Stopping

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from tiny import VOCAB, make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterChange, AdapterState, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterState, NewAdapter
 from weft.errors import AdapterExists, AdapterNotFound, InvalidRequest, OutOfCapacity
 from weft.server.engine.request import Request, Stopping
 

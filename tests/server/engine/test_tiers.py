@@ -11,7 +11,7 @@ from harness import Answer, Harness
 from shelf import SlowSources, replace_weights
 from tiny import VOCAB, make_adapter, make_model, save_tokenizer
 
-from weft.adapters.store import AdapterChange
+from weft.adapters.records import AdapterChange
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, Unavailable
 from weft.server.engine.request import FinishReason, Request, Stopping
 

@@ -32,6 +32,7 @@ def match_up(config: PeftConfig, tensors: SortedTensors, base: Base) -> tuple[Lo
         invocation=config.invocation,
     )
     matcher.check_base_weights()
+    matcher.check_invocation()
     if not matcher.problems and not weights.touched:
         matcher.problems.append(Problem("adapter_model.safetensors", "holds no LoRA tensors"))
     return weights, [*tensors.problems, *matcher.problems]
@@ -93,12 +94,15 @@ class _Matcher:
 
     def biases(self) -> dict[str, torch.Tensor]:
         """Trained biases, of any module that has one."""
-        biases = {}
+        biases, wanted = {}, self._trained_biases()
+        for name in sorted(wanted - self._tensors.biases.keys() - self._tensors.saved.keys()):
+            self._refuse(
+                f"{name}.bias", "has no trained bias in the file, and `bias` of adapter_config.json asks for it"
+            )
         for name, tensor in sorted(self._tensors.biases.items()):
-            module = self._base.modules.get(name)
-            if module is None or "bias" not in module.shapes:
-                self._refuse(f"{name}.bias", "is not a bias of this base that an adapter can be served on")
-            elif self._fits(f"{name}.bias", tensor, module.shapes["bias"]):
+            if name not in wanted:
+                self._refuse(f"{name}.bias", "is no bias of this base that adapter_config.json asks for")
+            elif self._fits(f"{name}.bias", tensor, self._base.modules[name].shapes["bias"]):
                 biases[name] = tensor
         return biases
 
@@ -132,6 +136,9 @@ class _Matcher:
         if follows:
             wanted.pop(head, None)
         updates = {}
+        for key in self._config.token_indices:
+            if key and not any(name and name.endswith(key) for name in (embedding, head)):
+                self._refuse(f"trainable_token_indices[{key[:80]!a}]", "is neither this base's embedding nor its head")
         for name in sorted(wanted.keys() | self._tensors.tokens.keys()):
             update = self._token_update(name, wanted.get(name), self._tensors.tokens.get(name))
             if update is not None:
@@ -144,15 +151,24 @@ class _Matcher:
         """Embeddings that PEFT saved beside the adapter must be this base's own, or it was trained on another."""
         for name, tensor in self._tensors.base_weights.items():
             shape = self._base.modules[name].shapes["weight"]
-            if tuple(tensor.shape) != shape:
+            if tensor.dim() == 2 and len(tensor) != shape[0]:
                 self._refuse(
                     f"{name}.weight",
                     f"has {len(tensor)} rows and this base {shape[0]}: the vocabulary was resized, which is not served",
                 )
                 continue
+            if not self._fits(f"{name}.weight", tensor, shape):
+                continue
             own = self._base.modules[name].read("weight").cpu()
             if not torch.equal(tensor.to(own.dtype), own):
                 self._refuse(f"{name}.weight", "differs from this base's: the adapter was trained on another one")
+
+    def check_invocation(self) -> None:
+        """An activated LoRA whose tokens can't occur would never adapt anything."""
+        embedding = self._base.modules.get(self._base.embedding)
+        beyond = [token for token in self._config.invocation if embedding and token >= embedding.shapes["weight"][0]]
+        if beyond:
+            self._refuse("alora_invocation_tokens", f"holds {beyond[0]}, which is no token of this base")
 
     def _targeted_parameters(self, name: str, module: BaseModule) -> list[str]:
         """The parameters of a module that PEFT would put LoRA on; a router is targeted as the linear module it was."""
@@ -238,6 +254,15 @@ class _Matcher:
         else:
             return True
         return False
+
+    def _trained_biases(self) -> set[str]:
+        """The modules whose biases PEFT would train."""
+        those = {"none": set(), "all": self._base.modules.keys(), "lora_only": {name for name, _ in self._tensors.lora}}
+        return {name for name in those[self._config.bias] if "bias" in self._shapes(name)}
+
+    def _shapes(self, name: str) -> Mapping[str, tuple[int, ...]]:
+        module = self._base.modules.get(name)
+        return module.shapes if module else {}
 
     def _kind(self, name: str) -> ModuleKind | None:
         module = self._base.modules.get(name)

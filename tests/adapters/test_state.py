@@ -59,7 +59,7 @@ def test_a_later_one_takes_the_place_of_an_earlier(path: Path) -> None:
 def test_a_change_is_on_disk_when_it_returns(path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from weft.adapters.state import State; "
-        "from weft.adapters.store import NewAdapter; state = State Path sys.argv[1]  ; "
+        "from weft.adapters.records import NewAdapter; state = State(Path(sys.argv[1])); "
         "[state.put(NewAdapter(f'n{i}', 'file:/x')) for i in range(9)]; state.remove('n4'); os.kill(os.getpid(), 9)"
     )
     ran = subprocess.run([sys.executable, "-c", script, str(path)], check=False)

@@ -22,6 +22,7 @@ from memory import measure_memory, show_memory
 from moves import measure_moves, show_moves
 from report import machine, write_section
 from rich.progress import Progress
+from shapes import make_base
 
 import weft
 
@@ -46,7 +47,7 @@ class Effort:
 
 
 FULL = Effort("135m", (8, 16, 32, 64), 7, 3, 48, (10, 100, 1000, 2000), 5, 400, 3, 600)
-QUICK = Effort("135m", (8, 64), 2, 1, 16, (10, 100, 2000), 1, 160, 1, 160)
+QUICK = Effort("135m", (8, 64), 2, 1, 16, (10, 1000), 1, 160, 1, 160)
 
 Section = tuple[str, object]
 """Markdown, and what goes into the file of samples."""
@@ -54,13 +55,17 @@ Section = tuple[str, object]
 
 def measure(effort: Effort, folder: Path, device: str, tell: Callable[[str], None]) -> dict[str, Section]:
     """Every section by its title."""
+    tell("making the models")
+    large, tiny = folder / "large", folder / "tiny"
+    make_base(effort.shape, large)
+    make_base("tiny", tiny)
     tell("moving adapters from tier to tier")
     torch.set_num_threads(1)  # copies side by side; those of the server's threads are no wider
-    moves = measure_moves(effort.shape, effort.ranks, effort.move_rounds, folder / "moves", device)
-    delay = measure_delay(effort.shape, effort.delay_rounds, effort.delay_tokens, folder / "delay", tell)
-    crowd = measure_crowd(effort.counts, 32, effort.crowd_rounds, effort.crowd_requests, folder / "crowd", tell)
+    moves = measure_moves(effort.shape, effort.ranks, effort.move_rounds, large, folder / "moves", device)
+    delay = measure_delay(effort.shape, effort.delay_rounds, effort.delay_tokens, large, folder / "delay", tell)
+    crowd = measure_crowd(effort.counts, 32, effort.crowd_rounds, effort.crowd_requests, tiny, folder / "crowd", tell)
     edges = [
-        measure_edge(slots, effort.edge_rounds, effort.edge_requests, folder / f"edge{slots}", tell)
+        measure_edge(slots, effort.edge_rounds, effort.edge_requests, tiny, folder / f"edge{slots}", tell)
         for slots in (8, 32)
     ]
     memory = [measure_memory(effort.shape, ranks, PADDED_TO) for ranks in ((8, 16, 64), (1, 12, 33), (8,), (64,))]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from report import Samples, table
 from serving import Client, Load, Seen, closed_loop, open_loop, weft_server
-from shapes import SHAPES, make_base, write_adapters
+from shapes import SHAPES, write_adapters
 
 RANK = 8
 """One page an adapter, so that pages are slots."""
@@ -45,10 +45,11 @@ class Crowd:
         return min(count for count, rates in self.rates.items() if working in rates)
 
     def ratio(self, count: int, working: int) -> float:
-        """The rate over that of the smallest crowd, same working set; all is held against what fits."""
-        against = working or self.pages if count >= self.pages else min(self.rates[count])
-        base = self.rates[self.first(working) if working else count].get(against or count)
-        return self.rates[count][working].median / base.median if base else 1.0
+        """The rate over that of the smallest crowd with the same working set; all is held against what fits."""
+        own = self.rates[count]
+        if not working:
+            return own[0].median / own[self.pages].median
+        return own[working].median / self.rates[self.first(working)][working].median
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -71,13 +72,14 @@ class Crowd:
 
     def _cell(self, count: int, working: int) -> str:
         if working not in self.rates[count]:
-            return "–"
+            return "-"
         return f"{self.rates[count][working].show(digits=0)}; {self.ratio(count, working):.2f}"
 
 
-def measure_crowd(counts: Sequence[int], pages: int, rounds: int, requests: int, folder: Path, tell: Report) -> Crowd:
+def measure_crowd(
+    counts: Sequence[int], pages: int, rounds: int, requests: int, base: Path, folder: Path, tell: Report
+) -> Crowd:
     """One server for each count, all up at once, asked in turns by a closed loop of 16 clients."""
-    make_base("tiny", folder / "base")
     load = Load(SHAPES["tiny"]["vocab_size"], prompt_tokens=16, new_tokens=16)
     crowd = Crowd(pages)
     with ExitStack() as stack:
@@ -87,7 +89,7 @@ def measure_crowd(counts: Sequence[int], pages: int, rounds: int, requests: int,
             names = [f"a{i:04d}" for i in range(count)]
             write_adapters("tiny", folder / str(count), dict.fromkeys(names, RANK))
             options = ("--adapters", folder / str(count), "--adapter-pages", pages, "--adapter-probe", "false")
-            servers[count] = names, stack.enter_context(weft_server(folder / "base", *options, threads=1))
+            servers[count] = names, stack.enter_context(weft_server(base, *options, threads=1))
         for turn in range(rounds + 1):
             for count, (names, address) in servers.items():
                 for working in dict.fromkeys((min(counts), pages, 0)):
@@ -138,14 +140,14 @@ class Edge:
             [
                 str(self.slots),
                 loop,
-                *(
-                    f"{self.pooled(loop, self.slots).percentile(percent) * 1e3:.1f} → "
-                    f"{self.pooled(loop, self.slots + 1).percentile(percent) * 1e3:.1f}; {self.ratio(loop, percent):.2f}×"
-                    for percent in (50, 99)
-                ),
+                *(self._cell(loop, percent) for percent in (50, 99)),
             ]
             for loop in self.ttft
         ]
+
+    def _cell(self, loop: str, percent: float) -> str:
+        within, over = (self.pooled(loop, count).percentile(percent) for count in (self.slots, self.slots + 1))
+        return f"{within * 1e3:.1f} → {over * 1e3:.1f}; {over / within:.2f}x"
 
 
 def show_edges(edges: Sequence[Edge]) -> str:
@@ -153,15 +155,14 @@ def show_edges(edges: Sequence[Edge]) -> str:
     return table(head, [row for edge in edges for row in edge.rows()])
 
 
-def measure_edge(slots: int, rounds: int, requests: int, folder: Path, tell: Report) -> Edge:
+def measure_edge(slots: int, rounds: int, requests: int, base: Path, folder: Path, tell: Report) -> Edge:
     """One server with `slots` pages, asked for N of its adapters at uniform popularity, in turns."""
-    make_base("tiny", folder / "base")
     names = [f"a{i:04d}" for i in range(slots + 1)]
     write_adapters("tiny", folder / f"edge{slots}", dict.fromkeys(names, RANK))
     load = Load(SHAPES["tiny"]["vocab_size"], prompt_tokens=16, new_tokens=16)
     options = ("--adapters", folder / f"edge{slots}", "--adapter-pages", slots, "--adapter-probe", "false")
     edge = Edge(slots)
-    with weft_server(folder / "base", *options, threads=1) as address:
+    with weft_server(base, *options, threads=1) as address:
         rate = asyncio.run(_edge(address, load, names[:slots], slots, requests, 0, None))[1]
         for turn in range(1, rounds + 1):
             for count in (slots, slots + 1):
@@ -196,7 +197,7 @@ MODES = {"none": "no other requests", "hot": "requests to one adapter in pages",
 
 @dataclass
 class Delay:
-    """Between tokens of a running batch, beside nothing, requests that load nothing, and requests that load; seconds."""
+    """Between tokens of a batch that runs beside nothing, beside requests that load nothing or that load; seconds."""
 
     gaps: dict[str, list[Samples]] = field(default_factory=dict)
     ttft: dict[str, list[Samples]] = field(default_factory=dict)
@@ -227,23 +228,22 @@ class Delay:
                 [
                     words,
                     *(f"{gaps.percentile(percent) * 1e3:.0f}" for percent in (50, 99, 100)),
-                    f"{first.median * 1e3:.0f}" if first.values else "–",
+                    f"{first.median * 1e3:.0f}" if first.values else "-",
                 ]
             )
         head = ["beside", "median between tokens, ms", "p99", "largest", "the others' own median TTFT, ms"]
         return table(head, rows)
 
 
-def measure_delay(shape: str, rounds: int, tokens: int, folder: Path, tell: Report) -> Delay:
+def measure_delay(shape: str, rounds: int, tokens: int, base: Path, folder: Path, tell: Report) -> Delay:
     """A batch of 8 decodes while, every 250 ms, a request of one token comes for an adapter of rank 32."""
-    make_base(shape, folder / "base")
     cold = [f"cold{i}" for i in range(8)]
     write_adapters(shape, folder / "delay", {"running": 8, "hot": 32, **dict.fromkeys(cold, 32)})
     options = ("--adapters", folder / "delay", "--adapter-probe", "false", "--adapter-host-bytes", 0)
     # Pages for those that run, the hot one, and two of the cold: each comes from disk, over and over.
     options = (*options, "--adapter-pages", 1 + 4 * 3)
     delay = Delay(file_bytes=(folder / "delay" / "hot" / "adapter_model.safetensors").stat().st_size)
-    with weft_server(folder / "base", *options) as address:
+    with weft_server(base, *options) as address:
         for turn in range(rounds + 1):
             for mode, others in (("none", []), ("hot", ["hot"]), ("cold", cold)):
                 tell(f"a running batch beside {MODES[mode]}")

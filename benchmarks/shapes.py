@@ -88,7 +88,7 @@ def module_shapes(shape: str) -> dict[str, tuple[int, int]]:
 
 
 def write_adapters(shape: str, folder: Path, ranks: Mapping[str, int]) -> None:
-    """Adapters by name and rank, as `make_adapters` makes them, but written as files at once: peft takes a second each."""
+    """Adapters by name and rank, as `make_adapters` makes them, but written at once: peft takes a second each."""
     modules = module_shapes(shape)
     for seed, (name, rank) in enumerate(ranks.items()):
         sizes = {f"base_model.model.{module}.lora_A.weight": (rank, d_in) for module, (d_in, _) in modules.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,36 +46,34 @@ class Effort:
     edge_requests: int
 
 
-FULL = Effort("135m", (8, 16, 32, 64), 7, 3, 48, (10, 100, 1000, 2000), 5, 400, 3, 600)
+FULL = Effort("135m", (8, 16, 32, 64), 5, 2, 32, (10, 100, 1000, 2000), 3, 240, 2, 240)
 QUICK = Effort("135m", (8, 64), 2, 1, 16, (10, 1000), 1, 160, 1, 160)
 
 Section = tuple[str, object]
 """Markdown, and what goes into the file of samples."""
 
 
-def measure(effort: Effort, folder: Path, device: str, tell: Callable[[str], None]) -> dict[str, Section]:
-    """Every section by its title."""
+def measure(effort: Effort, folder: Path, device: str, tell: Callable[[str], None]) -> Iterator[tuple[str, Section]]:
+    """Every section with its title, as soon as it is there."""
     tell("making the models")
     large, tiny = folder / "large", folder / "tiny"
     make_base(effort.shape, large)
     make_base("tiny", tiny)
     tell("moving adapters from tier to tier")
-    torch.set_num_threads(1)  # copies side by side; those of the server's threads are no wider
+    torch.set_num_threads(1)  # copies side by side, of one thread each
     moves = measure_moves(effort.shape, effort.ranks, effort.move_rounds, large, folder / "moves", device)
+    yield "Loading", (show_moves(moves), [each.to_json() for each in moves])
     delay = measure_delay(effort.shape, effort.delay_rounds, effort.delay_tokens, large, folder / "delay", tell)
+    yield "Decoding while others load", (delay.show(), delay.to_json())
     crowd = measure_crowd(effort.counts, 32, effort.crowd_rounds, effort.crowd_requests, tiny, folder / "crowd", tell)
+    yield "Many registered", (crowd.show(), crowd.to_json())
     edges = [
         measure_edge(slots, effort.edge_rounds, effort.edge_requests, tiny, folder / f"edge{slots}", tell)
         for slots in (8, 32)
     ]
+    yield "One adapter more than slots", (show_edges(edges), {edge.slots: edge.to_json() for edge in edges})
     memory = [measure_memory(effort.shape, ranks, PADDED_TO) for ranks in ((8, 16, 64), (1, 12, 33), (8,), (64,))]
-    return {
-        "Loading": (show_moves(moves), [each.to_json() for each in moves]),
-        "Decoding while others load": (delay.show(), delay.to_json()),
-        "Many registered": (crowd.show(), crowd.to_json()),
-        "One adapter more than slots": (show_edges(edges), {edge.slots: edge.to_json() for edge in edges}),
-        "Memory": (show_memory(memory, PADDED_TO), [each.to_json() for each in memory]),
-    }
+    yield "Memory", (show_memory(memory, PADDED_TO), [each.to_json() for each in memory])
 
 
 @click.command(help=__doc__)
@@ -90,17 +88,24 @@ def main(quick: bool, device: str, output: Path, samples: Path | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         work = progress.add_task("starting", total=None)
-        sections = measure(
-            QUICK if quick else FULL, Path(scratch), device, lambda words: progress.update(work, description=words)
-        )
-    parts = [f"### {title}\n\n{text}\n" for title, (text, _) in sections.items()]
-    report = "\n".join([*parts, f"Machine: {machine()}.\n"])
-    click.echo(report)
+        started = progress.get_time()
+        effort = QUICK if quick else FULL
+        parts: list[str] = []
+        data: dict[str, object] = {"machine": machine()}
+        for title, (text, found) in measure(
+            effort, Path(scratch), device, lambda words: progress.update(work, description=words)
+        ):
+            parts.append(f"### {title}\n\n{text}\n")
+            data[title] = found
+            progress.stop()
+            click.echo(f"{parts[-1]}\n({progress.get_time() - started:.0f} s)\n")
+            progress.start()
+    parts.append(f"Machine: {data['machine']}.\n")
+    report = "\n".join(parts)
     if not quick:
         write_section(output, "adapters", report)
         samples = samples or ROOT / "benchmarks" / "results" / "adapters.json"
     if samples is not None:
-        data = {"machine": machine(), **{title: found for title, (_, found) in sections.items()}}
         samples.parent.mkdir(parents=True, exist_ok=True)
         samples.write_text(json.dumps(data, indent=1) + "\n")
 

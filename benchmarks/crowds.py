@@ -243,7 +243,7 @@ def measure_delay(shape: str, rounds: int, tokens: int, base: Path, folder: Path
     # Pages for those that run, the hot one, and two of the cold: each comes from disk, over and over.
     options = (*options, "--adapter-pages", 1 + 4 * 3)
     delay = Delay(file_bytes=(folder / "delay" / "hot" / "adapter_model.safetensors").stat().st_size)
-    # One core computes and the others load: threads that wait for each other at every product would measure the machine.
+    # One core computes and the others load: threads that wait for one another would measure the machine.
     with weft_server(base, *options, threads=1) as address:
         for turn in range(rounds + 1):
             for mode, others in (("none", []), ("hot", ["hot"]), ("cold", cold)):

@@ -100,7 +100,7 @@ def main(quick: bool, device: str, output: Path, samples: Path | None) -> None:
             progress.stop()
             click.echo(f"{parts[-1]}\n({progress.get_time() - started:.0f} s)\n")
             progress.start()
-    parts.append(f"Machine: {data['machine']}.\n")
+    parts.append(f"Machine: {data['machine']}; here one thread each for the copies and for every server.\n")
     report = "\n".join(parts)
     if not quick:
         write_section(output, "adapters", report)

@@ -6,6 +6,8 @@ from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -85,6 +87,16 @@ class PageAllocator:
         assert not set(owned) & set(free), "a page is both free and held"
 
 
+class Recall(Protocol):
+    """Reads one content again without validating it, as long as its files are the same. See `recall.py`."""
+
+    @property
+    def source(self) -> str: ...
+
+    def read(self, folder: Path) -> HostAdapter | None:
+        """None where the files are not those that they were. Raises OSError."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class HostAdapter:
     """An adapter in host memory, in the dtype and the layout of the pages.
@@ -93,6 +105,7 @@ class HostAdapter:
     patches, invocation: as a `PagedAdapter` has them. modules: all that it changes. num_row_pages: that hold its rows.
     num_pages: that it takes on the device, those included whose place its patches take. num_bytes: that it takes here.
     disk_bytes: of its tensors in the file. probe_error: of the parity probe, None where it was not run.
+    recall: reads it again; None where that takes a validation.
     """
 
     digest: str
@@ -108,6 +121,7 @@ class HostAdapter:
     disk_bytes: int
     has_effect: bool
     probe_error: float | None = None
+    recall: Recall | None = None
 
     @property
     def is_sum(self) -> bool:
@@ -136,7 +150,7 @@ class PagePool:
             name: Site(index, module.d_in, module.d_out, config.num_pages, config.dtype, config.device)
             for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
         }
-        self._rows = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
+        self._flat = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
         self._stream: torch.cuda.Stream | None = None
         if config.device.type == "cuda":
             self._stream = torch.cuda.Stream(config.device)  # type: ignore[no-untyped-call]
@@ -199,9 +213,12 @@ class PagePool:
         targets: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         blanks: list[torch.Tensor] = []
-        for name, halves in self._rows.items():
-            for pool, rows in zip(halves, host.rows.get(name, (None, None)), strict=True):
-                self._lay_out(runs, pool, rows, targets, values, blanks)
+        for name, pools in self._flat.items():
+            if name in host.rows:
+                for pool, rows in zip(pools, host.rows[name], strict=True):
+                    self._lay_out(runs, pool, rows, targets, values, blanks)
+            else:
+                blanks += [pool[first * PAGE_ROWS : last * PAGE_ROWS] for pool in pools for first, last in runs]
         with self._copying():
             # One call for all: it holds Python's lock only to begin with, while the engine's thread wants it.
             if targets:
@@ -220,17 +237,17 @@ class PagePool:
     def _lay_out(
         runs: Runs,
         pool: torch.Tensor,
-        rows: torch.Tensor | None,
+        rows: torch.Tensor,
         targets: list[torch.Tensor],
         values: list[torch.Tensor],
         blanks: list[torch.Tensor],
     ) -> None:
-        """Append what goes where in one half of a site. pool: [pages * PAGE_ROWS, d]; rows: [rank, d], None: none."""
-        at, rank = 0, 0 if rows is None else len(rows)
+        """Append what goes where in one half of a site. pool: [pages * PAGE_ROWS, d]; rows: [rank, d]."""
+        at, rank = 0, rows.shape[0]
         for first, last in runs:
             start, stop = first * PAGE_ROWS, last * PAGE_ROWS
             filled = min(stop - start, rank - at)
-            if rows is not None and filled > 0:
+            if filled > 0:
                 targets.append(pool[start : start + filled])
                 values.append(rows if filled == rank else rows[at : at + filled])
                 at += filled

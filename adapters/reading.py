@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from weft.adapters.content import LoraWeights, digest_of
 from weft.adapters.folder import WEIGHTS_FILE, examine_folder, load_folder
-from weft.adapters.pages import HostAdapter, PagePool
+from weft.adapters.pages import HostAdapter, PagePool, Recall
 from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.recall import Recalls, stamp_of
 from weft.adapters.report import AdapterReport, ModuleReport, module_reports
 from weft.adapters.sources import Sources
 from weft.errors import InvalidAdapter, InvalidRequest, Problem, Unavailable
@@ -33,6 +35,7 @@ class Reader:
         self._pool = pool
         self._sources = sources
         self._policy = policy
+        self._recalls = Recalls()
 
     def check(self, source: str) -> None:
         """Look at the source's form alone. Raises InvalidRequest."""
@@ -40,8 +43,13 @@ class Reader:
 
     def read(self, source: str) -> HostAdapter:
         """Read, validate, and see that it does what it should. Raises InvalidRequest, InvalidAdapter, Unavailable."""
-        weights = load_folder(self._sources.fetch(source), source, self._pool.base)
-        return self._prove(weights, self._prepare(weights, source), source)
+        folder = self._sources.fetch(source)
+        before = stamp_of(folder)
+        weights = load_folder(folder, source, self._pool.base)
+        host = self._prove(weights, self._prepare(weights, source), source)
+        with suppress(OSError):
+            return self._recalls.remember(host, source, folder, before)
+        return host
 
     def inspect(self, source: str) -> AdapterReport:
         """Say what a source holds, what of it can't be served and why, and what it would cost.
@@ -80,16 +88,15 @@ class Reader:
             raise InvalidAdapter(source, [Problem("size", words)])
         return host
 
-    def read_again(self, sources: Iterable[str], digest: str) -> HostAdapter:
-        """Read the content that one of the sources held before.
+    def read_again(self, sources: Iterable[str], digest: str, recall: Recall | None = None) -> HostAdapter:
+        """Read the content that one of the sources held before. recall: as its last `HostAdapter` had it.
 
         Raises InvalidAdapter where their content is another by now, Unavailable where a file can't be read just now.
         """
         errors: list[InvalidAdapter | Unavailable] = []
         for source in dict.fromkeys(sources):
             try:
-                weights = load_folder(self._sources.fetch_again(source), source, self._pool.base)
-                host = self._prepare(weights, source)
+                host = self._load(source, recall if recall is not None and recall.source == source else None)
             except Unavailable as error:
                 errors.append(error)
             except OSError as error:
@@ -101,6 +108,16 @@ class Reader:
                     return host
                 errors.append(_changed(source))
         raise next((error for error in errors if isinstance(error, Unavailable)), errors[0])
+
+    def _load(self, source: str, recall: Recall | None) -> HostAdapter:
+        """Without validation where a recall has what the source holds."""
+        folder = self._sources.fetch_again(source)
+        host = recall.read(folder) if recall is not None else None
+        if host is not None:
+            return host
+        before = stamp_of(folder)
+        weights = load_folder(folder, source, self._pool.base)
+        return self._recalls.remember(self._prepare(weights, source), source, folder, before)
 
     def _unreadable(self, source: str) -> Unavailable | None:
         """Whether it is the files that can't be read, rather than what they hold."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from weft.adapters.pages import HostAdapter, PagePool, Runs
+from weft.adapters.pages import HostAdapter, PagePool, Recall, Runs
 from weft.adapters.reading import Reader
 from weft.errors import OutOfCapacity, Unavailable, WeftError
 from weft.kernels.plan import PagedAdapter
@@ -69,6 +69,7 @@ class AdapterVersion:
     disk_bytes: int
     is_sum: bool
     probe_error: float | None
+    recall: Recall | None
     names: dict[str, str] = field(default_factory=dict)
     keepers: int = 0
     users: int = 0
@@ -175,6 +176,7 @@ class Tiers:
                 disk_bytes=host.disk_bytes,
                 is_sum=host.is_sum,
                 probe_error=host.probe_error,
+                recall=host.recall,
             )
             self.versions[host.digest] = version
         if version.host is None:
@@ -242,8 +244,8 @@ class Tiers:
     def read(self, version: AdapterVersion) -> None:
         """Start to read it from disk."""
         assert version.moving_from is None and version.tier is Tier.DISK, "read without need"  # noqa: PT018
-        sources = [*version.names.values(), version.origin]
-        self._start(version, Tier.DISK, lambda: self._reader.read_again(sources, version.digest))
+        sources, recall = [*version.names.values(), version.origin], version.recall
+        self._start(version, Tier.DISK, lambda: self._reader.read_again(sources, version.digest, recall))
 
     def copy(self, version: AdapterVersion) -> None:
         """Start to copy it to the device; the pages are free."""
@@ -351,7 +353,7 @@ class Tiers:
                 self._copy_into_free_pages(version)
 
     def _put_on_host(self, version: AdapterVersion, host: HostAdapter) -> None:
-        version.host = host
+        version.host, version.recall = host, host.recall
         self._on_host[version] = None
         self.host_bytes_used += host.num_bytes
 

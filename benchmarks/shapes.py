@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -65,3 +68,35 @@ def make_adapters(model: LlamaForCausalLM, folder: Path, count: int) -> dict[str
         adapted.save_pretrained(paths[f"a{index:02d}"])
         adapted.unload()
     return paths
+
+
+def module_shapes(shape: str) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of every linear module but the head."""
+    of = SHAPES[shape]
+    hidden, inner = of["hidden_size"], of["intermediate_size"]
+    keys = hidden // of["num_attention_heads"] * of["num_key_value_heads"]
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    return {f"model.layers.{i}.{name}": dims for i in range(of["num_hidden_layers"]) for name, dims in layer.items()}
+
+
+def write_adapters(shape: str, folder: Path, ranks: Mapping[str, int]) -> None:
+    """Adapters by name and rank, as `make_adapters` makes them, but written at once: peft takes a second each."""
+    modules = module_shapes(shape)
+    for seed, (name, rank) in enumerate(ranks.items()):
+        sizes = {f"base_model.model.{module}.lora_A.weight": (rank, d_in) for module, (d_in, _) in modules.items()}
+        sizes |= {f"base_model.model.{module}.lora_B.weight": (d_out, rank) for module, (_, d_out) in modules.items()}
+        counts = [rows * columns for rows, columns in sizes.values()]
+        numbers = torch.randn(sum(counts), generator=torch.Generator().manual_seed(seed)) * 0.02
+        tensors = {key: part.view(size) for (key, size), part in zip(sizes.items(), numbers.split(counts), strict=True)}
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter_config.json").write_text(json.dumps({**config, "target_modules": MODULES}))
+        save_file(tensors, folder / name / "adapter_model.safetensors")

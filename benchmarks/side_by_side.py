@@ -11,27 +11,21 @@ as a server of its own and is asked over gRPC.
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 import grpc
-import peft
 import torch
 import transformers
+from loaded import weft_server
 from peft import PeftModel
+from report import machine, write_section
 from rich.progress import Progress
 from shapes import make_adapters, make_base
 from transformers import LlamaForCausalLM
@@ -101,27 +95,6 @@ def merge_one_at_a_time(model: PeftModel, names: list[str], prompts: Tokens) -> 
     return made
 
 
-@contextmanager
-def weft_server(base: Path, adapters: Path) -> Iterator[str]:
-    """A `weft serve` process on free ports; yields its address and ends it."""
-    command = [Path(sys.executable).with_name("weft"), "serve", "--model", base, "--adapters", adapters]
-    options = ["--port", "0", "--metrics-port", "0", "--max-batch-tokens", "1024"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    log: list[str] = []
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            log.append(line)
-            if found := re.search(r"gRPC on (\S+),", line):
-                threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield found[1]
-                return
-        raise RuntimeError(f"weft serve did not start: {''.join(log)}")
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def ask_weft(address: str, prompts: Tokens, names: list[str]) -> Tokens:
     """All prompts at once, each a streaming request with its own adapter ("" is the base)."""
 
@@ -180,14 +153,6 @@ def table(systems: list[System], ceiling: System) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    cores = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
-    return f"{cores}, {versions}, {torch.get_num_threads()} threads"
-
-
 @click.command(help=__doc__)
 @click.option("--shape", default="135m", show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="How often each system takes its turn.")
@@ -206,7 +171,8 @@ def main(shape: str, rounds: int, output: Path) -> None:
         adapted = load_peft(base, paths)
         names = list(paths)
         progress.update(work, description="starting weft serve")
-        with weft_server(folder / "base", folder / "adapters") as address:
+        options = ("--adapters", folder / "adapters", "--max-batch-tokens", 1024)
+        with weft_server(folder / "base", *options) as address:
             weft_base = System("Weft, base only", lambda: ask_weft(address, prompts, [""] * NUM_REQUESTS))
             weft_mixed = {
                 count: System(
@@ -242,14 +208,7 @@ def main(shape: str, rounds: int, output: Path) -> None:
     )
     click.echo(report)
     if shape == "135m":
-        write_section(output, report)
-
-
-def write_section(path: Path, report: str) -> None:
-    """Replace what stands between the two marks of the document."""
-    start, end = "<!-- side_by_side: begin -->\n", "<!-- side_by_side: end -->\n"
-    text = path.read_text()
-    path.write_text(text.split(start)[0] + start + report + end + text.split(end)[1])
+        write_section(output, "side_by_side", report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,238 @@
+"""Reading known content again, without validating it again: files that have not changed hold what they held.
+
+A file is taken to be unchanged when device, inode, size, mtime and ctime are those of a read that was validated: no
+program can set ctime. As file systems' clocks tick coarsely, a file that had changed only just before that read is not
+trusted (git calls such entries racy). Where anything differs, the whole validation runs.
+
+What a `FileRecall` reads was once compared, number by number, with what validation made of the same files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from weakref import WeakValueDictionary
+
+import numpy
+import torch
+
+from weft.adapters.folder import WEIGHTS_FILE
+from weft.adapters.pages import HostAdapter
+from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.tensors import PREFIX
+
+_SETTLED_NS = 3_000_000_000
+"""Since a file's last change; the coarsest clock of a file system in use ticks every two seconds (FAT)."""
+
+_HALF = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_CHUNK_BYTES = 2 << 20
+"""That are read and turned at a time, so that they are still in the processor's cache."""
+
+_MAX_BUFFERS = 1024
+"""That one call may fill: Linux's IOV_MAX."""
+
+Rows = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+Stamp = tuple[tuple[int, int, int, int, int], ...]
+"""Of both files: mtime and ctime in nanoseconds, device, inode, size."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A tensor of the file, in its order. shape: as rank rows, [rank, d]; is_b: stored transposed."""
+
+    module: str
+    shape: tuple[int, int]
+    is_b: bool
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Layout:
+    """Where a file of nothing but A and B of linear modules, all of one dtype, has them; start: of the first, bytes."""
+
+    start: int
+    dtype: torch.dtype
+    pieces: tuple[_Piece, ...]
+
+    def read(self, file: int, dtype: torch.dtype, *, pinned: bool) -> Rows:
+        """Rank rows by module. What needs no change is read to where it stays. Raises OSError."""
+        numbers = _memory(sum(piece.numel for piece in self.pieces), dtype, pinned=pinned)
+        parts = torch.split(numbers, [piece.numel for piece in self.pieces])
+        halves: dict[str, dict[bool, torch.Tensor]] = {}
+        chunk: list[tuple[_Piece, torch.Tensor]] = []
+        num_bytes, at = 0, self.start
+        scratch = torch.empty(0, dtype=self.dtype)
+        for piece, part in zip(self.pieces, parts, strict=True):
+            chunk.append((piece, part))
+            halves.setdefault(piece.module, {})[piece.is_b] = part.view(piece.shape)
+            num_bytes += piece.numel * self.dtype.itemsize
+            if num_bytes >= _CHUNK_BYTES or piece is self.pieces[-1]:
+                if scratch.nbytes < num_bytes:
+                    scratch = torch.empty(num_bytes // self.dtype.itemsize, dtype=self.dtype)
+                self._read_chunk(file, at, chunk, scratch)
+                at += num_bytes
+                chunk, num_bytes = [], 0
+        return {module: (both[False], both[True]) for module, both in halves.items()}
+
+    def _read_chunk(
+        self, file: int, at: int, chunk: Sequence[tuple[_Piece, torch.Tensor]], scratch: torch.Tensor
+    ) -> None:
+        """Fill the parts of some adjacent pieces; scratch has room for all."""
+        aside, used = _bytes_of(scratch), 0
+        buffers: list[memoryview] = []
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for piece, part in chunk:
+            if not piece.is_b and part.dtype == self.dtype:
+                buffers.append(_bytes_of(part))
+                continue
+            source = scratch[used : used + piece.numel]
+            buffers.append(aside[used * self.dtype.itemsize :][: source.nbytes])
+            used += piece.numel
+            targets.append(part.view(piece.shape))
+            sources.append(source.view(piece.shape[::-1]).t() if piece.is_b else source.view(piece.shape))
+        _read_into(file, buffers, at)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecall:
+    """Reads one content again from a source. bare: all of it but its rows; pinned: whether these are page-locked."""
+
+    source: str
+    stamp: Stamp
+    layout: Layout
+    dtype: torch.dtype
+    pinned: bool
+    bare: HostAdapter
+
+    def read(self, folder: Path) -> HostAdapter | None:
+        """None where the files are not those that they were. Raises OSError."""
+        if _stamp(folder) != self.stamp:
+            return None
+        rows = _read_rows(folder, self.layout, self.dtype, pinned=self.pinned)
+        if _stamp(folder) != self.stamp:
+            return None
+        return replace(self.bare, rows=rows, recall=self)
+
+
+class Recalls:
+    """Makes recalls; those of files that are laid out alike share the layout. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._layouts: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()
+
+    def remember(self, host: HostAdapter, source: str, folder: Path, before: Stamp | None) -> HostAdapter:
+        """With a recall, if there can be one. before: the files' stamp when validation began to read them.
+
+        Raises OSError.
+        """
+        layout = self._layout(folder) if host.rows and not host.patches else None
+        if layout is None or before is None or time.time_ns() - max(max(each[:2]) for each in before) < _SETTLED_NS:
+            return host
+        some = next(iter(host.rows.values()))[0]
+        rows = _read_rows(folder, layout, some.dtype, pinned=some.is_pinned())
+        if _stamp(folder) != before or not _are_equal(rows, host.rows):
+            return host
+        bare = replace(host, rows={})
+        return replace(host, recall=FileRecall(source, before, layout, some.dtype, some.is_pinned(), bare))
+
+    def _layout(self, folder: Path) -> Layout | None:
+        with (folder / WEIGHTS_FILE).open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        key = hashlib.sha256(header).digest()
+        with self._lock:
+            known = self._layouts.get(key)
+        if known is None:
+            known = _layout_of(header)
+            if known is not None:
+                with self._lock:
+                    known = self._layouts.setdefault(key, known)
+        return known
+
+
+def stamp_of(folder: Path) -> Stamp | None:
+    """Of an adapter's files as they are now; None where they can't be looked at."""
+    try:
+        return _stamp(folder)
+    except OSError:
+        return None
+
+
+def _stamp(folder: Path) -> Stamp:
+    found = [(folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return tuple((file.st_mtime_ns, file.st_ctime_ns, file.st_dev, file.st_ino, file.st_size) for file in found)
+
+
+def _layout_of(header: bytes) -> Layout | None:
+    """Of a safetensors header that was validated; None for a file that holds anything else."""
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    dtypes = {entry["dtype"] for entry in entries.values()}
+    matches = {name: _HALF.fullmatch(name) for name in entries}
+    if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
+        return None
+    pieces: list[_Piece] = []
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        match, shape = matches[name], entry["shape"]
+        if match is None or len(shape) != 2:
+            return None
+        is_b = match["half"] == "B"
+        pieces.append(_Piece(match["module"], (shape[1], shape[0]) if is_b else (shape[0], shape[1]), is_b))
+    return Layout(8 + len(header), _DTYPES[dtypes.pop()], tuple(pieces))
+
+
+def _read_rows(folder: Path, layout: Layout, dtype: torch.dtype, *, pinned: bool) -> Rows:
+    file = os.open(folder / WEIGHTS_FILE, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return layout.read(file, dtype, pinned=pinned)
+    finally:
+        os.close(file)
+
+
+def _read_into(file: int, buffers: Sequence[memoryview], at: int) -> None:
+    """Fill the buffers in turn with what is in the file from `at` on."""
+    waiting = deque(buffers)
+    while waiting:
+        count = os.preadv(file, list(islice(waiting, _MAX_BUFFERS)), at)
+        if count == 0:
+            raise OSError(errno.EIO, "is shorter than it was")
+        at += count
+        while waiting and count >= len(waiting[0]):
+            count -= len(waiting.popleft())
+        if count:
+            waiting[0] = waiting[0][count:]
+
+
+def _memory(count: int, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """Numpy's memory where it need not be page-locked: in huge pages, which take a fraction of the time to come."""
+    if pinned:
+        return torch.empty(count, dtype=dtype, pin_memory=True)
+    return torch.from_numpy(numpy.empty(count * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _are_equal(some: Rows, others: Rows) -> bool:
+    return some.keys() == others.keys() and all(
+        torch.equal(row, other) for name in some for row, other in zip(some[name], others[name], strict=True)
+    )

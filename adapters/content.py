@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -125,6 +126,11 @@ class LoraWeights:
         for name, saved in sorted(self.saved.items()):
             yield from ((f"{name}:saved:{key}", tensor) for key, tensor in sorted(saved.items()))
         yield from ((f"{name}:tokens", update.rows) for name, update in sorted(self.tokens.items()))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinities; reads it once and takes no memory, unlike torch.isfinite."""
+    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
 
 
 def digest_of(weights: LoraWeights) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from weft.adapters.base import Base, ModuleKind
-from weft.adapters.content import LoraParameter
+from weft.adapters.content import LoraParameter, is_finite
 from weft.adapters.peft_config import PeftConfig
 from weft.adapters.tensors import SortedTensors
 from weft.errors import Problem
@@ -83,7 +83,7 @@ def _fuse(
             raise ValueError(f"needs rows for {projection} of each of {count} experts, shaped {wanted}")
         a[projection] = torch.stack([each["lora_A"] for each in parts])
         b[projection] = torch.stack([each["lora_B"] for each in parts])
-    if any(not tensor.is_floating_point() or not torch.isfinite(tensor).all() for tensor in (*a.values(), *b.values())):
+    if any(not tensor.is_floating_point() or not is_finite(tensor) for tensor in (*a.values(), *b.values())):
         raise ValueError("has rows for single experts that are not finite numbers")
     fused = {}
     if "down_proj" in present:

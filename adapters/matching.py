@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from weft.adapters.base import Base, BaseModule, ModuleKind
-from weft.adapters.content import LoraModule, LoraParameter, LoraWeights, TokenUpdate
+from weft.adapters.content import LoraModule, LoraParameter, LoraWeights, TokenUpdate, is_finite
 from weft.adapters.legacy import fuse_experts
 from weft.adapters.peft_config import PeftConfig
 from weft.adapters.tensors import SortedTensors, is_saved
@@ -249,7 +249,7 @@ class _Matcher:
             self._refuse(name, f"has shape {list(tensor.shape)}; this base and its config need {list(shape)}")
         elif tensor.dtype not in DTYPES:
             self._refuse(name, f"is {_name(tensor.dtype)}; must be one of {', '.join(map(_name, DTYPES))}")
-        elif not torch.isfinite(tensor).all():
+        elif not is_finite(tensor):
             self._refuse(name, "holds NaN or infinite values")
         else:
             return True

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from weft.adapters.base import Base, ModuleKind
-from weft.adapters.content import LoraWeights
+from weft.adapters.content import LoraWeights, is_finite
 from weft.adapters.effect import has_effect
 from weft.adapters.fold import Folded, fold
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
@@ -275,7 +275,7 @@ class PagePool:
         beyond = [
             Problem(name, f"has values beyond the range of {dtype}, the base's type")
             for name, tensors in parts.items()
-            if not all(torch.isfinite(tensor).all() for tensor in tensors)
+            if not all(map(is_finite, tensors))
         ]
         if beyond:
             raise InvalidAdapter(source, beyond)

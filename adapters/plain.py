@@ -1,4 +1,4 @@
-"""The plain reference: what one adapter makes of one module, by merged weights, as PEFT's documentation has it.
+"""The plain reference: what one adapter makes of one module, as PEFT's own modules compute it.
 
 Slow, and without pages, plans or folding: what is served is compared with this.
 """
@@ -14,15 +14,36 @@ from weft.adapters.base import BaseModule, ModuleKind
 from weft.adapters.content import LoraWeights
 
 
-def plain_output(name: str, inputs: Sequence[torch.Tensor], module: BaseModule, weights: LoraWeights) -> torch.Tensor:
-    """The first output of a module with the adapter merged into it, float32; inputs: rows, as the module takes them."""
+def plain_output(
+    name: str, inputs: Sequence[torch.Tensor], output: torch.Tensor, module: BaseModule, weights: LoraWeights
+) -> torch.Tensor:
+    """The first output of a module with the adapter, in float32.
+
+    inputs: rows, as the module takes them; output: what the base's module gave for them.
+    """
     if module.kind in (ModuleKind.EXPERTS, ModuleKind.OTHER):
-        output = module.own(_merged_parameters(name, module, weights))(*inputs)
-        return (output[0] if isinstance(output, tuple) else output).float()
+        made = module.own(_merged_parameters(name, module, weights))(*inputs)
+        return (made[0] if isinstance(made, tuple) else made).float()
+    lora = weights.modules.get(name)
+    is_merged = lora is not None and lora.magnitude is not None
+    if module.kind is not ModuleKind.EMBEDDING and not is_merged and name not in {*weights.saved, *weights.tokens}:
+        return output.float() + _added(name, inputs[0].float(), module, weights)
     weight, bias = _merged(name, module, weights)
     if module.kind is ModuleKind.EMBEDDING:
         return weight.t()[inputs[0]] * module.output_scale
     return functional.linear(inputs[0].float(), weight, bias)
+
+
+def _added(name: str, x: torch.Tensor, module: BaseModule, weights: LoraWeights) -> torch.Tensor:
+    """What is added to a linear module's output: s B (A x) + s c + (b' - b)."""
+    lora, bias = weights.modules.get(name), weights.biases.get(name)
+    added = torch.zeros(len(x), module.d_out, device=x.device)
+    if lora is not None:
+        made = x @ lora.a.to(x.device).float().t() @ lora.b.to(x.device).float().t()
+        added += lora.scale * (made if lora.bias is None else made + lora.bias.to(x.device).float())
+    if bias is not None:
+        added += bias.to(x.device).float() - module.read("bias").float()
+    return added
 
 
 def _merged(name: str, module: BaseModule, weights: LoraWeights) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -76,9 +76,10 @@ class _Comparing(WholePrompt):
     def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         if module not in self.weights.touched:
             return
-        self.adapting.adapt(self.plan, module, inputs, outputs)
         rows = [rows_of(tensor, self.plan.num_tokens) for tensor in inputs]
-        plain = plain_output(module, rows, self.model.base.modules[module], self.weights)
-        ours = rows_of(outputs[0], self.plan.num_tokens).float()
+        output = rows_of(outputs[0], self.plan.num_tokens)
+        plain = plain_output(module, rows, output.clone(), self.model.base.modules[module], self.weights)
+        self.adapting.adapt(self.plan, module, inputs, outputs)
+        ours = output.float()
         error = (ours - plain).norm() / plain.norm().clamp(min=torch.finfo(torch.float32).tiny)
         self.errors[module] = float(error.nan_to_num(nan=float("inf")))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from weft.adapters.base import Base
 from weft.adapters.content import LoraWeights, digest_of
 from weft.adapters.matching import match_up
-from weft.adapters.peft_config import CONFIG_FILE, read_config
-from weft.adapters.safe_files import check_safetensors
+from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
 from weft.adapters.tensors import sort_tensors
+from weft.adapters.weights_file import cut_short, read_tensors
 from weft.errors import InvalidAdapter, Problem
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_PROBLEMS = 20
 
 
 def load_folder(folder: Path, source: str, base: Base) -> LoraWeights:
@@ -29,10 +28,7 @@ def load_folder(folder: Path, source: str, base: Base) -> LoraWeights:
     """
     weights, problems = examine_folder(folder, source, base)
     if problems:
-        shown = problems[:MAX_PROBLEMS]
-        if len(problems) > MAX_PROBLEMS:
-            shown.append(Problem(WEIGHTS_FILE, f"has {len(problems) - MAX_PROBLEMS} more problems"))
-        raise InvalidAdapter(source, shown)
+        raise InvalidAdapter(source, cut_short(problems, WEIGHTS_FILE))
     return replace(weights, digest=digest_of(weights))
 
 
@@ -44,11 +40,11 @@ def examine_folder(folder: Path, source: str, base: Base) -> tuple[LoraWeights, 
     if not _is_folder(folder):
         raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
     config = read_config(folder, source)
-    tensors = _read_tensors(folder, source)
     try:
+        tensors = _read_tensors(folder, source, _largest(config, base))
         return match_up(config, sort_tensors(tensors, config, base), base)
     except TimeoutError:
-        words = "holds a regular expression that takes too long to match: write it without repeats inside repeats"
+        words = "holds a regular expression that takes too long to match"
         raise InvalidAdapter(source, [Problem(CONFIG_FILE, words)]) from None
 
 
@@ -59,17 +55,23 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path, source: str, most: int) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not path.exists():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = (
             f" (found {pickles[0]}, a pickle, which can run code: save it again with safetensors)" if pickles else ""
         )
         raise InvalidAdapter(source, [Problem(WEIGHTS_FILE, f"is missing{found}")])
-    check_safetensors(path, source)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise InvalidAdapter(source, [Problem(WEIGHTS_FILE, f"is not a sound safetensors file ({error})")]) from None
+    return read_tensors(path, source, most)
+
+
+def _largest(config: PeftConfig, base: Base) -> int:
+    """The elements of the largest tensor that an adapter of this config could hold for this base."""
+    rank = max(config.r, *config.rank_pattern.values(), 1)
+    largest = 0
+    for module in base.modules.values():
+        for shape in module.shapes.values():
+            low_rank = max(shape, default=0) * rank * (shape[0] if len(shape) == 3 else 1)
+            largest = max(largest, math.prod(shape), low_rank)
+    return largest

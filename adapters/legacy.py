@@ -44,7 +44,10 @@ def fuse_experts(
             problems.append(Problem(name, "has tensors, but adapter_config.json does not target it"))
             continue
         projection = _PROJECTIONS.get(match["projection"], match["projection"])
-        stacks.setdefault(to_current_name(match["stack"]), {})[projection, int(match["expert"])] = parts
+        experts = stacks.setdefault(to_current_name(match["stack"]), {})
+        if (projection, int(match["expert"])) in experts:
+            problems.append(Problem(name, "has rows for an expert that another name has rows for too"))
+        experts[projection, int(match["expert"])] = parts
     fused: dict[str, LoraParameter] = {}
     for stack, experts in stacks.items():
         try:
@@ -67,6 +70,8 @@ def _fuse(
     inner = width // 2
     shapes = {"gate_proj": (inner, d_in), "up_proj": (inner, d_in), "down_proj": (d_in, inner)}
     present = {projection for projection, _ in experts}
+    if max(expert for _, expert in experts) >= count:
+        raise ValueError(f"has rows for more experts than the {count} of this base")
     if ("gate_proj" in present) != ("up_proj" in present):
         raise ValueError("has rows for one of gate and up projection, which are one weight in this base")
     a, b = {}, {}

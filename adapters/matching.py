@@ -32,6 +32,7 @@ def match_up(config: PeftConfig, tensors: SortedTensors, base: Base) -> tuple[Lo
         invocation=config.invocation,
     )
     matcher.check_base_weights()
+    matcher.check_invocation()
     if not matcher.problems and not weights.touched:
         matcher.problems.append(Problem("adapter_model.safetensors", "holds no LoRA tensors"))
     return weights, [*tensors.problems, *matcher.problems]
@@ -132,6 +133,11 @@ class _Matcher:
         if follows:
             wanted.pop(head, None)
         updates = {}
+        for key in self._config.token_indices:
+            if key and not any(name and name.endswith(key) for name in (embedding, head)):
+                self._refuse(
+                    f"trainable_token_indices[{ascii(key[:80])}]", "is neither this base's embedding nor its head"
+                )
         for name in sorted(wanted.keys() | self._tensors.tokens.keys()):
             update = self._token_update(name, wanted.get(name), self._tensors.tokens.get(name))
             if update is not None:
@@ -144,15 +150,24 @@ class _Matcher:
         """Embeddings that PEFT saved beside the adapter must be this base's own, or it was trained on another."""
         for name, tensor in self._tensors.base_weights.items():
             shape = self._base.modules[name].shapes["weight"]
-            if tuple(tensor.shape) != shape:
+            if tensor.dim() == 2 and len(tensor) != shape[0]:
                 self._refuse(
                     f"{name}.weight",
                     f"has {len(tensor)} rows and this base {shape[0]}: the vocabulary was resized, which is not served",
                 )
                 continue
+            if not self._fits(f"{name}.weight", tensor, shape):
+                continue
             own = self._base.modules[name].read("weight").cpu()
             if not torch.equal(tensor.to(own.dtype), own):
                 self._refuse(f"{name}.weight", "differs from this base's: the adapter was trained on another one")
+
+    def check_invocation(self) -> None:
+        """An activated LoRA whose tokens can't occur would never adapt anything."""
+        embedding = self._base.modules.get(self._base.embedding)
+        beyond = [token for token in self._config.invocation if embedding and token >= embedding.shapes["weight"][0]]
+        if beyond:
+            self._refuse("alora_invocation_tokens", f"holds {beyond[0]}, which is no token of this base")
 
     def _targeted_parameters(self, name: str, module: BaseModule) -> list[str]:
         """The parameters of a module that PEFT would put LoRA on; a router is targeted as the linear module it was."""

@@ -9,23 +9,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import regex
-
+from weft.adapters.patterns import Patterns
+from weft.adapters.safe_files import open_regular
 from weft.errors import InvalidAdapter, Problem
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
-MATCH_TIMEOUT_S = 0.2
-"""How long one pattern of an adapter may take on one module's name; an honest one takes microseconds."""
-
 T = TypeVar("T")
 
-_NO_EFFECT = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config",
-})  # fmt: skip
-"""Fields that say how the adapter was made or trained and do not change what it computes when served."""
+_NO_EFFECT: Mapping[str, tuple[type, ...]] = {
+    "auto_mapping": (dict,),
+    "base_model_name_or_path": (str,),
+    "corda_config": (dict,),
+    "ephemeral_gpu_offload": (bool,),
+    "eva_config": (dict,),
+    "fan_in_fan_out": (bool,),
+    "inference_mode": (bool,),
+    "loftq_config": (dict,),
+    "lora_dropout": (int, float),
+    "lora_ga_config": (dict,),
+    "megatron_core": (str,),
+    "peft_version": (str,),
+    "qalora_group_size": (int,),
+    "revision": (str,),
+    "runtime_config": (dict,),
+}
+"""Fields that say how the adapter was made or trained and do not change what it computes, and their types."""
 
 _HONOURED = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights",
@@ -46,8 +55,8 @@ _REFUSED_WHEN_SET = {
 }
 """Fields that change what the adapter computes, in a way this server can't reproduce, and why."""
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base weights as they are, so that A and B alone are the whole adapter."""
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations, beside true and false, that leave the base weights as they are."""
 
 _BIASES = ("none", "all", "lora_only")
 
@@ -77,6 +86,7 @@ class PeftConfig:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ensure_weight_tying: bool = False
     invocation: tuple[int, ...] = ()
+    patterns: Patterns = field(default_factory=Patterns, compare=False, repr=False)
 
     @property
     def default_scale(self) -> float:
@@ -85,11 +95,11 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """The rank PEFT gives to a module: the first matching `rank_pattern`, else `r`."""
-        return _lookup(self.rank_pattern, module, self.r)
+        return self._lookup(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
         """The factor on B·A that PEFT uses at a module."""
-        return self._scale(_lookup(self.alpha_pattern, module, self.lora_alpha), self.rank(module))
+        return self._scale(self._lookup(self.alpha_pattern, module, self.lora_alpha), self.rank(module))
 
     def saves(self, module: str) -> bool:
         """Whether PEFT would train this module, or one that it is a part of, in full (`modules_to_save`).
@@ -101,7 +111,7 @@ class PeftConfig:
 
     def targets_parameter(self, parameter: str) -> bool:
         """Whether PEFT would put LoRA on this bare parameter (`target_parameters`)."""
-        return _matches(self.target_parameters, parameter)
+        return self._matches(self.target_parameters, parameter)
 
     def tokens_of(self, module: str, *, is_embedding: bool) -> tuple[int, ...]:
         """The tokens whose rows PEFT would train in this module (`trainable_token_indices`)."""
@@ -111,11 +121,11 @@ class PeftConfig:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would put LoRA on this linear module (`check_target_module_exists`)."""
-        if _matches(self.exclude_modules, module):
+        if self._matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
-            return self.targets_all_linear or _matches(self.target_modules, module)
-        return _matches(self.target_modules, module) and self._layer_selected(module)
+            return self.targets_all_linear or self._matches(self.target_modules, module)
+        return self._matches(self.target_modules, module) and self._layer_selected(module)
 
     @property
     def targets_all_linear(self) -> bool:
@@ -128,12 +138,17 @@ class PeftConfig:
     def _layer_selected(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        for pattern in patterns:
-            match = _match(pattern, module)
-            if match:
-                return int(match.group(1)) in self.layers_to_transform
-        return False
+        return self.patterns.layer(self.layers_pattern, module) in self.layers_to_transform
+
+    def _lookup(self, patterns: Mapping[str, T], module: str, default: T) -> T:
+        """The value of the first pattern that matches the module's name or a dotted end of it."""
+        return next((value for pattern, value in patterns.items() if self.patterns.is_end(pattern, module)), default)
+
+    def _matches(self, wanted: str | Sequence[str], module: str) -> bool:
+        if isinstance(wanted, str):
+            return self.patterns.is_whole(wanted, module)
+        parts = module.split(".")
+        return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted)
 
 
 def read_config(folder: Path, source: str) -> PeftConfig:
@@ -144,11 +159,11 @@ def read_config(folder: Path, source: str) -> PeftConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        if path.exists() and not path.is_file():
-            raise InvalidAdapter(source, [Problem(path.name, "is not a regular file")])
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        with open_regular(path) as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
             raise InvalidAdapter(source, [Problem(path.name, f"is larger than {MAX_CONFIG_BYTES} bytes")])
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        raw = json.loads(content.decode(), object_pairs_hook=_no_duplicates)
         json.dumps(raw, ensure_ascii=False).encode()  # refuses lone surrogates, which no message could repeat
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -159,31 +174,26 @@ def read_config(folder: Path, source: str) -> PeftConfig:
 
 
 def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    keys = [key for key, _ in pairs]
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} appears twice")
-    return dict(pairs)
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {_shown(key)} appears twice")
+        found[key] = value
+    return found
+
+
+def _shown(value: object) -> str:
+    """The value as a message can hold it: in one line, and not too long."""
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return "nested too deep"
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
     fields = _Fields(raw)
-    if raw.get("peft_type") != "LORA":
-        fields.refuse("peft_type", f"is {raw.get('peft_type')!r}; only 'LORA' is served")
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        fields.refuse("task_type", f"is {raw['task_type']!r}; only 'CAUSAL_LM' is served")
-    if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
-        fields.refuse(
-            "init_lora_weights",
-            f"{raw['init_lora_weights']!r} changes the base weights: convert the adapter with PEFT's "
-            "`path_initial_model_for_weight_conversion` first",
-        )
-    for name, why in _REFUSED_WHEN_SET.items():
-        if raw.get(name) not in (None, False, [], {}):
-            fields.refuse(name, f"is set, and {why}")
-    for name in sorted(raw.keys() - _NO_EFFECT - _HONOURED - _REFUSED_WHEN_SET.keys()):
-        if raw[name] not in (None, False, [], {}):
-            fields.refuse(name, "is not a LoRA field this server knows, so it can't say what the adapter computes")
+    _check_unserved(fields)
     config = PeftConfig(
         r=fields.rank("r"),
         lora_alpha=fields.alpha("lora_alpha"),
@@ -202,6 +212,7 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
         token_indices=fields.token_indices("trainable_token_indices"),
         ensure_weight_tying=fields.boolean("ensure_weight_tying"),
         invocation=fields.tokens("alora_invocation_tokens"),
+        patterns=fields.added,
     )
     _check_combinations(config, fields)
     if fields.problems:
@@ -209,8 +220,46 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
     return config
 
 
+def _check_unserved(fields: _Fields) -> None:
+    """Refuse what is another kind of adapter, or has more to it than this server knows."""
+    raw = fields.raw
+    if raw.get("peft_type") != "LORA":
+        fields.refuse("peft_type", f"is {_shown(raw.get('peft_type'))}; only 'LORA' is served")
+    if raw.get("task_type") not in (None, "CAUSAL_LM"):
+        fields.refuse("task_type", f"is {_shown(raw['task_type'])}; only 'CAUSAL_LM' is served")
+    init = raw.get("init_lora_weights", True)
+    if not isinstance(init, bool) and init not in _PLAIN_INITS:
+        fields.refuse(
+            "init_lora_weights",
+            f"is {_shown(init)}, which changes the base weights or is unknown: convert the adapter with PEFT's "
+            "`path_initial_model_for_weight_conversion` first",
+        )
+    for name, types in _NO_EFFECT.items():
+        if raw.get(name) is not None and not (isinstance(raw[name], types) and _is_bool(raw[name]) == (bool in types)):
+            fields.refuse(name, f"is {_shown(raw[name])}; must be {' or '.join(each.__name__ for each in types)}")
+    for name, why in _REFUSED_WHEN_SET.items():
+        if not _is_unset(raw.get(name)):
+            fields.refuse(name, f"is set, and {why}")
+    for name in sorted(raw.keys() - _NO_EFFECT.keys() - _HONOURED - _REFUSED_WHEN_SET.keys()):
+        if not _is_unset(raw[name]):
+            fields.refuse(name, "is not a LoRA field this server knows, so it can't say what the adapter computes")
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_unset(value: object) -> bool:
+    return value is None or value is False or value in ([], {})
+
+
 def _check_combinations(config: PeftConfig, fields: _Fields) -> None:
     """Refuse what PEFT itself refuses, or leaves open."""
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and fields.raw.get(name) is not None:
+            fields.refuse(name, "is set, and target_modules is a string, which PEFT does not allow together")
+    if config.layers_pattern and fields.raw.get("layers_to_transform") is None:
+        fields.refuse("layers_pattern", "is set without layers_to_transform, which PEFT does not allow")
     if config.lora_bias and config.use_dora:
         fields.refuse("lora_bias", "is set together with use_dora, which PEFT does not allow")
     if config.invocation:
@@ -222,13 +271,13 @@ def _check_combinations(config: PeftConfig, fields: _Fields) -> None:
             "target_parameters",
             "trainable_token_indices",
         ):
-            if fields.raw.get(name) not in (None, False, [], {}, "none"):
+            if not _is_unset(value := fields.raw.get(name)) and value != "none":
                 fields.refuse(name, "is set together with alora_invocation_tokens: an activated LoRA has only A and B")
 
 
 def _check_rank(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
-        raise ValueError(f"is {value!r}; must be a whole number from 1 to {1 << 16}")
+        raise ValueError(f"is {_shown(value)}; must be a whole number from 1 to {1 << 16}")
     return value
 
 
@@ -238,7 +287,7 @@ def _check_alpha(value: object) -> float:
             return float(value)
     except OverflowError:  # a whole number beyond any float
         pass
-    raise ValueError(f"is {str(value)[:40]}; must be a finite number")
+    raise ValueError(f"is {_shown(value)}; must be a finite number")
 
 
 class _Fields:
@@ -246,10 +295,11 @@ class _Fields:
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
+        self.added = Patterns()
         self.problems: list[Problem] = []
 
     def refuse(self, name: str, description: str) -> None:
-        self.problems.append(Problem(name, description))
+        self.problems.append(Problem(name if name.isprintable() and len(name) <= 80 else _shown(name), description))
 
     def rank(self, name: str) -> int:
         return self._checked(name, self.raw.get(name), _check_rank, 1)
@@ -260,37 +310,37 @@ class _Fields:
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)
         if not isinstance(value, bool):
-            self.refuse(name, f"is {value!r}; must be true or false")
+            self.refuse(name, f"is {_shown(value)}; must be true or false")
         return value is True
 
     def modules(self, name: str, *, required: bool = True) -> str | tuple[str, ...]:
         value = self.raw.get(name)
         if isinstance(value, str) and value:
-            self._check_pattern(name, value)
+            self._add(name, value, self.added.add_whole)
             return value
-        if value or required:
-            return self.names(name, required=required)
-        return ()
+        return self.names(name, required=required)
 
     def names(self, name: str, *, required: bool = False) -> tuple[str, ...]:
         value = self.raw.get(name)
-        value = [value] if isinstance(value, str) else value or []
+        value = [] if value is None else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or (required and not value):
-            self.refuse(name, f"is {value!r}; must be a {'non-empty ' if required else ''}list of module names")
+            words = f"is {_shown(value)}; must be a {'non-empty ' if required else ''}list of module names"
+            self.refuse(name, words)
             return ()
         return tuple(value)
 
     def patterns(self, name: str) -> tuple[str, ...]:
-        values = self.names(name)
+        value = self.raw.get(name)
+        values = (value,) if isinstance(value, str) and value else self.names(name)
         for value in values:
-            self._check_pattern(name, value)
+            self._add(name, value, self.added.add_layers)
         return values
 
     def layers(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
-        value = [value] if isinstance(value, int) else value or []
-        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-            self.refuse(name, f"is {value!r}; must be a layer index or a list of them")
+        value = [value] if isinstance(value, int) else [] if value is None else value
+        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+            self.refuse(name, f"is {_shown(value)}; must be a layer index or a list of them")
             return ()
         return tuple(value)
 
@@ -298,40 +348,42 @@ class _Fields:
         value = self.raw.get(name, allowed[0])
         if value in allowed:
             return str(value)
-        self.refuse(name, f"is {value!r}; must be one of {', '.join(allowed)}")
+        self.refuse(name, f"is {_shown(value)}; must be one of {', '.join(allowed)}")
         return allowed[0]
 
     def tokens(self, name: str) -> tuple[int, ...]:
-        return self._tokens(name, self.raw.get(name) or [])
+        return self._tokens(name, self.raw.get(name))
 
     def token_indices(self, name: str) -> dict[str, tuple[int, ...]]:
-        value = self.raw.get(name) or {}
-        by_module = {"": value} if isinstance(value, list) else value
+        value = self.raw.get(name)
+        by_module = {"": value} if isinstance(value, list) else {} if value is None else value
         if not isinstance(by_module, dict):
-            self.refuse(name, f"is {value!r}; must be a list of token ids, or map modules to such lists")
+            self.refuse(name, f"is {_shown(value)}; must be a list of token ids, or map modules to such lists")
             return {}
-        return {module: self._tokens(f"{name}[{module!r}]", ids) for module, ids in by_module.items()}
+        return {module: self._tokens(f"{name}[{_shown(module)}]", ids) for module, ids in by_module.items()}
 
     def _tokens(self, name: str, value: object) -> tuple[int, ...]:
-        if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+        value = [] if value is None else value
+        if isinstance(value, list) and all(type(token) is int and token >= 0 for token in value):
             return tuple(value)
-        self.refuse(name, f"is {str(value)[:80]}; must be a list of token ids")
+        self.refuse(name, f"is {_shown(value)}; must be a list of token ids")
         return ()
 
     def pattern(self, name: str, check: Callable[[object], T]) -> dict[str, T]:
-        value = self.raw.get(name) or {}
+        value = self.raw.get(name)
+        value = {} if value is None else value
         if not isinstance(value, dict):
-            self.refuse(name, f"is {value!r}; must map module patterns to numbers")
+            self.refuse(name, f"is {_shown(value)}; must map module patterns to numbers")
             return {}
         for key in value:
-            self._check_pattern(name, key)
-        return {key: self._checked(f"{name}[{key!r}]", item, check, check(1)) for key, item in value.items()}
+            self._add(name, key, self.added.add_end)
+        return {key: self._checked(f"{name}[{_shown(key)}]", item, check, check(1)) for key, item in value.items()}
 
-    def _check_pattern(self, name: str, pattern: str) -> None:
+    def _add(self, name: str, pattern: str, add: Callable[[str], None]) -> None:
         try:
-            regex.compile(pattern)
-        except regex.error as error:
-            self.refuse(name, f"{pattern!r} is not a regular expression ({error})")
+            add(pattern)
+        except ValueError as error:
+            self.refuse(name, f"{_shown(pattern)} {error}")
 
     def _checked(self, name: str, value: object, check: Callable[[object], T], fallback: T) -> T:
         try:
@@ -339,22 +391,3 @@ class _Fields:
         except ValueError as error:
             self.refuse(name, str(error))
             return fallback
-
-
-def _match(pattern: str, module: str) -> regex.Match[str] | None:
-    """`re.match` that others can run beside and that ends: raises TimeoutError after `MATCH_TIMEOUT_S`."""
-    return regex.match(pattern, module, timeout=MATCH_TIMEOUT_S, concurrent=True)
-
-
-def _lookup(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """PEFT's `get_pattern_key`: the first pattern that matches the module's name or a dotted end of it."""
-    for pattern, value in patterns.items():
-        if _match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _matches(wanted: str | Sequence[str], module: str) -> bool:
-    if isinstance(wanted, str):
-        return _match(rf"(?:{wanted})\Z", module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)

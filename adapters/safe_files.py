@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,18 +34,30 @@ def open_regular(path: Path) -> BinaryIO:
 def check_safetensors(path: Path, source: str) -> dict[str, Any]:
     """The header of a safetensors file, by tensor; source names the adapter in messages.
 
-    Reads no more than the header. Raises InvalidAdapter where its length is more than the file holds or
-    MAX_HEADER_BYTES, where it is not JSON or holds a key twice (readers differ in which one they take), or where a
-    tensor claims bytes that the file does not have.
+    Reads no more than the header. Raises InvalidAdapter as `open_safetensors` does.
+    """
+    with open_safetensors(path, source) as (_, tensors):
+        return tensors
+
+
+@contextmanager
+def open_safetensors(path: Path, source: str) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+    """The file, read up to where its data begins, and its header, by tensor.
+
+    Raises InvalidAdapter where its length is more than the file holds or MAX_HEADER_BYTES, where it is not JSON or
+    holds a key twice (readers differ in which one they take), or where a tensor claims bytes that the file does not
+    have; also for an OSError or a ValueError of the block.
     """
     try:
         with open_regular(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             header = file.read(_header_bytes(file.read(_LENGTH_BYTES), num_bytes))
-        tensors = json.loads(
-            header.decode(), object_pairs_hook=_without_twins, parse_constant=_no_constant, parse_int=_short_int
-        )
-        _check_extents(tensors, num_bytes - _LENGTH_BYTES - len(header))
+            tensors = json.loads(
+                header.decode(), object_pairs_hook=_without_twins, parse_constant=_no_constant, parse_int=_short_int
+            )
+            _check_extents(tensors, num_bytes - _LENGTH_BYTES - len(header))
+            tensors.pop("__metadata__", None)
+            yield file, tensors
     except OSError as error:
         raise InvalidAdapter(source, [Problem(path.name, f"can't be read ({error.strerror})")]) from None
     except RecursionError:
@@ -55,8 +68,6 @@ def check_safetensors(path: Path, source: str) -> dict[str, Any]:
         raise InvalidAdapter(source, [Problem(path.name, f"has a header that is not JSON ({error.msg})")]) from None
     except ValueError as error:
         raise InvalidAdapter(source, [Problem(path.name, str(error))]) from None
-    tensors.pop("__metadata__", None)
-    return dict(tensors)
 
 
 def _header_bytes(first: bytes, num_bytes: int) -> int:

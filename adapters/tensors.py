@@ -71,7 +71,7 @@ def _sort(name: str, tensor: torch.Tensor, config: PeftConfig, base: Base, found
     if parameter == "bias" and config.bias != "none":
         found.biases[module] = tensor
         return True
-    if parameter == "weight" and module in (base.embedding, base.head):
+    if parameter == "weight" and module in (base.embedding, base.head) and module in base.modules:
         found.base_weights[module] = tensor
         return True
     return False

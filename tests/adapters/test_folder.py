@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from bases import linear_base
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model
 
-from weft.adapters import peft_config
+from weft.adapters import patterns
 from weft.adapters.content import LoraWeights
 from weft.adapters.folder import load_folder
 from weft.errors import InvalidAdapter
@@ -115,7 +114,7 @@ def test_an_adapter_for_another_base_is_refused(adapter: Path) -> None:
 def test_a_pattern_that_takes_too_long_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": r"(.+)+q_proj"}))
-    monkeypatch.setattr(peft_config, "MATCH_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(patterns, "MATCH_TIMEOUT_S", 0.0)
     assert "takes too long to match" in refusal(adapter)
 
 
@@ -128,11 +127,20 @@ def test_a_pickle_is_not_read(adapter: Path) -> None:
     assert "adapter_model.bin, a pickle" in refusal(adapter)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
-def test_a_truncated_file_is_refused(adapter: Path, keep: int) -> None:
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (0, "has 0 bytes, too few"),
+        (7, "has 7 bytes, too few"),
+        (8, "claims a header of"),
+        (100, "claims a header of"),
+        (-1, "lies outside the 12,287 bytes of data"),
+    ],
+)
+def test_a_truncated_file_is_refused(adapter: Path, keep: int, words: str) -> None:
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert re.search(r"adapter_model\.safetensors: (has|claims) .* (bytes|data)", refusal(adapter))
+    assert words in refusal(adapter)
 
 
 def test_a_header_that_claims_too_much_is_refused(adapter: Path) -> None:

@@ -13,8 +13,8 @@ from weft.adapters.content import LoraWeights, digest_of
 from weft.adapters.matching import match_up
 from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
 from weft.adapters.tensors import sort_tensors
-from weft.adapters.weights_file import cut_short, read_tensors
-from weft.errors import InvalidAdapter, Problem
+from weft.adapters.weights_file import read_tensors
+from weft.errors import InvalidAdapter, Problem, cut_short
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

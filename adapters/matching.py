@@ -94,12 +94,15 @@ class _Matcher:
 
     def biases(self) -> dict[str, torch.Tensor]:
         """Trained biases, of any module that has one."""
-        biases = {}
+        biases, wanted = {}, self._trained_biases()
+        for name in sorted(wanted - self._tensors.biases.keys() - self._tensors.saved.keys()):
+            self._refuse(
+                f"{name}.bias", "has no trained bias in the file, and `bias` of adapter_config.json asks for it"
+            )
         for name, tensor in sorted(self._tensors.biases.items()):
-            module = self._base.modules.get(name)
-            if module is None or "bias" not in module.shapes:
-                self._refuse(f"{name}.bias", "is not a bias of this base that an adapter can be served on")
-            elif self._fits(f"{name}.bias", tensor, module.shapes["bias"]):
+            if name not in wanted:
+                self._refuse(f"{name}.bias", "is no bias of this base that adapter_config.json asks for")
+            elif self._fits(f"{name}.bias", tensor, self._base.modules[name].shapes["bias"]):
                 biases[name] = tensor
         return biases
 
@@ -135,9 +138,7 @@ class _Matcher:
         updates = {}
         for key in self._config.token_indices:
             if key and not any(name and name.endswith(key) for name in (embedding, head)):
-                self._refuse(
-                    f"trainable_token_indices[{ascii(key[:80])}]", "is neither this base's embedding nor its head"
-                )
+                self._refuse(f"trainable_token_indices[{key[:80]!a}]", "is neither this base's embedding nor its head")
         for name in sorted(wanted.keys() | self._tensors.tokens.keys()):
             update = self._token_update(name, wanted.get(name), self._tensors.tokens.get(name))
             if update is not None:
@@ -253,6 +254,15 @@ class _Matcher:
         else:
             return True
         return False
+
+    def _trained_biases(self) -> set[str]:
+        """The modules whose biases PEFT would train."""
+        those = {"none": set(), "all": self._base.modules.keys(), "lora_only": {name for name, _ in self._tensors.lora}}
+        return {name for name in those[self._config.bias] if "bias" in self._shapes(name)}
+
+    def _shapes(self, name: str) -> Mapping[str, tuple[int, ...]]:
+        module = self._base.modules.get(name)
+        return module.shapes if module else {}
 
     def _kind(self, name: str) -> ModuleKind | None:
         module = self._base.modules.get(name)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from weft.adapters.patterns import Patterns
 from weft.adapters.safe_files import open_regular
-from weft.errors import InvalidAdapter, Problem
+from weft.errors import InvalidAdapter, Problem, cut_short
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -57,6 +57,9 @@ _REFUSED_WHEN_SET = {
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations, beside true and false, that leave the base weights as they are."""
+
+_MIN_ALPHA, _MAX_ALPHA = 1e-30, 1e30
+"""Scales are float32 where they are multiplied with."""
 
 _BIASES = ("none", "all", "lora_only")
 
@@ -216,7 +219,7 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
     )
     _check_combinations(config, fields)
     if fields.problems:
-        raise InvalidAdapter(source, fields.problems)
+        raise InvalidAdapter(source, cut_short(fields.problems, CONFIG_FILE))
     return config
 
 
@@ -282,12 +285,14 @@ def _check_rank(value: object) -> int:
 
 
 def _check_alpha(value: object) -> float:
-    try:
-        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # a whole number beyond any float
-        pass
-    raise ValueError(f"is {_shown(value)}; must be a finite number")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value == 0 or _MIN_ALPHA <= abs(value) <= _MAX_ALPHA)
+    ):
+        words = f"must be 0, or a number of a size from {_MIN_ALPHA:g} to {_MAX_ALPHA:g}"
+        raise ValueError(f"is {_shown(value)}; {words}")
+    return float(value)
 
 
 class _Fields:

@@ -14,10 +14,9 @@ from typing import Any, BinaryIO
 import torch
 
 from weft.adapters.safe_files import open_safetensors
-from weft.errors import InvalidAdapter, Problem
+from weft.errors import InvalidAdapter, Problem, cut_short
 
 MAX_NAME_CHARACTERS = 512
-MAX_PROBLEMS = 20
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -50,15 +49,9 @@ def read_tensors(path: Path, source: str, most: int) -> dict[str, torch.Tensor]:
         return {name: read[name] for name in header}
 
 
-def cut_short(problems: list[Problem], name: str) -> list[Problem]:
-    """The first problems, and how many more there are of the file."""
-    rest = len(problems) - MAX_PROBLEMS
-    return [*problems[:MAX_PROBLEMS], *([Problem(name, f"has {rest} more problems")] if rest > 0 else [])]
-
-
 def _problems(header: Mapping[str, Any], most: int) -> Iterator[Problem]:
     for name, entry in header.items():
-        if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+        if not name or not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
             words = f"is a tensor's name; it must be printable, and {MAX_NAME_CHARACTERS} characters long at most"
             yield Problem(ascii(name[:80]), words)
         elif reason := _wrong(entry, most):

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_PROBLEMS = 20
+"""That one error lists."""
+
 
 def one_line(error: BaseException) -> str:
     """What an error of another library says, in one line that is not too long."""
@@ -29,6 +32,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.description}"
+
+
+def cut_short(problems: Sequence[Problem], subject: str) -> Sequence[Problem]:
+    """The first problems, and how many more there are of the subject."""
+    rest = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], Problem(subject, f"has {rest} more problems")] if rest > 0 else problems
 
 
 class _Problems(WeftError):

@@ -15,11 +15,12 @@ import torch
 from weft.adapters.base import Base, ModuleKind
 from weft.adapters.content import LoraParameter, is_finite
 from weft.adapters.peft_config import PeftConfig
-from weft.adapters.tensors import SortedTensors
+from weft.adapters.tensors import DTYPES, SortedTensors
 from weft.errors import Problem
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w[123])")
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 Parts = Mapping[str, torch.Tensor]
 
@@ -48,6 +49,9 @@ def fuse_experts(
         if (projection, int(match["expert"])) in experts:
             problems.append(Problem(name, "has rows for an expert that another name has rows for too"))
         experts[projection, int(match["expert"])] = parts
+    absent = base.of_kind(ModuleKind.EXPERTS).keys() - stacks.keys() if stacks else set()
+    targeted = [name for name in sorted(absent) if any(config.targets(f"{name}.0.{each}") for each in _NAMES)]
+    problems += [Problem(name, "has no rows for its experts, which adapter_config.json targets") for name in targeted]
     fused: dict[str, LoraParameter] = {}
     for stack, experts in stacks.items():
         try:
@@ -81,10 +85,10 @@ def _fuse(
         wanted = {"lora_A": (config.r, width_in), "lora_B": (d_out, config.r)}
         if any({key: tuple(tensor.shape) for key, tensor in each.items()} != wanted for each in parts):
             raise ValueError(f"needs rows for {projection} of each of {count} experts, shaped {wanted}")
+        if not all(tensor.dtype in DTYPES and is_finite(tensor) for each in parts for tensor in each.values()):
+            raise ValueError(f"has rows for {projection} that are not finite, or not of a type that is served")
         a[projection] = torch.stack([each["lora_A"] for each in parts])
         b[projection] = torch.stack([each["lora_B"] for each in parts])
-    if any(not tensor.is_floating_point() or not is_finite(tensor) for tensor in (*a.values(), *b.values())):
-        raise ValueError("has rows for single experts that are not finite numbers")
     fused = {}
     if "down_proj" in present:
         fused[f"{stack}.down_proj"] = LoraParameter(a["down_proj"], b["down_proj"], config.default_scale)

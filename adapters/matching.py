@@ -10,10 +10,8 @@ from weft.adapters.base import Base, BaseModule, ModuleKind
 from weft.adapters.content import LoraModule, LoraParameter, LoraWeights, TokenUpdate, is_finite
 from weft.adapters.legacy import fuse_experts
 from weft.adapters.peft_config import PeftConfig
-from weft.adapters.tensors import SortedTensors, is_saved
+from weft.adapters.tensors import DTYPES, SortedTensors, is_saved
 from weft.errors import Problem
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _NOT_A_MODULE = "is not a module of this base that an adapter can be served on"
 _WITH_LORA = (ModuleKind.LINEAR, ModuleKind.HEAD, ModuleKind.EMBEDDING)

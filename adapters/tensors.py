@@ -13,6 +13,8 @@ from weft.adapters.peft_config import PeftConfig
 from weft.errors import Problem
 
 PREFIX = "base_model.model."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The types that weights may have."""
 
 _LORA = re.compile(
     r"(?P<module>.+?)(?P<wraps>(?:\.base_layer)*)\."

@@ -19,7 +19,8 @@ from google.rpc import error_details_pb2 as details_pb2
 from house import Refusal, generate, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutation_lists import ALL
+from mutated_configs import no_config, odd_files, wrong_fields, wrong_values
+from mutated_weights import lying_header, of_all_tensors, of_every_tensor, truncated
 from mutations import (
     CONFIG,
     GOOD,
@@ -41,6 +42,8 @@ from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2_grpc
 
 NEW_TOKENS = 3
+PARTS = (truncated, of_every_tensor, of_all_tensors, lying_header, no_config, wrong_fields, wrong_values, odd_files)
+ALL = [mutation for part in PARTS for mutation in part()]
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Bench:
     root: Path
     expected: dict[str, list[int]] = field(default_factory=dict)
     turn: Iterator[str] = field(
-        default_factory=lambda: itertools.cycle([name for good in GOOD for name in (good, "", "")])
+        default_factory=lambda: itertools.cycle([name for good in GOOD for name in (good, *[""] * 4)])
     )
 
     def ask(self, name: str) -> Any:
@@ -148,7 +151,7 @@ def problems_of(told: Refusal) -> list[tuple[str, str]]:
 
 def check_dry_run(bench: Bench, folder: Path, words: str, told: Refusal) -> None:
     if told.code is grpc.StatusCode.INVALID_ARGUMENT:
-        with pytest.raises(InvalidRequest, match=re.escape(words or "root")):
+        with pytest.raises(InvalidRequest, match=re.escape(words or "adapter.source")):
             bench.store.inspect(f"file:{folder}")
         return
     report = bench.store.inspect(f"file:{folder}")

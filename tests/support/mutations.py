@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from features import LEGACY, make_legacy_adapter
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model, save_tokenizer
 from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ GOOD: Mapping[str, dict[str, Any]] = {
     "embedding": {"target_modules": [*_Q_V, "embed_tokens", "lm_head"]},
     "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "activated": {"alora_invocation_tokens": [104, 105]},
+    "single-experts": {},
 }
 """What each has that a plain one has not."""
 
@@ -66,6 +68,8 @@ def make_base(folder: Path, **differences: Any) -> PreTrainedModel:
 
 
 def make_good(model: PreTrainedModel, folder: Path, kind: str) -> Path:
+    if kind == "single-experts":
+        return make_legacy_adapter(model, folder, *LEGACY["qwen3_moe"])
     return make_adapter(model, folder, seed=len(kind), **{"r": 4, "target_modules": _Q_V, **GOOD[kind]})
 
 

@@ -96,6 +96,11 @@ class Shelf:
         """Until something moved."""
         self._wakes.get(timeout=60)
 
+    def settle(self) -> None:
+        """Until nothing moves."""
+        while self.store.is_moving:
+            self.wait()
+
 
 def equally(names: Iterable[str]) -> list[tuple[str, float]]:
     """Adapters of one request, each with its whole weight."""

@@ -17,6 +17,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,8 @@ from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.pages import HostAdapter
 from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.tensors import PREFIX
+
+_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 _SETTLED_NS = 3_000_000_000
 """Since a file's last change; the coarsest clock of a file system in use ticks every two seconds (FAT)."""
@@ -125,12 +128,8 @@ class FileRecall:
 
     def read(self, folder: Path) -> HostAdapter | None:
         """None where the files are not those that they were. Raises OSError."""
-        if _stamp(folder) != self.stamp:
-            return None
-        rows = _read_rows(folder, self.layout, self.dtype, pinned=self.pinned)
-        if _stamp(folder) != self.stamp:
-            return None
-        return replace(self.bare, rows=rows, recall=self)
+        rows = _read_unchanged(folder, self.stamp, self.layout, self.dtype, pinned=self.pinned)
+        return None if rows is None else replace(self.bare, rows=rows, recall=self)
 
 
 class Recalls:
@@ -149,8 +148,8 @@ class Recalls:
         if layout is None or before is None or time.time_ns() - max(max(each[:2]) for each in before) < _SETTLED_NS:
             return host
         some = next(iter(host.rows.values()))[0]
-        rows = _read_rows(folder, layout, some.dtype, pinned=some.is_pinned())
-        if _stamp(folder) != before or not _are_equal(rows, host.rows):
+        rows = _read_unchanged(folder, before, layout, some.dtype, pinned=some.is_pinned())
+        if rows is None or not _are_equal(rows, host.rows):
             return host
         bare = replace(host, rows={})
         return replace(host, recall=FileRecall(source, before, layout, some.dtype, some.is_pinned(), bare))
@@ -172,13 +171,13 @@ class Recalls:
 def stamp_of(folder: Path) -> Stamp | None:
     """Of an adapter's files as they are now; None where they can't be looked at."""
     try:
-        return _stamp(folder)
+        return _stamp([folder / name for name in _FILES])
     except OSError:
         return None
 
 
-def _stamp(folder: Path) -> Stamp:
-    found = [(folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+def _stamp(files: Sequence[Path | int]) -> Stamp:
+    found = map(os.stat, files)
     return tuple((file.st_mtime_ns, file.st_ctime_ns, file.st_dev, file.st_ino, file.st_size) for file in found)
 
 
@@ -199,12 +198,17 @@ def _layout_of(header: bytes) -> Layout | None:
     return Layout(8 + len(header), _DTYPES[dtypes.pop()], tuple(pieces))
 
 
-def _read_rows(folder: Path, layout: Layout, dtype: torch.dtype, *, pinned: bool) -> Rows:
-    file = os.open(folder / WEIGHTS_FILE, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return layout.read(file, dtype, pinned=pinned)
-    finally:
-        os.close(file)
+def _read_unchanged(folder: Path, stamp: Stamp, layout: Layout, dtype: torch.dtype, *, pinned: bool) -> Rows | None:
+    """None where the files are not those of the stamp: those that are opened, not what the paths lead to by then."""
+    with ExitStack() as opened:
+        files: list[int] = []
+        for name in _FILES:
+            files.append(os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK))
+            opened.callback(os.close, files[-1])
+        if _stamp(files) != stamp:
+            return None
+        rows = layout.read(files[-1], dtype, pinned=pinned)
+        return rows if _stamp(files) == stamp else None
 
 
 def _read_into(file: int, buffers: Sequence[memoryview], at: int) -> None:

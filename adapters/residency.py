@@ -161,7 +161,8 @@ def check_fit(tiers: Tiers, versions: set[AdapterVersion]) -> None:
             f"need {num_pages} pages at once, and there are {tiers.num_pages}: use fewer or smaller adapters in one "
             f"request, or start the server with --adapter-pages {num_pages} or more",
         )
-    pinned = tiers.pages_pinned - sum(version.num_pages for version in versions if version.pins)
+    # Not those of pins that are asked for and may yet be refused: `pages_pinned` has them too.
+    pinned = sum(other.num_pages for other in tiers.on_device() if other.pins and other not in versions)
     if num_pages > tiers.num_pages - pinned:
         raise OutOfCapacity(
             f"the request's adapters need {num_pages} pages; of {tiers.num_pages}, {pinned} are pinned by "

@@ -54,9 +54,10 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A name that was taken for one adapter, to be loaded."""
+    """A name that was taken for one adapter, to be loaded. before: a FAILED one that had it."""
 
     entry: _Entry
+    before: _Entry | None = None
 
 
 class NoMetrics:
@@ -111,7 +112,7 @@ class AdapterStore:
             entry = _Entry(new.name, new.source, dict(new.labels), new.pinned, self._now())
             self._entries[new.name] = entry
             self._tell(EventKind.ADDED if held is None else EventKind.CHANGED, entry)
-            return Reservation(entry)
+            return Reservation(entry, held)
 
     def load(self, reservation: Reservation) -> AdapterInfo:
         """Read and validate a reserved adapter, once, and put it where there is room; blocks.
@@ -134,14 +135,19 @@ class AdapterStore:
                         self._tell(EventKind.CHANGED, entry)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
-        """Register and load in one call; on failure the name is free again."""
+        """Register and load in one call; on failure the name is as it was, unless an update has mended it."""
         reservation = self.reserve(new)
         try:
             return self.load(reservation)
         except BaseException:
             with self._lock:
-                if self._entries.get(new.name) is reservation.entry:
-                    self._remove(reservation.entry)
+                entry, before = reservation.entry, reservation.before
+                if self._entries.get(new.name) is entry and entry.version is None:
+                    if before is None:
+                        self._remove(entry)
+                    else:
+                        self._entries[new.name] = before
+                        self._tell(EventKind.CHANGED, before)
             raise
 
     def update(self, name: str, change: AdapterChange) -> AdapterInfo:

@@ -29,7 +29,7 @@ LOOK_EVERY_MS = 5_000
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 _Marks = tuple[tuple[int, int, int] | None, ...]
-"""How each of the two files was last seen: inode, size and time of change; None where there is none."""
+"""How each of the two files was last seen: inode, size and ctime, which no copy can set; None: it is not there."""
 
 
 class AdapterFolders:
@@ -146,4 +146,4 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_ctime_ns

@@ -40,6 +40,12 @@ def fold(weights: LoraWeights, base: Base, dtype: torch.dtype) -> Folded:
     for name, saved in weights.saved.items():
         parameters = {key: tensor.to(dtype) for key, tensor in saved.items()}
         patches.setdefault(name, []).append(Own(base.modules[name].own, parameters))
+    for name, update in weights.tokens.items():
+        module = base.modules[name]
+        if module.kind is ModuleKind.HEAD and "bias" in module.shapes:  # PEFT's layer of trained tokens leaves it out
+            bias = module.read("bias").cpu().float()
+            patches.setdefault(name, []).append(Affine(torch.zeros_like(bias), -bias))
+        patches.setdefault(name, []).append(_token_patch(module, update, dtype))
     for name in sorted(weights.modules.keys() | weights.biases.keys()):
         module, lora = base.modules[name], weights.modules.get(name)
         if lora is None and module.kind is ModuleKind.OTHER:
@@ -59,8 +65,6 @@ def fold(weights: LoraWeights, base: Base, dtype: torch.dtype) -> Folded:
         else:
             scale = weights.default_scale * module.output_scale
             patches.setdefault(name, []).append(EmbeddingLowRank(a.t().contiguous(), b, scale))
-    for name, update in weights.tokens.items():
-        patches.setdefault(name, []).append(_token_patch(base.modules[name], update, dtype))
     _fold_parameters(weights, base, dtype, patches)
     return Folded(rows, weights.default_scale, {name: tuple(those) for name, those in patches.items()})
 

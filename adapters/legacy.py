@@ -15,7 +15,7 @@ import torch
 from weft.adapters.base import Base, ModuleKind
 from weft.adapters.content import LoraParameter, is_finite
 from weft.adapters.peft_config import PeftConfig
-from weft.adapters.tensors import DTYPES, SortedTensors
+from weft.adapters.tensors import DTYPES, SortedTensors, to_current_name
 from weft.errors import Problem
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w[123])")
@@ -23,11 +23,6 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 Parts = Mapping[str, torch.Tensor]
-
-
-def to_current_name(name: str) -> str:
-    """A module's name as transformers 5 has it."""
-    return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 def fuse_experts(

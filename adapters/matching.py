@@ -147,19 +147,27 @@ class _Matcher:
 
     def check_base_weights(self) -> None:
         """Embeddings that PEFT saved beside the adapter must be this base's own, or it was trained on another."""
-        for name, tensor in self._tensors.base_weights.items():
-            shape = self._base.modules[name].shapes["weight"]
+        for (name, key), tensor in self._tensors.base_weights.items():
+            shape = self._base.modules[name].shapes.get(key)
+            if shape is None:
+                self._refuse(f"{name}.{key}", "is nothing that this base has there")
+                continue
             if tensor.dim() == 2 and len(tensor) != shape[0]:
                 self._refuse(
-                    f"{name}.weight",
+                    f"{name}.{key}",
                     f"has {len(tensor)} rows and this base {shape[0]}: the vocabulary was resized, which is not served",
                 )
                 continue
-            if not self._fits(f"{name}.weight", tensor, shape):
+            if not self._fits(f"{name}.{key}", tensor, shape):
                 continue
-            own = self._base.modules[name].read("weight").cpu()
-            if not torch.equal(tensor.to(own.dtype), own):
-                self._refuse(f"{name}.weight", "differs from this base's: the adapter was trained on another one")
+            own = self._base.modules[name].read(key).cpu()
+            if torch.equal(tensor.to(own.dtype), own):
+                continue
+            if torch.equal(tensor, own.to(tensor.dtype)):
+                words = f"is this base's, rounded to {_name(tensor.dtype)}: serve the base in that type"
+                self._refuse(f"{name}.{key}", f"{words}, or save the adapter with save_embedding_layers=False")
+            else:
+                self._refuse(f"{name}.{key}", "differs from this base's: the adapter was trained on another one")
 
     def check_invocation(self) -> None:
         """An activated LoRA whose tokens can't occur would never adapt anything."""
@@ -180,7 +188,7 @@ class _Matcher:
         kind = self._kind(name)
         if config.targets_all_linear and kind is not ModuleKind.LINEAR:
             return False
-        follows = name == base.head and base.is_tied and config.ensure_weight_tying and config.targets(base.embedding)
+        follows = name == base.head and base.is_tied and config.ties_targets and config.targets(base.embedding)
         return (config.targets(name) or follows) and not is_saved(name, config, base)
 
     def _lora_module(self, name: str, module: BaseModule, parts: Mapping[str, torch.Tensor]) -> LoraModule | None:
@@ -204,7 +212,8 @@ class _Matcher:
         self, name: str, shape: tuple[int, ...], module: BaseModule, parts: Mapping[str, torch.Tensor]
     ) -> LoraParameter | None:
         config = self._config
-        if len(shape) not in (2, 3) or config.use_dora or config.lora_bias:
+        is_bias = module.kind is ModuleKind.EXPERTS and len(shape) != 3  # PEFT takes it for one matrix
+        if len(shape) not in (2, 3) or is_bias or config.use_dora or config.lora_bias:
             self._refuse(
                 name, "is targeted as a parameter, which must be a matrix or a stack, without DoRA or lora_bias"
             )

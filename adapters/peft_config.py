@@ -61,6 +61,9 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _MIN_ALPHA, _MAX_ALPHA = 1e-30, 1e30
 """Scales are float32 where they are multiplied with."""
 
+_TIED_NAMES = ("embed_tokens", "lm_head")
+"""peft's EMBEDDING_LAYER_NAMES."""
+
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -128,7 +131,23 @@ class PeftConfig:
             return False
         if isinstance(self.target_modules, str):
             return self.targets_all_linear or self._matches(self.target_modules, module)
+        if module in self.target_modules:  # PEFT asks for the layer only where the name is not given in full
+            return True
         return self._matches(self.target_modules, module) and self._layer_selected(module)
+
+    @property
+    def ties_saved(self) -> bool:
+        """Whether PEFT would keep a tied head and embedding one in `modules_to_save`; it goes by these names alone."""
+        return self.ensure_weight_tying and any(name.split(".")[-1] in _TIED_NAMES for name in self.modules_to_save)
+
+    @property
+    def ties_targets(self) -> bool:
+        """Whether PEFT would put the embedding's LoRA on a tied head as well."""
+        if not self.ensure_weight_tying or self.ties_saved:
+            return False
+        if isinstance(self.target_modules, str):
+            return any(self._matches(self.target_modules, name) for name in _TIED_NAMES)
+        return any(name.split(".")[-1] in _TIED_NAMES for name in self.target_modules)
 
     @property
     def targets_all_linear(self) -> bool:

@@ -24,14 +24,20 @@ def plain_output(
     if module.kind in (ModuleKind.EXPERTS, ModuleKind.OTHER):
         made = module.own(_merged_parameters(name, module, weights))(*inputs)
         return (made[0] if isinstance(made, tuple) else made).float()
-    lora = weights.modules.get(name)
-    is_merged = lora is not None and lora.magnitude is not None
-    if module.kind is not ModuleKind.EMBEDDING and not is_merged and name not in {*weights.saved, *weights.tokens}:
+    if is_added(name, module, weights):
         return output.float() + _added(name, inputs[0].float(), module, weights)
     weight, bias = _merged(name, module, weights)
     if module.kind is ModuleKind.EMBEDDING:
         return weight.t()[inputs[0]] * module.output_scale
     return functional.linear(inputs[0].float(), weight, bias)
+
+
+def is_added(name: str, module: BaseModule, weights: LoraWeights) -> bool:
+    """Whether all that is done to a module adds to its output, whatever that is."""
+    lora = weights.modules.get(name)
+    has_dora = lora is not None and lora.magnitude is not None
+    is_linear = module.kind in (ModuleKind.LINEAR, ModuleKind.HEAD)
+    return is_linear and not has_dora and name not in {*weights.saved, *weights.tokens}
 
 
 def _added(name: str, x: torch.Tensor, module: BaseModule, weights: LoraWeights) -> torch.Tensor:
@@ -60,6 +66,11 @@ def _merged(name: str, module: BaseModule, weights: LoraWeights) -> tuple[torch.
         bias = module.read("bias")
     bias = None if bias is None else bias.to(device).float()
     weight = weight.t() if is_table else weight
+    if update is not None:  # PEFT wraps the base's module with them, and what else there is wraps that
+        weight = weight.clone()
+        rows = weight.t() if is_table else weight
+        rows[list(update.ids)] = update.rows.to(device).float()
+        bias = None
     if lora is not None:
         weight = weight + lora.scale * (lora.b.to(device).float() @ lora.a.to(device).float())
         if lora.magnitude is not None:
@@ -68,10 +79,6 @@ def _merged(name: str, module: BaseModule, weights: LoraWeights) -> tuple[torch.
         if lora.bias is not None:
             added = lora.scale * lora.bias.to(device).float()
             bias = added if bias is None else bias + added
-    if update is not None:
-        weight = weight.clone()
-        rows = weight.t() if is_table else weight
-        rows[list(update.ids)] = update.rows.to(device).float()
     return weight, bias
 
 
@@ -87,5 +94,5 @@ def _merged_parameters(name: str, module: BaseModule, weights: LoraWeights) -> d
         own = module.read(key)
         delta = term.scale * (term.b.to(own.device).float() @ term.a.to(own.device).float())
         delta = delta.transpose(1, 2) if module.is_transposed else delta
-        merged[key] = own.float() + delta.view(own.shape)
+        merged[key] = own.float() + delta.reshape(own.shape)
     return {key: tensor.to(module.read(key)) for key, tensor in merged.items()}

@@ -35,7 +35,7 @@ class SortedTensors:
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    base_weights: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -50,16 +50,24 @@ def sort_tensors(tensors: Tensors, config: PeftConfig, base: Base) -> SortedTens
     return found
 
 
+def to_current_name(name: str) -> str:
+    """A module's name as transformers 5 has it."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
 def is_saved(module: str, config: PeftConfig, base: Base) -> bool:
     """Whether PEFT would train the whole module; a tied head goes with its embedding where the config asks for it."""
-    follows = module == base.head and base.is_tied and config.ensure_weight_tying
+    follows = module == base.head and base.is_tied and config.ties_saved
     return config.saves(module) or (follows and config.saves(base.embedding))
 
 
 def _sort(name: str, tensor: torch.Tensor, config: PeftConfig, base: Base, found: SortedTensors) -> bool:
     if match := _LORA.fullmatch(name):
         part = match["part"].removesuffix(".weight")
-        found.lora.setdefault((match["module"], match["wraps"].count(".")), {})[part] = tensor
+        module = match["module"]
+        if module not in base.modules and to_current_name(module) in base.modules:
+            module = to_current_name(module)
+        found.lora.setdefault((module, match["wraps"].count(".")), {})[part] = tensor
         return True
     if match := _TOKENS.fullmatch(name):
         found.tokens[match["module"]] = tensor
@@ -73,7 +81,7 @@ def _sort(name: str, tensor: torch.Tensor, config: PeftConfig, base: Base, found
     if parameter == "bias" and config.bias != "none":
         found.biases[module] = tensor
         return True
-    if parameter == "weight" and module in (base.embedding, base.head) and module in base.modules:
-        found.base_weights[module] = tensor
+    if parameter in ("weight", "bias") and module in (base.embedding, base.head) and module in base.modules:
+        found.base_weights[module, parameter] = tensor
         return True
     return False

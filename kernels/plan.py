@@ -93,7 +93,7 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     start = 0
     for num_tokens, adapters in spans:
         if num_tokens:
-            for weighted in adapters:
+            for weighted in _summed(adapters):
                 ranges.setdefault(weighted, []).append(range(start, start + num_tokens))
         start += num_tokens
     if not ranges:
@@ -107,6 +107,14 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
         for name, own in adapter.patches.items():
             patches.setdefault(name, []).extend(PatchedRows(rows, patch, weight) for patch in own)
     return Plan(num_tokens=start, segments=tuple(segments), patches=patches)
+
+
+def _summed(adapters: Sequence[Weighted]) -> Iterable[Weighted]:
+    """Each adapter once: patches are done once a row, so one that is named twice must count with both weights."""
+    weights: dict[PagedAdapter, float] = {}
+    for adapter, weight in adapters:
+        weights[adapter] = weights.get(adapter, 0.0) + weight
+    return weights.items()
 
 
 def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:

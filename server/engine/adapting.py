@@ -41,8 +41,9 @@ def as_tuple(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Ten
 
 
 def rows_of(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """[1, T, ...] or [T, ...] as [T, ...]; a view."""
-    return tensor[0] if tensor.dim() > 1 and tensor.shape[:2] == (1, num_rows) else tensor
+    """[1, T, ...] or [T, ...] as [T, ...]; a view. Of one row of one number only ids have a batch before it."""
+    is_batched = tensor.dim() > 2 or (tensor.dim() == 2 and not tensor.is_floating_point())
+    return tensor[0] if is_batched and tensor.shape[:2] == (1, num_rows) else tensor
 
 
 def let_adapt(model: nn.Module, names: Iterable[str]) -> None:

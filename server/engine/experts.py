@@ -36,6 +36,7 @@ class LowRankExperts:
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x: [n, d], chosen: int64 [n, k], the experts of each row, weights: [n, k] -> [n, d]."""
+        chosen, weights = chosen.view(len(x), -1), weights.view(len(x), -1)  # one expert of one row may come flat
         y = torch.zeros_like(x)
         for expert in torch.unique(chosen).tolist():
             rows, place = torch.where(chosen == expert)

@@ -10,7 +10,7 @@ import torch
 
 from weft.adapters.content import LoraWeights
 from weft.adapters.pages import HostAdapter, PageConfig, PagePool
-from weft.adapters.plain import plain_output
+from weft.adapters.plain import is_added, plain_output
 from weft.errors import InvalidAdapter, Problem
 from weft.kernels.lora import BACKENDS
 from weft.kernels.plan import Plan, build_plan
@@ -20,7 +20,7 @@ from weft.server.engine.model import PagedModel
 from weft.server.engine.step import running
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest error allowed, as ‖ours - plain‖ / ‖plain‖ over a module's output. A wrong scale or row gives 0.01 to 1."""
+"""Largest error allowed, as ‖ours - plain‖ / ‖plain‖ over what is added to a module's output, or all of it."""
 
 _NUM_TOKENS = 6
 
@@ -76,10 +76,15 @@ class _Comparing(WholePrompt):
     def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         if module not in self.weights.touched:
             return
-        rows = [rows_of(tensor, self.plan.num_tokens) for tensor in inputs]
-        output = rows_of(outputs[0], self.plan.num_tokens)
-        plain = plain_output(module, rows, output.clone(), self.model.base.modules[module], self.weights)
-        self.adapting.adapt(self.plan, module, inputs, outputs)
-        ours = output.float()
+        base, num_tokens = self.model.base.modules[module], self.plan.num_tokens
+        rows = [rows_of(tensor, num_tokens) for tensor in inputs]
+        seen = outputs
+        if is_added(module, base, self.weights):  # on nothing, so that no rounding of the base's output hides it
+            seen = tuple(map(torch.zeros_like, outputs))
+        plain = plain_output(module, rows, rows_of(seen[0], num_tokens).clone(), base, self.weights)
+        self.adapting.adapt(self.plan, module, inputs, seen)
+        if seen is not outputs:
+            self.adapting.adapt(self.plan, module, inputs, outputs)
+        ours = rows_of(seen[0], num_tokens).float()
         error = (ours - plain).norm() / plain.norm().clamp(min=torch.finfo(torch.float32).tiny)
         self.errors[module] = float(error.nan_to_num(nan=float("inf")))

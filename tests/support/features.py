@@ -24,18 +24,38 @@ LINEAR: Mapping[str, list[str]] = {
     "mixtral": ["q_proj", "v_proj"],
     "gpt_oss": ["k_proj", "o_proj"],
     "qwen3_moe": ["q_proj", "k_proj"],
+    "qwen2_moe": ["q_proj", "shared_expert_gate"],
+    "phi": ["q_proj", "dense"],
 }
 """Some linear modules of each class; "tied llama" is a llama whose head is its embedding."""
 
-CLASSES = ["llama", "tied llama", "qwen2", "gemma3_text", "phi3", "gpt2", "mixtral", "gpt_oss", "qwen3_moe"]
+CLASSES = [
+    "llama",
+    "tied llama",
+    "qwen2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "mixtral",
+    "gpt_oss",
+    "qwen3_moe",
+    "qwen2_moe",
+    "phi",
+]
 EMBEDDING = {"gpt2": "wte"}
 NORMS = {"gpt2": ["ln_f"], "gemma3_text": ["model.norm", "input_layernorm"]}
-EXPERTS = ("mixtral", "gpt_oss", "qwen3_moe")
-ROUTER = {"mixtral": "gate.weight", "gpt_oss": "router.weight", "qwen3_moe": "gate.weight"}
+EXPERTS = ("mixtral", "gpt_oss", "qwen3_moe", "qwen2_moe")
+ROUTER = {
+    "mixtral": "gate.weight",
+    "gpt_oss": "router.weight",
+    "qwen3_moe": "gate.weight",
+    "qwen2_moe": "mlp.gate.weight",
+}
 LEGACY = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2"), "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj")}
 """How adapters named the parts of single experts before transformers 5."""
 OVERRIDES: Mapping[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 48},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
@@ -65,7 +85,11 @@ def features(name: str) -> dict[str, dict[str, Any]]:
         "saved norms": {"target_modules": linear, "modules_to_save": norms},
         "tokens": {"target_modules": linear, "trainable_token_indices": {embedding: [9, 5, 30]}},
         "tokens of both": {"target_modules": linear, "trainable_token_indices": {embedding: [9, 5], "lm_head": [7]}},
-        "activated": {"target_modules": linear, "alora_invocation_tokens": INVOCATION},
+        "one layer, and the head by its full name": {
+            "target_modules": [*linear, "lm_head"],
+            "layers_to_transform": [1],
+        },
+        "activated": {"target_modules": linear[:1], "alora_invocation_tokens": INVOCATION},
     }
     if kind in ("qwen2", "gpt2"):
         found["bias all"] = {"target_modules": linear, "bias": "all"}
@@ -80,6 +104,10 @@ def features(name: str) -> dict[str, dict[str, Any]]:
         found["fan_in_fan_out"] = {"target_modules": linear, "fan_in_fan_out": True}
         found["saved positions"] = {"target_modules": linear, "modules_to_save": ["wpe"]}
     if name.startswith("tied "):
+        found["tied head, tokens"] = {
+            "target_modules": [*linear, "lm_head"],
+            "trainable_token_indices": [9, 5],
+        }
         found["tied embedding"] = {"target_modules": [*linear, embedding], "ensure_weight_tying": True}
         found["tied saved"] = {"target_modules": linear, "modules_to_save": [embedding], "ensure_weight_tying": True}
     return found

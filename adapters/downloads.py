@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ MAX_TRIES = 10
 """Of one file, each of which must bring it on; one that brings nothing is the last."""
 
 LOG_EVERY_S = 5.0
+
+SLOWEST_BYTES = 1 << 20
+SLOWEST_S = 60.0
+"""A transfer must bring so many bytes in so many seconds, or more: one that drips would hold its thread for ever."""
 
 _NEW = "new-"
 _WHOLE = "whole"
@@ -80,10 +85,11 @@ class Remote(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a download may be, and who hears of it."""
+    """What a download may be, and who hears of it. clock: in seconds."""
 
     max_bytes: int = MAX_ADAPTER_BYTES
     on_progress: OnProgress = lambda source, done, total: None
+    clock: Callable[[], float] = time.monotonic
 
     def check(self, location: Location, name: str, num_bytes: int) -> None:
         """Raises InvalidAdapter where a file is larger than it may be."""
@@ -97,6 +103,28 @@ class Limits:
         if num_bytes <= limit:
             return None
         return Problem(name, f"has {num_bytes:,} bytes or more; {limit:,} are allowed{option}")
+
+
+class Pace:
+    """Whether a transfer is fast enough, from its beginning on."""
+
+    def __init__(self, location: Location, name: str, clock: Callable[[], float]) -> None:
+        self._what = f"{name} of {location}"
+        self._clock = clock
+        self._begun_s = clock()
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Tell of bytes that came. Raises Unavailable where they were too few for too long."""
+        self._num_bytes += num_bytes
+        now = self._clock()
+        passed_s = now - self._begun_s
+        if passed_s < SLOWEST_S:
+            return
+        if self._num_bytes / passed_s < SLOWEST_BYTES / SLOWEST_S:
+            words = f"{self._num_bytes:,} bytes in {passed_s:.0f} s"
+            raise Unavailable(f"{self._what} comes too slowly ({words}): try again")
+        self._begun_s, self._num_bytes = now, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +218,7 @@ class _Download:
             self.limits.check(self.location, name, reply.size or 0)
             if reply.start != have.part_bytes or reply.start == 0:
                 part.restart(reply.version)
+            pace = Pace(self.location, name, self.limits.clock)
             with part.path.open("ab") as file:
                 done = file.tell()
                 for chunk in reply.chunks:
@@ -198,6 +227,7 @@ class _Download:
                     file.write(chunk)
                     if name == WEIGHTS_FILE:
                         self.limits.on_progress(str(self.location), done, reply.size)
+                    pace.add(len(chunk))
             if reply.size is not None and done != reply.size:
                 if done > reply.size:
                     part.drop()

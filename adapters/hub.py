@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import HfFileMetadata
 from tqdm import tqdm
 
-from weft.adapters.downloads import Limits
+from weft.adapters.downloads import Limits, Pace
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.locations import Location
 from weft.adapters.peft_config import CONFIG_FILE
@@ -133,11 +133,13 @@ class Hub:
             def __init__(self, *args: Any, **settings: Any) -> None:
                 self.done = int(settings.get("initial") or 0)
                 self.expected: int | None = settings.pop("total", None)
+                self.pace = Pace(location, name, limits.clock)
                 super().__init__(disable=True)
 
             def update(self, n: float | None = 1) -> bool | None:
                 self.done += int(n or 0)
                 limits.check(location, name, self.done)
+                self.pace.add(int(n or 0))
                 if name == WEIGHTS_FILE:
                     limits.on_progress(str(location), self.done, self.expected)
                 return None

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,11 @@ def test_a_download_that_broke_off_goes_on(web: Web, tmp_path: Path) -> None:
     web.cuts[AT] = [len(whole) - 1]
     assert weights(fetch(web, tmp_path / "cache")) == whole
     assert [seen.headers.get("Range") for seen in web.gets(AT)] == [None, f"bytes={DOWNLOAD_CHUNK_SIZE}-"]
+
+
+def test_a_download_that_drips_is_given_up(web: Web, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"hf:org/repo@main comes too slowly \(2 bytes in 90 s\): try again"):
+        fetch(web, tmp_path / "cache", limits=Limits(clock=count(0, 90).__next__))
 
 
 def test_the_token_goes_along(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

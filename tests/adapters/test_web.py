@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,15 @@ class TestResuming:
         with pytest.raises(Unavailable):
             fetch(web, cache)
         assert len(web.gets(AT)) == 10
+
+    def test_one_that_drips_is_given_up_and_goes_on_later(self, web: Web, cache: Path) -> None:
+        web.files[AT] = WEIGHTS * 8
+        with pytest.raises(Unavailable, match=r"adapter_model\.safetensors .* too slowly \([0-9,]+ bytes in 60 s\)"):
+            fetch(web, cache, limits=Limits(clock=count(0, 20).__next__))
+        web.seen.clear()
+        assert weights(fetch(web, cache, limits=Limits(clock=count(0, 1).__next__))) == WEIGHTS * 8
+        (rest,) = web.gets(AT)
+        assert rest.headers["Range"] != "bytes=0-"
 
 
 class TestSize:

@@ -72,6 +72,11 @@ def scheme_of(text: str) -> str:
     return match[1] if match else ""
 
 
+def is_remote(source: str) -> bool:
+    """Whether a source is on another machine."""
+    return scheme_of(source) in REMOTE_SCHEMES
+
+
 def parse_location(text: str) -> Location:
     """A whole folder. Raises ValueError, in words that follow "is …, which"."""
     pin = _SHA256.search(text)

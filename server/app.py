@@ -23,8 +23,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
+from weft.adapters.locations import is_remote
 from weft.adapters.state import Recorder, State
-from weft.adapters.store import AdapterStore
+from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AddressUnavailable, Unavailable
 from weft.server.api.adapters import AdapterServicer
 from weft.server.api.edge import Edge
@@ -104,6 +105,7 @@ class _Loaded:
     loader: AdapterLoader
     num_adapters: int
     num_failed_adapters: int
+    num_loading_adapters: int
     watcher: asyncio.Task[None]
     folders: _Watch | None
 
@@ -164,7 +166,7 @@ class Server:
         folders = None
         if config.adapters is not None:
             folders = AdapterFolders(config.adapters, config.all_source_roots, store, loader)
-        outcomes = await _in_daemon_thread(lambda: self._load_adapters(loader, state, folders))
+        outcomes, rest = await _in_daemon_thread(lambda: self._load_adapters(loader, state, folders))
         frontend = Frontend(loaded.engine, store, engine.max_running_requests + engine.max_queued_requests)
         frontend.start()
         self._loaded = _Loaded(
@@ -173,11 +175,14 @@ class Server:
             loader=loader,
             num_adapters=sum(outcomes),
             num_failed_adapters=len(outcomes) - sum(outcomes),
+            num_loading_adapters=len(rest),
             watcher=asyncio.create_task(self._watch(frontend), name="watch the engine"),
             folders=_Watch.of(folders) if folders is not None and config.watch else None,
         )
         self._add_services(loaded, frontend, loader)
         await self._set_health(_SERVING)
+        for reservation in rest:
+            loader.restore(reservation)
 
     async def until_lost(self) -> None:
         """Wait for the loaded engine to stop by itself, which it never should."""
@@ -218,17 +223,26 @@ class Server:
     def startup_line(self) -> str:
         """What is served, and where; once loaded."""
         assert self._loaded is not None, "nothing is loaded yet"
+        num_loading = self._loaded.num_loading_adapters
+        loading = f", loading: {num_loading}" if num_loading else ""
         return (
             f"{self._loaded.info.startup_line}; adapters loaded: {self._loaded.num_adapters}, "
-            f"failed: {self._loaded.num_failed_adapters}; gRPC on {self.address}, "
+            f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC on {self.address}, "
             f"metrics on http://{self.metrics_address}/metrics"
         )
 
-    def _load_adapters(self, loader: AdapterLoader, state: State | None, folders: AdapterFolders | None) -> list[bool]:
-        """Load what the state has kept, and then the folders whose names are free; whether each was loaded."""
+    def _load_adapters(
+        self, loader: AdapterLoader, state: State | None, folders: AdapterFolders | None
+    ) -> tuple[list[bool], list[Reservation]]:
+        """Load what the state has kept, and then the folders whose names are free.
+
+        Whether each was loaded, and those of other machines, which no start waits for: they have their names only.
+        """
         kept = state.all() if state is not None else []
-        restored = [loader.load_now(new, restored=True) for new in kept]
-        return restored + (folders.load_all() if folders is not None else [])
+        rest = [loader.reserve_now(new) for new in kept if is_remote(new.source)]
+        restored = [loader.load_now(new, restored=True) for new in kept if not is_remote(new.source)]
+        outcomes = restored + (folders.load_all() if folders is not None else [])
+        return outcomes, [reservation for reservation in rest if reservation is not None]
 
     def _add_services(self, loaded: LoadedEngine, frontend: Frontend, loader: AdapterLoader) -> None:
         config = self._config

@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from weft.adapters.records import AdapterChange, AdapterInfo, NewAdapter
+from weft.adapters.locations import is_remote
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
 from weft.adapters.report import AdapterReport
 from weft.adapters.state import Recorder
 from weft.adapters.store import AdapterStore, Reservation
@@ -22,10 +25,37 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 NUM_THREADS = 2
-"""Loads at a time: one reads while the other copies."""
+"""Loads of local files at a time: one reads while the other copies."""
+
+NUM_DOWNLOADS = 4
+"""Loads from other machines at a time, of which most wait for bytes."""
 
 NUM_CHECKS = 1
-"""Dry runs at a time. Loads do not wait behind them, nor are more weights read at once than these and the loads."""
+"""Dry runs at a time, of local files and from other machines. Loads do not wait behind them."""
+
+FIRST_RETRY_S = 10.0
+LONGEST_RETRY_S = 300.0
+"""How long what is restored waits before a source that can't be read is tried again: twice as long each time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """For one kind of work. What needs this machine alone never waits behind what needs another."""
+
+    local: ThreadPoolExecutor
+    remote: ThreadPoolExecutor
+
+    @classmethod
+    def of(cls, name: str, num_local: int, num_remote: int) -> _Threads:
+        return cls(ThreadPoolExecutor(num_local, name), ThreadPoolExecutor(num_remote, f"{name}-remote"))
+
+    def of_source(self, source: str) -> ThreadPoolExecutor:
+        return self.remote if is_remote(source) else self.local
+
+    def shutdown(self) -> None:
+        """Drop what is in line."""
+        for pool in (self.local, self.remote):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class AdapterLoader:
@@ -35,15 +65,23 @@ class AdapterLoader:
     `start`, `update` and `delete` have changed is recorded when they return, and also if their caller has given up.
     """
 
-    def __init__(self, store: AdapterStore, metrics: Metrics, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        metrics: Metrics,
+        recorder: Recorder | None = None,
+        first_retry_s: float = FIRST_RETRY_S,
+    ) -> None:
         """recorder: keeps what is changed; None, nothing does."""
         self.metrics = metrics
         self._recorder = recorder
         self._records = ThreadPoolExecutor(1, thread_name_prefix="weft-state")
         self._store = store
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="weft-load")
-        self._checks = ThreadPoolExecutor(NUM_CHECKS, thread_name_prefix="weft-check")
+        self._first_retry_s = first_retry_s
+        self._threads = _Threads.of("weft-load", NUM_THREADS, NUM_DOWNLOADS)
+        self._checks = _Threads.of("weft-check", NUM_CHECKS, NUM_CHECKS)
         self._background: set[asyncio.Task[None]] = set()
+        self._restores: set[asyncio.Task[None]] = set()
         self._loads: set[Future[Any]] = set()
         self._ends: list[Callable[[str], None]] = []
         self._refusal: str | None = None
@@ -57,7 +95,8 @@ class AdapterLoader:
         """Register and load. Raises what `AdapterStore.create` raises, and Unavailable; the name is free again then."""
         self._check_open()
         return await self._on_thread(
-            lambda: self._recorded(new.name, lambda: self._timed(lambda: self._store.create(new)))
+            lambda: self._recorded(new.name, lambda: self._timed(lambda: self._store.create(new))),
+            self._threads.of_source(new.source),
         )
 
     async def update(self, name: str, change: AdapterChange) -> AdapterInfo:
@@ -72,7 +111,8 @@ class AdapterLoader:
             return self._store.update(name, change)
 
         return await self._on_thread(
-            lambda: self._recorded(name, update if change.source is None else lambda: self._timed(update))
+            lambda: self._recorded(name, update if change.source is None else lambda: self._timed(update)),
+            self._threads.of_source(change.source or ""),
         )
 
     async def delete(self, name: str) -> AdapterInfo:
@@ -84,7 +124,7 @@ class AdapterLoader:
     async def inspect(self, source: str) -> AdapterReport:
         """Raises what `AdapterStore.inspect` raises, and Unavailable."""
         self._check_open()
-        return await self._on_thread(lambda: self._store.inspect(source), self._checks)
+        return await self._on_thread(lambda: self._store.inspect(source), self._checks.of_source(source))
 
     async def start(self, new: NewAdapter) -> AdapterInfo:
         """Register now and load in the background; a failed load leaves the adapter FAILED, with the reason.
@@ -94,16 +134,26 @@ class AdapterLoader:
         self._check_open()
         reservation = self._store.reserve(new)
         info = self._store.get(new.name)
-        task = asyncio.create_task(self._load(reservation), name=f"load {new.name}")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        _keep(self._background, asyncio.create_task(self._load(reservation), name=f"load {new.name}"))
         await self._record(new.name)
         return info
 
     async def run(self, work: Callable[[], None]) -> None:
         """Do other work that loads, on the threads of the loads. Raises what it raises, and Unavailable."""
         self._check_open()
-        await self._on_thread(work)
+        await self._on_thread(work, self._threads.local)
+
+    def reserve_now(self, new: NewAdapter) -> Reservation | None:
+        """Take again the name of one that was registered before, to `restore` it; None where it can't have it."""
+        try:
+            return self._store.reserve(new, restored=True)
+        except WeftError as error:
+            _log.warning("%s was not loaded: %s", new.source, error)
+            return None
+
+    def restore(self, reservation: Reservation) -> None:
+        """Load in the background, and while the source can't be read try again, until it is wanted no more."""
+        _keep(self._restores, asyncio.create_task(self._restore(reservation), name=f"restore {reservation.entry.name}"))
 
     def load_now(self, new: NewAdapter, *, restored: bool = False) -> bool:
         """Register and load on this thread; what fails is logged in one line and stays FAILED. True: loaded.
@@ -146,13 +196,16 @@ class AdapterLoader:
         self._refusal = "the server is draining"
         for end in self._ends:
             end(self._refusal)
-        under_way: list[asyncio.Future[Any]] = [*self._background, *map(asyncio.wrap_future, self._loads)]
+        for restore in self._restores:
+            restore.cancel()
+        background = (*self._background, *self._restores)
+        under_way: list[asyncio.Future[Any]] = [*background, *map(asyncio.wrap_future, self._loads)]
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), grace_s)
         if self.is_loading:
             _log.warning("drain: an adapter was still loading after %g s", grace_s)
         for threads in (self._threads, self._checks):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown()
 
     def close(self) -> None:
         """Wait until everything is recorded; nothing may be changed after."""
@@ -164,9 +217,36 @@ class AdapterLoader:
 
     async def _load(self, reservation: Reservation) -> None:
         try:
-            await self._on_thread(lambda: self._timed(lambda: self._store.load(reservation)))
+            await self._load_once(reservation)
         except WeftError as error:
             _log.warning("adapter %s was not loaded: %s", reservation.entry.name, error)
+
+    async def _load_once(self, reservation: Reservation) -> None:
+        work = partial(self._timed, partial(self._store.load, reservation))
+        await self._on_thread(work, self._threads.of_source(reservation.entry.source))
+
+    async def _restore(self, reservation: Reservation) -> None:
+        """As `_load`, of a source that may be out of reach for a while."""
+        name, wait_s = reservation.entry.name, self._first_retry_s
+        while True:
+            try:
+                return await self._load_once(reservation)
+            except Unavailable as error:
+                if wait_s == self._first_retry_s:
+                    _log.warning("adapter %s is not loaded yet, and will be tried again: %s", name, error)
+            except WeftError as error:
+                return _log.warning("adapter %s was not loaded: %s", name, error)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
+            if not self._is_wanted(reservation):
+                return None
+
+    def _is_wanted(self, reservation: Reservation) -> bool:
+        """Whether a load that has failed is still to be mended."""
+        with suppress(AdapterNotFound):
+            info = self._store.get(reservation.entry.name)
+            return info.state is AdapterState.FAILED and info.source == reservation.entry.source
+        return False
 
     async def _record(self, name: str) -> None:
         """On a thread of its own: a change that is made must not wait behind a download to be kept."""
@@ -181,9 +261,8 @@ class AdapterLoader:
             if self._recorder is not None:
                 self._recorder.record(name)
 
-    async def _on_thread(self, work: Callable[[], Result], threads: ThreadPoolExecutor | None = None) -> Result:
-        """threads: None for those of the loads."""
-        future = (threads or self._threads).submit(work)
+    async def _on_thread(self, work: Callable[[], Result], threads: ThreadPoolExecutor) -> Result:
+        future = threads.submit(work)
         self._loads.add(future)
         future.add_done_callback(self._loads.discard)
         return await asyncio.wrap_future(future)
@@ -197,3 +276,9 @@ class AdapterLoader:
         finally:
             self.metrics.adapter_loaded(time.monotonic() - started, outcome)
         return info
+
+
+def _keep(tasks: set[asyncio.Task[Result]], task: asyncio.Task[Result]) -> None:
+    """Among the tasks, until it is done."""
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny import make_adapter, make_model, save_tokenizer
+from web import serving
 
 from weft.adapters.records import AdapterState
 from weft.errors import AddressUnavailable, InvalidConfig, InvalidModel, Unavailable
@@ -288,6 +290,45 @@ class TestState:
         assert {adapter.state for adapter in narrow.values()} == {adapter_pb2.ADAPTER_STATE_FAILED}
         assert "--source-root" in narrow["mine"].error, "it stays, and says why it is not served"
         assert set(narrow) == {"mine", "later", "torn"}
+
+    def test_no_start_waits_for_another_machine(self, config: ServerConfig, root: Path, tmp_path: Path) -> None:
+        async def main(url: str, may_come: threading.Event) -> None:
+            async with running_server(remote) as server, grpc.aio.insecure_channel(server.address) as channel:
+                stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
+                for name, source in (("far", f"{url}/loras/good"), ("near", f"file:{root / 'adapters' / 'good'}")):
+                    request = adapter_pb2.CreateAdapterRequest(adapter={"name": name, "source": source}, wait=True)
+                    await stub.CreateAdapter(request)
+            may_come.clear()
+            async with running_server(remote) as server, grpc.aio.insecure_channel(server.address) as channel:
+                stub = adapter_pb2_grpc.AdapterServiceStub(channel)
+                assert await statuses(channel) == {SERVING}
+                assert "adapters loaded: 1, failed: 0, loading: 1; " in server.startup_line
+                watch = stub.WatchAdapters(adapter_pb2.WatchAdaptersRequest())
+                far = [message.adapter.state async for message in until_listed(watch) if message.adapter.name == "far"]
+                assert far == [adapter_pb2.ADAPTER_STATE_LOADING]
+                may_come.set()
+                async for message in watch:
+                    if message.adapter.state == adapter_pb2.ADAPTER_STATE_DEVICE:
+                        assert message.adapter.name == "far"
+                        break
+
+        async def until_listed(watch: Any) -> AsyncIterator[Any]:
+            async for message in watch:
+                if message.kind == adapter_pb2.ADAPTER_EVENT_KIND_LISTED:
+                    return
+                yield message
+
+        with serving() as web:
+            web.hold(root / "adapters" / "good", "/loras/good")
+            may_come = web.held["/loras/good/adapter_config.json"] = threading.Event()
+            may_come.set()
+            remote = replace(
+                config,
+                source_roots=(root, web.url),
+                cache=tmp_path / "cache",
+                state=tmp_path / "state.db",
+            )
+            asyncio.run(main(web.url, may_come))
 
     def test_a_state_that_is_none_stops_the_start(self, config: ServerConfig, tmp_path: Path) -> None:
         (tmp_path / "state.db").write_text("not a database" * 1000)

@@ -26,6 +26,7 @@ class Web:
     """What the server holds and how it behaves; may be changed while it serves.
 
     cuts: after how many bytes of a body each of the next answers breaks off. endless: paths whose bodies never end.
+    held: paths whose answers wait.
     """
 
     address: str = ""
@@ -35,6 +36,7 @@ class Web:
     statuses: dict[str, int] = field(default_factory=dict)
     cuts: dict[str, list[int]] = field(default_factory=dict)
     endless: set[str] = field(default_factory=set)
+    held: dict[str, threading.Event] = field(default_factory=dict)
     has_etags: bool = True
     has_ranges: bool = True
     seen: list[Seen] = field(default_factory=list)
@@ -76,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, has_body: bool) -> None:
         web, path = self.web, self.path.partition("?")[0]
         web.seen.append(Seen(self.command, self.path, dict(self.headers.items())))
+        if path in web.held:
+            web.held[path].wait(60)
         status = web.statuses.get(path, 302 if path in web.redirects else 200 if path in web.files else 404)
         headers = dict(web.headers.get(path, {}))
         body = web.files.get(path, b"") if status == 200 else b""

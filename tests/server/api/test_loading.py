@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Harness
 from prometheus_client import CollectorRegistry
 from tiny import make_adapter, make_model, save_tokenizer
+from web import Web, serving
 
+from weft.adapters.locations import is_remote
 from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
+from weft.adapters.report import AdapterReport
+from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.state import Recorder, State
 from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AdapterExists, InvalidAdapter, InvalidRequest, Unavailable
-from weft.server.api.loading import NUM_THREADS, AdapterLoader
+from weft.server.api.loading import NUM_CHECKS, NUM_DOWNLOADS, NUM_THREADS, AdapterLoader
 from weft.server.metrics import Metrics
 
 
@@ -98,6 +103,121 @@ def test_what_reads_and_moves_nothing_waits_behind_no_load(loading: Loading) -> 
         assert store.get("n") == info, "an update that had not begun was made for nobody"
 
     asyncio.run(main())
+
+
+def test_what_is_here_waits_behind_nothing_that_comes_from_another_machine(loading: Loading) -> None:
+    """Loads, updates, pins, checks and the watcher go on while every thread that downloads is held up."""
+    reached, may_end = threading.Semaphore(0), threading.Event()
+    far = "https://far.example.com/x"
+
+    class Slow(AdapterStore):
+        def create(self, new: NewAdapter) -> AdapterInfo:
+            self._hold(new.source)
+            return super().create(new)
+
+        def inspect(self, source: str) -> AdapterReport:
+            self._hold(source)
+            return super().inspect(source)
+
+        def _hold(self, source: str) -> None:
+            if is_remote(source):
+                reached.release()
+                may_end.wait()
+
+    async def main() -> None:
+        store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
+        loader = AdapterLoader(store, Metrics(CollectorRegistry()))
+        downloads = [loader.create(NewAdapter(f"far{i}", far)) for i in range(NUM_DOWNLOADS)]
+        checks = [loader.inspect(far) for _ in range(NUM_CHECKS)]
+        held = [asyncio.ensure_future(work) for work in (*downloads, *checks)]
+        for _ in held:
+            await asyncio.to_thread(reached.acquire)
+        await loader.create(loading.new("n", "first"))
+        await loader.update("n", AdapterChange(source=loading.new("n").source))
+        assert (await loader.update("n", AdapterChange(pinned=True))).pinned
+        assert (await loader.inspect(loading.new("n").source)).problems == ()
+        await loader.run(lambda: None)
+        may_end.set()
+        outcomes = await asyncio.gather(*held, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {InvalidRequest}, "no such source is allowed here"
+        await loader.drain(60)
+
+    asyncio.run(main())
+
+
+class TestRestoring:
+    """Names that were registered before a restart, whose sources are on another machine."""
+
+    @pytest.fixture
+    def web(self, loading: Loading) -> Iterator[Web]:
+        with serving() as web:
+            web.hold(loading._folders / "good", "/loras/good")
+            yield web
+
+    @pytest.fixture
+    def store(self, loading: Loading, web: Web, tmp_path: Path) -> AdapterStore:
+        sources = Sources([], RemoteSettings([web.url], tmp_path / "cache"))
+        return AdapterStore(loading.store._pool, sources, lambda: 0.0)
+
+    def test_a_source_out_of_reach_is_tried_again_until_it_is_there(
+        self, store: AdapterStore, web: Web, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = "/loras/good/adapter_config.json"
+        web.statuses[config] = 503
+
+        async def main() -> None:
+            loader = AdapterLoader(store, Metrics(CollectorRegistry()), first_retry_s=0.01)
+            states = States(store)
+            reservation = loader.reserve_now(NewAdapter("far", f"{web.url}/loras/good", pinned=True))
+            assert reservation is not None
+            loader.restore(reservation)
+            for _ in range(3):
+                await states.until(AdapterState.FAILED)
+            del web.statuses[config]
+            await states.until(AdapterState.DEVICE)
+            await loader.drain(60)
+
+        asyncio.run(main())
+        assert store.get("far").pinned
+        (line,) = caplog.messages
+        assert line.startswith("adapter far is not loaded yet, and will be tried again: ")
+
+    @pytest.mark.parametrize("end", ["deleted", "drained"])
+    def test_it_ends_when_nobody_wants_it_any_more(self, store: AdapterStore, web: Web, end: str) -> None:
+        web.statuses["/loras/good/adapter_config.json"] = 503
+
+        async def main() -> None:
+            loader = AdapterLoader(store, Metrics(CollectorRegistry()), first_retry_s=0.01 if end == "deleted" else 600)
+            states = States(store)
+            reservation = loader.reserve_now(NewAdapter("far", f"{web.url}/loras/good"))
+            assert reservation is not None
+            loader.restore(reservation)
+            await states.until(AdapterState.FAILED)
+            if end == "deleted":
+                await loader.delete("far")
+                await asyncio.gather(*loader._restores)
+            await loader.drain(60)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(main())
+
+    def test_a_name_that_none_can_have_is_logged(self, store: AdapterStore, caplog: pytest.LogCaptureFixture) -> None:
+        loader = AdapterLoader(store, Metrics(CollectorRegistry()))
+        assert loader.reserve_now(NewAdapter("a bad name", "hf:org/x")) is None
+        assert "a bad name" in caplog.messages[0]
+
+
+class States:
+    """The states that a store's adapters come into, for the event loop it is made on."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._seen: asyncio.Queue[AdapterState] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        store.subscribe(lambda event: loop.call_soon_threadsafe(self._seen.put_nowait, event.info.state))
+
+    async def until(self, state: AdapterState) -> None:
+        while await asyncio.wait_for(self._seen.get(), 60) is not state:
+            pass
 
 
 def test_what_was_changed_for_a_caller_who_gave_up_is_recorded(loading: Loading, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class AdapterFolders:
         self._store = store
         self._loader = loader
         self._seen: dict[str, _Marks] = {}
+        self._identity = self._identify()
         self._stop = asyncio.Event()
 
     def load_all(self) -> list[bool]:
@@ -58,9 +59,13 @@ class AdapterFolders:
 
         One that fails is logged in one line, and tried again when it changes. One that lacks a file is left for later.
         """
-        if not self._root.is_dir():  # a volume that went away takes no adapter with it
-            return
+        identity = self._identify()
         found = self._look()
+        if identity is None or identity != self._identify():
+            return
+        if identity != self._identity and not found:  # a volume that went away, and what it was mounted on
+            return
+        self._identity = identity
         for name in sorted(self._seen.keys() - found):
             del self._seen[name]
             if self._owns(name):
@@ -130,6 +135,14 @@ class AdapterFolders:
 
     def _source(self, name: str) -> str:
         return f"file:{self._root / name}"
+
+    def _identify(self) -> tuple[int, int] | None:
+        """Device and inode of the folder itself; None where there is none."""
+        try:
+            found = self._root.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _look(self) -> dict[str, _Marks]:
         """How the folders stand that hold one of the two files, or both."""

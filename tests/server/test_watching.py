@@ -203,6 +203,37 @@ def test_a_volume_that_goes_away_takes_nothing_with_it(watched: Watched) -> None
     assert watched.states() == {"a": AdapterState.DEVICE}
 
 
+def test_an_empty_folder_in_the_place_of_the_first_takes_nothing_with_it(watched: Watched) -> None:
+    """As where a volume was mounted, and is mounted again."""
+    watched.put("a")
+    watched.folders.catch_up()
+    volume = watched.root.rename(watched.root.with_name("volume"))
+    watched.root.mkdir()
+    for _ in range(2):
+        watched.folders.catch_up()
+        assert watched.states() == {"a": AdapterState.DEVICE}
+    watched.root.rmdir()
+    volume.rename(watched.root)
+    watched.put("b")
+    watched.folders.catch_up()
+    assert set(watched.states()) == {"a", "b"}
+    for name in ("a", "b"):
+        shutil.rmtree(watched.root / name)
+    watched.folders.catch_up()
+    assert watched.states() == {}, "what is emptied and still itself is meant"
+
+
+def test_another_folder_that_holds_adapters_is_followed(watched: Watched) -> None:
+    """As where a link leads to the next release."""
+    watched.put("a")
+    watched.folders.catch_up()
+    watched.root.rename(watched.root.with_name("before"))
+    watched.root.mkdir()
+    watched.put("b")
+    watched.folders.catch_up()
+    assert watched.states() == {"b": AdapterState.DEVICE}
+
+
 def test_links_are_followed_where_they_may_lead(
     watched: Watched, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -80,8 +80,9 @@ class AdapterLoader:
         self._first_retry_s = first_retry_s
         self._threads = _Threads.of("weft-load", NUM_THREADS, NUM_DOWNLOADS)
         self._checks = _Threads.of("weft-check", NUM_CHECKS, NUM_CHECKS)
-        self._background: set[asyncio.Task[None]] = set()
-        self._restores: set[asyncio.Task[None]] = set()
+        self._reserves = _Threads.of("weft-reserve", 1, 1)
+        self._background: set[asyncio.Task[Any]] = set()
+        self._restores: set[asyncio.Task[Any]] = set()
         self._loads: set[Future[Any]] = set()
         self._ends: list[Callable[[str], None]] = []
         self._refusal: str | None = None
@@ -132,11 +133,9 @@ class AdapterLoader:
         Raises what `AdapterStore.reserve` raises, and Unavailable.
         """
         self._check_open()
-        reservation = self._store.reserve(new)
-        info = self._store.get(new.name)
-        _keep(self._background, asyncio.create_task(self._load(reservation), name=f"load {new.name}"))
-        await self._record(new.name)
-        return info
+        starting = asyncio.create_task(self._start(new), name=f"start {new.name}")
+        _keep(self._background, starting)
+        return await asyncio.shield(starting)
 
     async def run(self, work: Callable[[], None]) -> None:
         """Do other work that loads, on the threads of the loads. Raises what it raises, and Unavailable."""
@@ -204,7 +203,7 @@ class AdapterLoader:
             await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), grace_s)
         if self.is_loading:
             _log.warning("drain: an adapter was still loading after %g s", grace_s)
-        for threads in (self._threads, self._checks):
+        for threads in (self._threads, self._checks, self._reserves):
             threads.shutdown()
 
     def close(self) -> None:
@@ -214,6 +213,19 @@ class AdapterLoader:
     def _check_open(self) -> None:
         if self._refusal is not None:
             raise Unavailable(self._refusal)
+
+    async def _start(self, new: NewAdapter) -> AdapterInfo:
+        """Goes on when whoever asked for it has gone: what is reserved must also be loaded."""
+
+        def reserve() -> tuple[Reservation, AdapterInfo]:
+            return self._store.reserve(new), self._store.get(new.name)
+
+        # The check of a source follows its links, which may take for ever on a mount that hangs.
+        reservation, info = await self._on_thread(reserve, self._reserves.of_source(new.source))
+        self._check_open()
+        _keep(self._background, asyncio.create_task(self._load(reservation), name=f"load {new.name}"))
+        await self._record(new.name)
+        return info
 
     async def _load(self, reservation: Reservation) -> None:
         try:
@@ -278,7 +290,7 @@ class AdapterLoader:
         return info
 
 
-def _keep(tasks: set[asyncio.Task[Result]], task: asyncio.Task[Result]) -> None:
+def _keep(tasks: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
     """Among the tasks, until it is done."""
     tasks.add(task)
     task.add_done_callback(tasks.discard)

@@ -145,6 +145,36 @@ def test_what_is_here_waits_behind_nothing_that_comes_from_another_machine(loadi
     asyncio.run(main())
 
 
+def test_a_source_whose_links_can_not_be_followed_holds_up_nobody_else(loading: Loading) -> None:
+    """As on a network mount that hangs; and what was asked for is loaded, though its caller has gone."""
+    reached, may_end = threading.Event(), threading.Event()
+
+    class Hanging(AdapterStore):
+        def reserve(self, new: NewAdapter, *, restored: bool = False) -> Reservation:
+            if new.name == "hanging":
+                reached.set()
+                may_end.wait()
+            return super().reserve(new, restored=restored)
+
+    async def main() -> None:
+        store = Hanging(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
+        loader = AdapterLoader(store, Metrics(CollectorRegistry()))
+        starting = asyncio.create_task(loader.start(loading.new("hanging")))
+        await asyncio.to_thread(reached.wait)
+        await loader.create(loading.new("n"))
+        assert loader.is_loading
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        states = States(store)
+        may_end.set()
+        await states.until(AdapterState.DEVICE)
+        await loader.drain(60)
+        assert store.get("hanging").digest == store.get("n").digest
+
+    asyncio.run(main())
+
+
 class TestRestoring:
     """Names that were registered before a restart, whose sources are on another machine."""
 

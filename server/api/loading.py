@@ -28,7 +28,7 @@ NUM_THREADS = 2
 """Loads of local files at a time: one reads while the other copies."""
 
 NUM_DOWNLOADS = 4
-"""Loads from other machines at a time, of which most wait for bytes."""
+"""Loads from other machines at a time, of which most wait for bytes; and as many of those that are restored."""
 
 NUM_CHECKS = 1
 """Dry runs at a time, of local files and from other machines. Loads do not wait behind them."""
@@ -79,6 +79,7 @@ class AdapterLoader:
         self._store = store
         self._first_retry_s = first_retry_s
         self._threads = _Threads.of("weft-load", NUM_THREADS, NUM_DOWNLOADS)
+        self._restoring = ThreadPoolExecutor(NUM_DOWNLOADS, thread_name_prefix="weft-restore")
         self._checks = _Threads.of("weft-check", NUM_CHECKS, NUM_CHECKS)
         self._reserves = _Threads.of("weft-reserve", 1, 1)
         self._background: set[asyncio.Task[Any]] = set()
@@ -90,7 +91,7 @@ class AdapterLoader:
     @property
     def is_loading(self) -> bool:
         """Whether a thread is at work: one that reads or copies weights can't be stopped."""
-        return self._store.is_moving or any(load.running() for load in self._loads)
+        return self._store.is_moving or any(load.running() for load in tuple(self._loads))
 
     async def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load. Raises what `AdapterStore.create` raises, and Unavailable; the name is free again then."""
@@ -198,13 +199,14 @@ class AdapterLoader:
         for restore in self._restores:
             restore.cancel()
         background = (*self._background, *self._restores)
-        under_way: list[asyncio.Future[Any]] = [*background, *map(asyncio.wrap_future, self._loads)]
+        under_way: list[asyncio.Future[Any]] = [*background, *map(asyncio.wrap_future, tuple(self._loads))]
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), grace_s)
         if self.is_loading:
             _log.warning("drain: an adapter was still loading after %g s", grace_s)
         for threads in (self._threads, self._checks, self._reserves):
             threads.shutdown()
+        self._restoring.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Wait until everything is recorded; nothing may be changed after."""
@@ -229,20 +231,19 @@ class AdapterLoader:
 
     async def _load(self, reservation: Reservation) -> None:
         try:
-            await self._load_once(reservation)
+            await self._load_once(reservation, self._threads.of_source(reservation.entry.source))
         except WeftError as error:
             _log.warning("adapter %s was not loaded: %s", reservation.entry.name, error)
 
-    async def _load_once(self, reservation: Reservation) -> None:
-        work = partial(self._timed, partial(self._store.load, reservation))
-        await self._on_thread(work, self._threads.of_source(reservation.entry.source))
+    async def _load_once(self, reservation: Reservation, threads: ThreadPoolExecutor) -> None:
+        await self._on_thread(partial(self._timed, partial(self._store.load, reservation)), threads)
 
     async def _restore(self, reservation: Reservation) -> None:
         """As `_load`, of a source that may be out of reach for a while."""
         name, wait_s = reservation.entry.name, self._first_retry_s
         while True:
             try:
-                return await self._load_once(reservation)
+                return await self._load_once(reservation, self._restoring)
             except Unavailable as error:
                 if wait_s == self._first_retry_s:
                     _log.warning("adapter %s is not loaded yet, and will be tried again: %s", name, error)

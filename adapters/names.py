@@ -1,0 +1,25 @@
+"""The name that was meant by one that nobody has."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+NUM_BESIDE = 16
+MAX_COMPARED_CHARACTERS = 64
+"""To compare two takes the square of their length: a few milliseconds for all of this length."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of those that stand beside it in the alphabet, on either side; None where none is.
+
+    However many there are, and however long, it takes no more than milliseconds.
+    """
+    if len(name) > MAX_COMPARED_CHARACTERS:
+        return None
+    ordered = sorted(names)
+    at = bisect_left(ordered, name)
+    beside = ordered[max(0, at - NUM_BESIDE) : at + NUM_BESIDE]
+    close = get_close_matches(name, [each for each in beside if len(each) <= MAX_COMPARED_CHARACTERS], n=1)
+    return close[0] if close else None

@@ -139,7 +139,10 @@ class PageConfig:
 
 
 class PagePool:
-    """The device memory of all adapters: one `Site` a module, and the allocator of their common pages."""
+    """The device memory of all adapters: one `Site` a module, and the allocator of their common pages.
+
+    page_bytes: that one page takes over all sites.
+    """
 
     def __init__(self, base: Base, config: PageConfig) -> None:
         self.base = base
@@ -150,6 +153,7 @@ class PagePool:
             name: Site(index, module.d_in, module.d_out, config.num_pages, config.dtype, config.device)
             for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
         }
+        self.page_bytes = sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
         self._flat = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
         self._stream: torch.cuda.Stream | None = None
         if config.device.type == "cuda":
@@ -159,11 +163,6 @@ class PagePool:
     def num_pages(self) -> int:
         """Pages that adapters can hold in all."""
         return self.allocator.num_pages - 1
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes one page takes over all sites."""
-        return sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
 
     def prepare(self, weights: LoraWeights, source: str) -> HostAdapter:
         """Bring a validated adapter into the form that `write` takes.

@@ -412,3 +412,14 @@ def test_capacity_is_told_in_pages_and_bytes(store: AdapterStore, folders: Path)
     assert (capacity.page_rows, capacity.page_bytes) == (8, info.device_bytes // 2)
     assert capacity.host_bytes_used == info.host_bytes + store.get("r8").host_bytes
     assert capacity.host_bytes_total == 1 << 30
+
+
+def test_a_dry_run_says_what_the_adapter_will_take_whatever_the_dtype_of_its_file(folders: Path) -> None:
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.bfloat16, torch.device("cpu")))
+    store = AdapterStore(pool, Sources([folders]), now=lambda: 1000.0)
+    source = f"file:{folders / 'r16'}"
+    report = store.inspect(source)
+    info = store.create(NewAdapter("r16", source))
+    assert (report.digest, report.num_pages) == (info.digest, info.num_pages)
+    assert (report.device_bytes, report.host_bytes) == (info.device_bytes, info.host_bytes)
+    assert report.host_bytes < sum(module.num_bytes for module in report.modules)

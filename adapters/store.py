@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 
-from weft.adapters.names import nearest
+from weft.adapters.names import check_name, nearest
 from weft.adapters.pages import PagePool
 from weft.adapters.reading import Policy, Reader
 from weft.adapters.records import (
@@ -30,10 +30,9 @@ from weft.adapters.report import AdapterReport
 from weft.adapters.residency import AdapterRef, Residency, check_fit, check_mixable
 from weft.adapters.sources import Sources
 from weft.adapters.tiers import AdapterVersion, TierMetrics, Tiers
-from weft.errors import AdapterExists, AdapterNotFound, InvalidRequest, WeftError
+from weft.errors import AdapterExists, AdapterNotFound, WeftError
 from weft.kernels.plan import PAGE_ROWS
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _AT_ONCE = 64
 """Adapters that are listed while the lock is held."""
@@ -447,13 +446,3 @@ def _state(entry: _Entry) -> AdapterState:
     if entry.version is not None:
         return AdapterState(entry.version.tier.value)
     return AdapterState.FAILED if entry.error else AdapterState.LOADING
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidRequest unless the name may stand for an adapter."""
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise InvalidRequest.of(
-            "adapter.name",
-            f"is {name!r}; must be 1 to 128 letters, digits, '.', '_', '/' or '-', start with a letter or digit and "
-            "not hold '..'",
-        )

@@ -15,7 +15,6 @@ REMOTE_SCHEMES = ("hf", "https", "http", "s3", "gs")
 MAX_SOURCE_CHARACTERS = 1024
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
-_SCHEME = re.compile(r"([a-z][a-z0-9+-]*):")
 _SEGMENT = re.compile(r"[A-Za-z0-9_~+=.-]+")
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _AUTHORITY = re.compile(rf"(?P<host>{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:.]+\])(?::(?P<port>[1-9][0-9]{{0,4}}))?")
@@ -66,15 +65,9 @@ class Location:
         return self.url + revision + (f"#sha256={self.sha256}" if self.sha256 else "")
 
 
-def scheme_of(text: str) -> str:
-    """What comes before the first colon, where that can be a scheme; empty for a plain path."""
-    match = _SCHEME.match(text)
-    return match[1] if match else ""
-
-
 def is_remote(source: str) -> bool:
     """Whether a source is on another machine."""
-    return scheme_of(source) in REMOTE_SCHEMES
+    return source.partition(":")[0] in REMOTE_SCHEMES
 
 
 def parse_location(text: str) -> Location:

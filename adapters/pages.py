@@ -139,7 +139,10 @@ class PageConfig:
 
 
 class PagePool:
-    """The device memory of all adapters: one `Site` a module, and the allocator of their common pages."""
+    """The device memory of all adapters: one `Site` a module, and the allocator of their common pages.
+
+    page_bytes: that one page takes over all sites.
+    """
 
     def __init__(self, base: Base, config: PageConfig) -> None:
         self.base = base
@@ -151,7 +154,6 @@ class PagePool:
             for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
         }
         self.page_bytes = sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
-        """Bytes one page takes over all sites."""
         self._flat = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
         self._stream: torch.cuda.Stream | None = None
         if config.device.type == "cuda":

@@ -61,13 +61,20 @@ class Reader:
             weights, problems = examine_folder(self._sources.fetch(source), source, self._pool.base)
             modules = module_reports(weights, self._pool.base, problems)
             if problems:
-                return AdapterReport(source, "", modules, tuple(problems), num_pages=0, device_bytes=0)
+                return AdapterReport(source, modules, tuple(problems))
             weights = replace(weights, digest=digest_of(weights))
             host = self._prove(weights, self._prepare(weights, source), source)
         except InvalidAdapter as error:
-            return AdapterReport(source, "", modules, error.problems, num_pages=0, device_bytes=0)
-        device_bytes = host.num_pages * self._pool.page_bytes
-        return AdapterReport(source, host.digest, modules, (), host.num_pages, device_bytes, host.probe_error)
+            return AdapterReport(source, modules, error.problems)
+        return AdapterReport(
+            source,
+            modules,
+            digest=host.digest,
+            num_pages=host.num_pages,
+            device_bytes=host.num_pages * self._pool.page_bytes,
+            host_bytes=host.num_bytes,
+            probe_error=host.probe_error,
+        )
 
     def _prove(self, weights: LoraWeights, host: HostAdapter, source: str) -> HostAdapter:
         """Raises InvalidAdapter where it has no effect, or the probe finds it served wrong."""

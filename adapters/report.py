@@ -32,17 +32,19 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """A dry run. digest: empty where there are problems. num_pages, device_bytes: that it would take on the device.
+    """A dry run. What it would take, and the digest, are empty where there are problems.
 
+    num_pages, device_bytes: that it would take on the device. host_bytes: in host memory, in the base's dtype.
     probe_error: of the parity probe, None where it was not run.
     """
 
     source: str
-    digest: str
     modules: tuple[ModuleReport, ...]
-    problems: tuple[Problem, ...]
-    num_pages: int
-    device_bytes: int
+    problems: tuple[Problem, ...] = ()
+    digest: str = ""
+    num_pages: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
     probe_error: float | None = None
 
 

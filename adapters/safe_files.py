@@ -31,18 +31,9 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def check_safetensors(path: Path, source: str) -> dict[str, Any]:
-    """The header of a safetensors file, by tensor; source names the adapter in messages.
-
-    Reads no more than the header. Raises InvalidAdapter as `open_safetensors` does.
-    """
-    with open_safetensors(path, source) as (_, tensors):
-        return tensors
-
-
 @contextmanager
 def open_safetensors(path: Path, source: str) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
-    """The file, read up to where its data begins, and its header, by tensor.
+    """The file, read up to where its data begins, and its header, by tensor; source names the adapter in messages.
 
     Raises InvalidAdapter where its length is more than the file holds or MAX_HEADER_BYTES, where it is not JSON or
     holds a key twice (readers differ in which one they take), or where a tensor claims bytes that the file does not

@@ -93,7 +93,7 @@ class Sources:
     def _folder_of(self, source: str) -> Path:
         """The folder of a `file:` source, symlinks resolved. Raises InvalidRequest unless it lies under a root."""
         path = source.removeprefix("file:")
-        if not path or not path.isprintable() or len(path) > MAX_SOURCE_CHARACTERS:
+        if not path.startswith("/") or not path.isprintable() or len(path) > MAX_SOURCE_CHARACTERS:
             raise _refused(
                 source,
                 f"must be file:/path/to/a/PEFT/folder, printable, {MAX_SOURCE_CHARACTERS} long at most",

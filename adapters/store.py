@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from itertools import count
 
+from weft.adapters.names import check_name, nearest
 from weft.adapters.pages import PagePool
 from weft.adapters.reading import Policy, Reader
 from weft.adapters.records import (
@@ -30,11 +30,12 @@ from weft.adapters.report import AdapterReport
 from weft.adapters.residency import AdapterRef, Residency, check_fit, check_mixable
 from weft.adapters.sources import Sources
 from weft.adapters.tiers import AdapterVersion, TierMetrics, Tiers
-from weft.errors import AdapterExists, AdapterNotFound, InvalidRequest, WeftError
+from weft.errors import AdapterExists, AdapterNotFound, WeftError
 from weft.kernels.plan import PAGE_ROWS
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_AT_ONCE = 64
+"""Adapters that are listed while the lock is held."""
 
 
 @dataclass(eq=False, slots=True)
@@ -159,7 +160,9 @@ class AdapterStore:
         if change.source is not None:
             self._reader.check(change.source)
         with self._lock:
-            entry, number = self._entry(name), next(self._numbers)
+            entry, number = self._entries.get(name), next(self._numbers)
+        if entry is None:
+            raise self._unknown(name)
         return self._change(entry, change, number)
 
     def inspect(self, source: str) -> AdapterReport:
@@ -173,17 +176,38 @@ class AdapterStore:
     def get(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""
         with self._lock:
-            return self._snapshot(self._entry(name))
+            entry = self._entries.get(name)
+            if entry is not None:
+                return self._snapshot(entry)
+        raise self._unknown(name)
 
-    def list(self) -> list[AdapterInfo]:
-        """Every registered adapter, by name."""
+    def list(
+        self, after: str = "", limit: int | None = None, wanted: Callable[[AdapterInfo], bool] = lambda _: True
+    ) -> list[AdapterInfo]:
+        """The registered adapters that are wanted, by name: those behind `after`, and no more than `limit`.
+
+        The lock is held for a few at a time, for the engine waits for it: each is as it was at some time of the call.
+        """
         with self._lock:
-            return [self._snapshot(entry) for _, entry in sorted(self._entries.items())]
+            names = [*self._entries]
+        names = sorted(name for name in names if name > after)
+        found: list[AdapterInfo] = []
+        for start in range(0, len(names), _AT_ONCE):
+            with self._lock:
+                entries = filter(None, map(self._entries.get, names[start : start + _AT_ONCE]))
+                infos = [self._snapshot(entry) for entry in entries]
+            found += filter(wanted, infos)
+            if limit is not None and len(found) >= limit:
+                break
+        return found[:limit]
 
     def delete(self, name: str) -> AdapterInfo:
         """Take the name away at once; requests in flight finish on their version. Raises AdapterNotFound."""
         with self._lock:
-            return self._remove(self._entry(name))
+            entry = self._entries.get(name)
+            if entry is not None:
+                return self._remove(entry)
+        raise self._unknown(name)
 
     def acquire(self, adapter_id: str) -> AdapterRef:
         """Resolve `name` or `name@sha256:<hex>` to its version, in whatever tier, and hold it until `release`.
@@ -193,15 +217,9 @@ class AdapterStore:
         name, at, digest = adapter_id.partition("@")
         with self._lock:
             entry = self._entries.get(name)
-            if entry is None or (at and not _DIGEST.fullmatch(digest)):
-                raise AdapterNotFound(adapter_id, self._nearest(name))
-            if entry.version is None:
-                raise AdapterNotFound(adapter_id, f"it is {_state(entry).value} {entry.error}".rstrip())
-            if digest and entry.version.digest != digest:
-                raise AdapterNotFound(adapter_id, f"the name now stands for {entry.version.digest}")
-            entry.version.users += 1
-            entry.last_used_s = self._now()
-            return AdapterRef(name, entry.version, entry.version.failures)
+            if entry is not None and (not at or _DIGEST.fullmatch(digest)):
+                return self._refer(entry, adapter_id, digest)
+        raise self._unknown(name, adapter_id)
 
     def release(self, ref: AdapterRef) -> None:
         """Give a version back, exactly once an `acquire`."""
@@ -378,32 +396,35 @@ class AdapterStore:
         with self._lock:
             self._listeners.pop(number, None)
 
-    def _entry(self, name: str) -> _Entry:
-        entry = self._entries.get(name)
-        if entry is None:
-            raise AdapterNotFound(name, self._nearest(name))
-        return entry
+    def _refer(self, entry: _Entry, adapter_id: str, digest: str) -> AdapterRef:
+        """Raises AdapterNotFound unless the name stands for the content; any content, where the digest is empty."""
+        if entry.version is None:
+            raise AdapterNotFound(adapter_id, f"it is {_state(entry).value} {entry.error}".rstrip())
+        if digest and entry.version.digest != digest:
+            raise AdapterNotFound(adapter_id, f"the name now stands for {entry.version.digest}")
+        entry.version.users += 1
+        entry.last_used_s = self._now()
+        return AdapterRef(entry.name, entry.version, entry.version.failures)
 
-    def _nearest(self, name: str) -> str:
-        close = get_close_matches(name, self._entries, n=1)
-        return f"did you mean {close[0]!r}?" if close else "list what is loaded with `weft adapters list`"
+    def _unknown(self, name: str, adapter_id: str = "") -> AdapterNotFound:
+        """Called without the lock: looking for the name that was meant takes a while."""
+        with self._lock:
+            names = [*self._entries]
+        close = nearest(name, names)
+        return AdapterNotFound(
+            adapter_id or name, f"did you mean {close!r}?" if close else "list what is loaded with `weft adapters list`"
+        )
 
     def _snapshot(self, entry: _Entry) -> AdapterInfo:
         version = entry.version
-        common = AdapterInfo(
-            name=entry.name,
-            source=entry.source,
-            labels=entry.labels,
-            pinned=entry.pinned,
-            state=_state(entry),
-            error=entry.error,
-            created_s=entry.created_s,
-            last_used_s=entry.last_used_s,
+        common = (
+            *(entry.name, entry.source, entry.labels, entry.pinned),
+            *(_state(entry), entry.error, entry.created_s, entry.last_used_s),
         )
         if version is None:
-            return common
-        return replace(
-            common,
+            return AdapterInfo(*common)
+        return AdapterInfo(
+            *common,
             digest=version.digest,
             ranks=version.ranks,
             modules=version.modules,
@@ -425,13 +446,3 @@ def _state(entry: _Entry) -> AdapterState:
     if entry.version is not None:
         return AdapterState(entry.version.tier.value)
     return AdapterState.FAILED if entry.error else AdapterState.LOADING
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidRequest unless the name may stand for an adapter."""
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise InvalidRequest.of(
-            "adapter.name",
-            f"is {name!r}; must be 1 to 128 letters, digits, '.', '_', '/' or '-', start with a letter or digit and "
-            "not hold '..'",
-        )

@@ -208,9 +208,10 @@ class _Busiest:
     """Which adapters have a label of their own: the `limit` busiest, by requests ended; the rest share `other`.
 
     The first ones seen get a label each. Later, one that is outside and clearly busier (more than twice the requests,
-    and some) than the least busy label takes its place, and that one's series end. Counts are halved every `_WINDOW`
-    requests, so old glory fades; no more than `limit` + `_WINDOW` names are ever held. An adapter that is itself called
-    `base` or `other` never gets a label, so that no series mixes two meanings.
+    and some) than the least busy label takes its place, and that one's series end: added to `other`, they would look
+    like traffic of that moment. Counts are halved every `_WINDOW` requests, so old glory fades; no more than `limit` +
+    `_WINDOW` names are ever held. An adapter that is itself called `base` or `other` never gets a label, so that no
+    series mixes two meanings.
     """
 
     _WINDOW = 1024

@@ -7,10 +7,11 @@ import binascii
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from weft.adapters.names import MAX_NAME_CHARACTERS
 from weft.adapters.records import AdapterChange, AdapterInfo, NewAdapter
 from weft.errors import InvalidRequest, Problem
 from weft.server.api.resources import STATES
-from weft.server.api.translation import MAX_ADAPTER_ID_CHARACTERS, Violations
+from weft.server.api.translation import Violations
 from weft.v1 import adapter_pb2 as pb2
 
 MAX_LABELS = 64
@@ -140,10 +141,11 @@ def _set_by_server(adapter: pb2.Adapter) -> Iterator[str]:
 def _labels(given: Mapping[str, str], path: str, violations: Violations) -> dict[str, str]:
     labels = dict(given) if violations.fits(given, path, MAX_LABELS) else {}
     for key, value in labels.items():
-        if not key or max(len(key), len(value)) > MAX_LABEL_CHARACTERS:
+        if not key or not (key + value).isprintable() or max(len(key), len(value)) > MAX_LABEL_CHARACTERS:
             violations.add(
                 f"{path}[{key[:MAX_LABEL_CHARACTERS]!r}]",
-                f"must have a key that is not empty, and at most {MAX_LABEL_CHARACTERS} characters in key and value",
+                f"must have a key that is not empty, and in key and value at most {MAX_LABEL_CHARACTERS} characters, "
+                "all printable",
             )
     return labels
 
@@ -155,5 +157,5 @@ def _check_name(name: str, path: str, violations: Violations) -> None:
 
 
 def _check_length(name: str, path: str, violations: Violations) -> None:
-    if len(name) > MAX_ADAPTER_ID_CHARACTERS:
-        violations.add(path, f"has {len(name)} characters; no adapter's has more than {MAX_ADAPTER_ID_CHARACTERS}")
+    if len(name) > MAX_NAME_CHARACTERS:
+        violations.add(path, f"has {len(name)} characters; no adapter's name has more than {MAX_NAME_CHARACTERS}")

@@ -53,7 +53,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         wanted = to_filter(request, violations)
         after = page_start(request.page_token, violations)
         violations.raise_any()
-        matching = [info for info in self.store.list() if info.name > after and wanted.matches(info)]
+        matching = self.store.list(after, page_size + 1, wanted.matches)
         page = matching[:page_size]
         return pb2.ListAdaptersResponse(
             adapters=[to_message(info) for info in page],

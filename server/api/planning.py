@@ -74,7 +74,7 @@ def to_plan(
         pages_total=capacity.pages_total,
         pages_free=capacity.pages_free,
         pages_pinned=capacity.pages_pinned,
-        host_bytes_needed=sum(_host_bytes(report) for report in contents.values())
+        host_bytes_needed=sum(report.host_bytes for report in contents.values())
         + sum(_host_bytes_of_rank(shape.rank, capacity) * shape.count for shape in wanted.shapes),
         host_bytes_total=capacity.host_bytes_total,
         host_bytes_used=capacity.host_bytes_used,
@@ -95,17 +95,13 @@ def _planned(report: AdapterReport) -> pb2.PlannedSource:
         source=report.source,
         digest=report.digest,
         num_pages=report.num_pages,
-        host_bytes=_host_bytes(report),
+        host_bytes=report.host_bytes,
         problems=to_problems(report.problems),
     )
 
 
 def _pages(rank: int, capacity: Capacity) -> int:
     return -(-rank // capacity.page_rows)
-
-
-def _host_bytes(report: AdapterReport) -> int:
-    return 0 if report.problems else sum(module.num_bytes for module in report.modules)
 
 
 def _host_bytes_of_rank(rank: int, capacity: Capacity) -> int:

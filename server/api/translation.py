@@ -11,12 +11,13 @@ from typing import TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from weft.adapters.names import MAX_NAME_CHARACTERS
 from weft.errors import InvalidRequest, Problem
 from weft.server.engine.request import Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
 
 MAX_ADAPTERS = 8
-MAX_ADAPTER_ID_CHARACTERS = 256
+MAX_ADAPTER_ID_CHARACTERS = MAX_NAME_CHARACTERS + len("@sha256:") + 64
 MAX_CHAT_MESSAGES = 1024
 MAX_STOP_SEQUENCES = 64
 MAX_STOP_SEQUENCE_CHARACTERS = 1024
@@ -55,8 +56,13 @@ class Range:
         return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if math.isinf(self.high) else f"{low} and at most {self.high:g}"
+        low = f"{'above' if self.above else 'at least'} {_digits(self.low)}"
+        return low if math.isinf(self.high) else f"{low} and at most {_digits(self.high)}"
+
+
+def _digits(value: float) -> str:
+    """An integer in all its digits, another number in those that a float32 has."""
+    return str(value) if isinstance(value, int) else f"{value:.7g}"
 
 
 WEIGHTS = Range(-100, 100)
@@ -91,7 +97,7 @@ class Violations:
     def value(self, value: float, path: str, allowed: Range) -> None:
         """Note a number that is out of range."""
         if not allowed.holds(value):
-            self.add(path, f"is {value:.7g}; must be {'' if math.isfinite(value) else 'finite, '}{allowed}")
+            self.add(path, f"is {_digits(value)}; must be {'' if math.isfinite(value) else 'finite, '}{allowed}")
 
     def token_ids(self, ids: Iterable[int], path: str, vocab_size: int) -> None:
         """Note the first id that is outside of the vocabulary."""

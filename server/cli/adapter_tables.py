@@ -24,8 +24,12 @@ def print_json(message: Message | Sequence[Message], *, indent: int | None = 2) 
 
 
 def print_list(adapters: Iterable[pb2.Adapter]) -> None:
-    """One line an adapter."""
-    table = Table("name", "state", "ranks", "pages", "size", "pinned", "in flight", "digest", "error", box=None)
+    """One line an adapter, whatever its error is: `show` prints that whole."""
+    table = Table(box=None)
+    for heading in ("name", "state", "ranks", "pages", "size", "pinned", "in flight"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("digest")
+    table.add_column("error")
     for adapter in adapters:
         table.add_row(
             Text(adapter.name),
@@ -35,8 +39,8 @@ def print_list(adapters: Iterable[pb2.Adapter]) -> None:
             _size(adapter.device_bytes),
             _yes(adapter.pinned),
             str(adapter.requests_in_flight),
-            adapter.digest[:_SHORT_DIGEST],
-            Text(adapter.error),
+            _shrinking(adapter.digest[:_SHORT_DIGEST]),
+            _shrinking(_first_problem(adapter.error)),
         )
     wide_console().print(table)
 
@@ -137,6 +141,16 @@ def state_name(state: int) -> str:
     if state not in pb2.AdapterState.values():
         return str(state)
     return pb2.AdapterState.Name(pb2.AdapterState.ValueType(state)).removeprefix("ADAPTER_STATE_").lower()
+
+
+def _shrinking(text: str) -> Text:
+    """What a narrow terminal cuts short before anything else."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _first_problem(error: str) -> str:
+    first, more, _ = " ".join(error.split()).partition("; ")
+    return f"{first}; …" if more else first
 
 
 def _as_dict(message: Message) -> dict[str, object]:

@@ -249,8 +249,8 @@ def _filter(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _url(source: str) -> str:
-    """A plain path as a source; it is one on the server's machine."""
-    return source if _SCHEME.match(source) else f"file:{Path(source).absolute()}"
+    """A plain path as a source; it is one on the server's machine. An empty one is left for the server to refuse."""
+    return source if not source or _SCHEME.match(source) else f"file:{Path(source).absolute()}"
 
 
 def _label(label: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weft.adapters.safe_files import MAX_HEADER_BYTES, check_safetensors, open_regular
+from weft.adapters.safe_files import MAX_HEADER_BYTES, open_regular, open_safetensors
 from weft.errors import InvalidAdapter
 
 
@@ -27,8 +27,8 @@ def write(path: Path, header: str | bytes, data: bytes = bytes(16), length: int 
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(InvalidAdapter) as raised:
-        check_safetensors(path, "file:/x")
+    with pytest.raises(InvalidAdapter) as raised, open_safetensors(path, "file:/x"):
+        pass
     (problem,) = raised.value.problems
     assert problem.subject == path.name
     assert "\n" not in problem.description
@@ -41,9 +41,9 @@ def tensor(**fields: Any) -> dict[str, Any]:
 
 def test_a_sound_file_is_known_by_its_tensors(path: Path) -> None:
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(0)}, path, metadata={"format": "pt"})
-    header = check_safetensors(path, "file:/x")
-    assert set(header) == {"a", "b"}
-    assert header["a"]["shape"] == [2, 3]
+    with open_safetensors(path, "file:/x") as (_, tensors):
+        assert set(tensors) == {"a", "b"}
+        assert tensors["a"]["shape"] == [2, 3]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 7])

@@ -167,6 +167,15 @@ def test_what_is_allowed_comes_through(sources: Sources, root: Path) -> None:
     assert sources.fetch(f"file:{root}/good/") == root.resolve() / "good"
 
 
+def test_a_path_is_not_looked_for_where_the_server_runs(
+    sources: Sources, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    for source in ("file:good", "file:./good", "file:../root/good"):
+        with pytest.raises(InvalidRequest, match="must be file:/path/to/a/PEFT/folder"):
+            sources.check(source)
+
+
 def test_a_refusal_names_the_option_and_what_is_allowed(sources: Sources, root: Path) -> None:
     with pytest.raises(
         InvalidRequest, match=r"hf:evil/repo.*\(hf:my-org, https:.*; start the server with --source-root"

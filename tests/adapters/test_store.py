@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from shelf import SlowSources
 from tiny import make_adapter, make_model
 
+import weft.adapters.store as store_module
 from weft.adapters.pages import PageConfig, PagePool
-from weft.adapters.records import AdapterChange, AdapterState, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
 from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable
@@ -38,6 +39,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(folders: Path) -> AdapterStore:
     pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.float32, torch.device("cpu")))
     return AdapterStore(pool, Sources([folders]), now=lambda: 1000.0)
+
+
+class Others:
+    """Another thread that takes the store's lock."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+        self.num_times = 0
+
+    def get_in(self) -> None:
+        thread = threading.Thread(target=self._store.capacity, daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "the lock was held"
+        self.num_times += 1
+
+    def want(self, info: AdapterInfo) -> bool:
+        self.get_in()
+        return True
 
 
 def new(folders: Path, name: str, folder: str | None = None) -> NewAdapter:
@@ -104,6 +124,39 @@ def test_an_unknown_name_is_refused_with_the_nearest(store: AdapterStore, folder
     store.create(new(folders, "sentiment", "r4"))
     with pytest.raises(AdapterNotFound, match="did you mean 'sentiment'"):
         store.acquire("sentimant")
+
+
+def test_what_is_slow_leaves_the_lock_to_others(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's round waits for it: others get in while names are compared, and between the parts of a long list."""
+    names = [f"tenant-{i:03d}" for i in range(200)]
+    for name in names:
+        store.reserve(NewAdapter(name, "file:/x"), restored=True)
+    others = Others(store)
+
+    def compare(name: str, names: list[str]) -> None:
+        others.get_in()
+
+    monkeypatch.setattr(store_module, "nearest", compare)
+    for ask in (store.get, store.delete, store.acquire, lambda name: store.update(name, AdapterChange(pinned=True))):
+        with pytest.raises(AdapterNotFound):
+            ask("tenant")
+    assert others.num_times == 4
+    assert [info.name for info in store.list(wanted=others.want)] == names
+    assert others.num_times == 204
+
+
+def test_a_list_begins_and_ends_where_it_is_told_to(store: AdapterStore) -> None:
+    names = [f"tenant-{i:03d}" for i in range(200)]
+    for name in reversed(names):
+        store.reserve(NewAdapter(name, "file:/x"), restored=True)
+
+    def listed(*args: object) -> list[str]:
+        return [info.name for info in store.list(*args)]  # type: ignore[arg-type]
+
+    assert listed() == names
+    assert listed("tenant-009", 100) == names[10:110]
+    assert listed("tenant-190", 100) == names[191:]
+    assert listed("tenant-000", 3, lambda info: info.name.endswith("0")) == ["tenant-010", "tenant-020", "tenant-030"]
 
 
 def test_acquiring_several_is_all_or_nothing(store: AdapterStore, folders: Path) -> None:
@@ -359,3 +412,14 @@ def test_capacity_is_told_in_pages_and_bytes(store: AdapterStore, folders: Path)
     assert (capacity.page_rows, capacity.page_bytes) == (8, info.device_bytes // 2)
     assert capacity.host_bytes_used == info.host_bytes + store.get("r8").host_bytes
     assert capacity.host_bytes_total == 1 << 30
+
+
+def test_a_dry_run_says_what_the_adapter_will_take_whatever_the_dtype_of_its_file(folders: Path) -> None:
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.bfloat16, torch.device("cpu")))
+    store = AdapterStore(pool, Sources([folders]), now=lambda: 1000.0)
+    source = f"file:{folders / 'r16'}"
+    report = store.inspect(source)
+    info = store.create(NewAdapter("r16", source))
+    assert (report.digest, report.num_pages) == (info.digest, info.num_pages)
+    assert (report.device_bytes, report.host_bytes) == (info.device_bytes, info.host_bytes)
+    assert report.host_bytes < sum(module.num_bytes for module in report.modules)

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from commands import SCRIPT, Run, free_port
 
+from weft.server.cli.adapter_tables import print_list
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
 
@@ -55,6 +56,21 @@ def test_list_shows_each_with_its_state(run: Run, address: str) -> None:
     assert header[:3] == ["name", "state", "ranks"]
     assert [row[:2] for row in rows] == [["broken", "failed"], ["one", "device"], ["two", "device"]]
     assert "adapter_model.safetensors: is missing" in ran.output
+
+
+@pytest.mark.parametrize("columns", [400, 80])
+def test_list_has_one_line_an_adapter_however_much_is_wrong_with_it(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("weft.server.cli.output._WIDTH_OF_FILES", columns)
+    problems = [f"layer{i} holds\na tensor of another shape" for i in range(20)]
+    errors = {"spoilt": "; ".join(problems), "empty": "adapter_config.json: is missing", "fine": ""}
+    print_list(pb2.Adapter(name=name, digest=f"sha256:{'0' * 64}", error=error) for name, error in errors.items())
+    _, *lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(errors)
+    if columns == 400:
+        ends = ("layer0 holds a tensor of another shape; …", "adapter_config.json: is missing", "0" * 12)
+        assert [line.rstrip().endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 3
 
 
 def test_list_turns_pages(run: Run, address: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +116,13 @@ def test_a_taken_name_is_refused(run: Run, address: str, folders: Path) -> None:
     ran = run("adapters", "load", "one", str(folders / "adapters" / "two"), "--address", address)
     assert ran.exit_code == 1
     assert ran.error_line.startswith("ALREADY_EXISTS: adapter 'one' exists already")
+
+
+def test_an_empty_source_is_not_the_folder_that_the_command_runs_in(run: Run, address: str) -> None:
+    for args in (["load", "x", ""], ["update", "one", "--source", ""], ["check", ""], ["plan", ""]):
+        ran = run("adapters", *args, "--address", address)
+        assert ran.exit_code == 1
+        assert "is empty" in ran.error_line
 
 
 def test_a_label_without_a_value_is_wrong_usage(run: Run) -> None:

@@ -137,7 +137,7 @@ def test_a_path_that_names_nothing_is_refused_by_name(house: House, path: str) -
         (["labels"], {"labels": {"k" * 100_000: ""}}, f"adapter.labels['{'k' * 181}…"),
         ([], {"labels": {"k": "v" * 257}}, "adapter.labels['k']"),
         (["pinned"], {"name": ""}, "adapter.name"),
-        (["pinned"], {"name": "a" * 257}, "adapter.name"),
+        (["pinned"], {"name": "a" * 129}, "adapter.name"),
     ],
 )
 def test_a_bad_update_is_named_and_changes_nothing(

@@ -8,6 +8,7 @@ moment is the business of `tiers.py`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -200,6 +201,11 @@ class AdapterStore:
             if limit is not None and len(found) >= limit:
                 break
         return found[:limit]
+
+    def num_in_state(self) -> Counter[AdapterState]:
+        """How many adapters are in each state."""
+        with self._lock:
+            return Counter(map(_state, self._entries.values()))
 
     def delete(self, name: str) -> AdapterInfo:
         """Take the name away at once; requests in flight finish on their version. Raises AdapterNotFound."""

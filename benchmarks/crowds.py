@@ -88,7 +88,7 @@ def measure_crowd(
             tell(f"registering {count:,} adapters")
             names = [f"a{i:04d}" for i in range(count)]
             write_adapters("tiny", folder / str(count), dict.fromkeys(names, RANK))
-            options = ("--adapters", folder / str(count), "--adapter-pages", pages, "--adapter-probe", "false")
+            options = ("--adapters", folder / str(count), "--adapter-pages", pages, "--no-adapter-probe")
             servers[count] = names, stack.enter_context(weft_server(base, *options, threads=1))
         for turn in range(rounds + 1):
             for count, (names, address) in servers.items():
@@ -160,7 +160,7 @@ def measure_edge(slots: int, rounds: int, requests: int, base: Path, folder: Pat
     names = [f"a{i:04d}" for i in range(slots + 1)]
     write_adapters("tiny", folder / f"edge{slots}", dict.fromkeys(names, RANK))
     load = Load(SHAPES["tiny"]["vocab_size"], prompt_tokens=16, new_tokens=16)
-    options = ("--adapters", folder / f"edge{slots}", "--adapter-pages", slots, "--adapter-probe", "false")
+    options = ("--adapters", folder / f"edge{slots}", "--adapter-pages", slots, "--no-adapter-probe")
     edge = Edge(slots)
     with weft_server(base, *options, threads=1) as address:
         rate = asyncio.run(_edge(address, load, names[:slots], slots, requests, 0, None))[1]
@@ -239,7 +239,7 @@ def measure_delay(shape: str, rounds: int, tokens: int, base: Path, folder: Path
     """A batch of 8 decodes while, every 250 ms, a request of one token comes for an adapter of rank 32."""
     cold = [f"cold{i}" for i in range(8)]
     write_adapters(shape, folder / "delay", {"running": 8, "hot": 32, **dict.fromkeys(cold, 32)})
-    options = ("--adapters", folder / "delay", "--adapter-probe", "false", "--adapter-host-bytes", 0)
+    options = ("--adapters", folder / "delay", "--no-adapter-probe", "--adapter-host-bytes", 0)
     # Pages for those that run, the hot one, and two of the cold: each comes from disk, over and over.
     options = (*options, "--adapter-pages", 1 + 4 * 3)
     delay = Delay(file_bytes=(folder / "delay" / "hot" / "adapter_model.safetensors").stat().st_size)

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -345,7 +344,7 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
 
 def _snapshot(store: AdapterStore) -> AdapterSnapshot:
     used, total = store.num_pages
-    return AdapterSnapshot(Counter(info.state.value for info in store.list()), used, total)
+    return AdapterSnapshot({state.value: number for state, number in store.num_in_state().items()}, used, total)
 
 
 def _check_free(option: str, host: str, port: int) -> None:

@@ -154,6 +154,7 @@ def test_a_list_begins_and_ends_where_it_is_told_to(store: AdapterStore) -> None
         return [info.name for info in store.list(*args)]  # type: ignore[arg-type]
 
     assert listed() == names
+    assert store.num_in_state() == {AdapterState.LOADING: 200}
     assert listed("tenant-009", 100) == names[10:110]
     assert listed("tenant-190", 100) == names[191:]
     assert listed("tenant-000", 3, lambda info: info.name.endswith("0")) == ["tenant-010", "tenant-020", "tenant-030"]

@@ -177,7 +177,7 @@ class AdapterLoader:
             self._timed(lambda: self._store.update(name, change))
         except WeftError as error:
             _log.warning("adapter %s was not updated: %s", name, error)
-        except Exception:  # noqa: BLE001 - as in load_now
+        except Exception:  # noqa: BLE001 - one folder, however odd, must not end the watch over the others
             _log.exception("adapter %s was not updated", name)
 
     def delete_now(self, name: str) -> None:

@@ -45,7 +45,8 @@ class Batch:
 
     input_ids, positions: int64 [1, T]; slots: int64 [T], the place of each token in the KV cache
     (block * block_tokens + offset); logit_rows: int64 [n], the rows whose logits are wanted; plan: the adapters' work,
-    None where every row is a base row; logit_plan: the same on the logit rows alone.
+    None where every row is a base row; logit_plan: the same on the logit rows alone, for
+    the head, which has no rank rows; None where no adapter of the step has a patch.
     """
 
     input_ids: torch.Tensor
@@ -129,13 +130,14 @@ def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device,
             wanted = at if every_row else at[-1:]
             logit_rows += range(len(ids) - len(wanted), len(ids))
             logit_spans += _spans(sequence, wanted)
+    plan = build_plan(spans, device)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, device=device),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        plan=build_plan(spans, device),
-        logit_plan=build_plan(logit_spans, device),
+        plan=plan,
+        logit_plan=build_plan(logit_spans, device) if plan is not None and plan.patches else None,
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=block_tokens,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from weft.server.engine.constraints import Constraint
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -29,7 +31,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """When the answer ends. time_limit_s ends it with what there is, counted from submission."""
+    """When the answer ends. max_tokens 0 generates none: only the prompt is computed.
+
+    time_limit_s ends it with what there is, counted from submission.
+    """
 
     max_tokens: int = 256
     min_tokens: int = 0
@@ -46,7 +51,9 @@ class Request:
 
     adapters: ids (`name` or `name@sha256:…`), each with its weight in the mix; empty means the base alone.
     logprobs: report each token's log-probability and rank; top_logprobs: and that many of the likeliest alternatives.
-    deadline_s: on the engine's clock.
+    prompt_logprobs_from: report the prompt's tokens from this position on, which is at least 1, with their
+    log-probabilities; None: not at all. constraint: what the answer must match. priority: higher first among the
+    requests of one caller. cache_salt: prefixes are shared only between equal ones. deadline_s: on the engine's clock.
     """
 
     request_id: str
@@ -56,6 +63,11 @@ class Request:
     stopping: Stopping = field(default_factory=Stopping)
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs_from: int | None = None
+    constraint: Constraint | None = None
+    priority: int = 0
+    caller: str = ""
+    cache_salt: str = ""
     deadline_s: float | None = None
 
 
@@ -110,8 +122,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to an answer: text that is final, the tokens, and at the end how it finished."""
+    """What one step added to an answer: text that is final, the tokens, and at the end how it finished.
+
+    prompt: with the first delta, the prompt's tokens that were asked for with their log-probabilities.
+    """
 
     text: str
     tokens: tuple[Token, ...]
     finish: Finish | None = None
+    prompt: tuple[Token, ...] = ()

@@ -28,6 +28,11 @@ class InferenceServiceStub(object):
                 request_serializer=weft_dot_v1_dot_inference__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=weft_dot_v1_dot_inference__pb2.StreamGenerateResponse.FromString,
                 )
+        self.Score = channel.unary_unary(
+                '/weft.v1.InferenceService/Score',
+                request_serializer=weft_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                )
         self.Tokenize = channel.unary_unary(
                 '/weft.v1.InferenceService/Tokenize',
                 request_serializer=weft_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -61,6 +66,13 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """How likely each of several given continuations of a prompt is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The token ids that a text or a chat becomes as a prompt.
         """
@@ -87,6 +99,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=weft_dot_v1_dot_inference__pb2.StreamGenerateRequest.FromString,
                     response_serializer=weft_dot_v1_dot_inference__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=weft_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -143,6 +160,23 @@ class InferenceService(object):
         return grpc.experimental.unary_stream(request, target, '/weft.v1.InferenceService/StreamGenerate',
             weft_dot_v1_dot_inference__pb2.StreamGenerateRequest.SerializeToString,
             weft_dot_v1_dot_inference__pb2.StreamGenerateResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/weft.v1.InferenceService/Score',
+            weft_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            weft_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -37,6 +37,12 @@ class InferenceServiceStub:
     ]
     """The answer as it is generated. Each message holds what is new; the last one holds the finish reason and the usage."""
 
+    Score: grpc.UnaryUnaryMultiCallable[
+        weft.v1.inference_pb2.ScoreRequest,
+        weft.v1.inference_pb2.ScoreResponse,
+    ]
+    """How likely each of several given continuations of a prompt is."""
+
     Tokenize: grpc.UnaryUnaryMultiCallable[
         weft.v1.inference_pb2.TokenizeRequest,
         weft.v1.inference_pb2.TokenizeResponse,
@@ -67,6 +73,12 @@ class InferenceServiceAsyncStub:
         weft.v1.inference_pb2.StreamGenerateResponse,
     ]
     """The answer as it is generated. Each message holds what is new; the last one holds the finish reason and the usage."""
+
+    Score: grpc.aio.UnaryUnaryMultiCallable[
+        weft.v1.inference_pb2.ScoreRequest,
+        weft.v1.inference_pb2.ScoreResponse,
+    ]
+    """How likely each of several given continuations of a prompt is."""
 
     Tokenize: grpc.aio.UnaryUnaryMultiCallable[
         weft.v1.inference_pb2.TokenizeRequest,
@@ -102,6 +114,14 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[weft.v1.inference_pb2.StreamGenerateResponse], collections.abc.AsyncIterator[weft.v1.inference_pb2.StreamGenerateResponse]]:
         """The answer as it is generated. Each message holds what is new; the last one holds the finish reason and the usage."""
+
+    @abc.abstractmethod
+    def Score(
+        self,
+        request: weft.v1.inference_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[weft.v1.inference_pb2.ScoreResponse, collections.abc.Awaitable[weft.v1.inference_pb2.ScoreResponse]]:
+        """How likely each of several given continuations of a prompt is."""
 
     @abc.abstractmethod
     def Tokenize(

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14weft/v1/server.proto\x12\x07weft.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\x8d\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x1f\n\x06limits\x18\x05 \x01(\x0b\x32\x0f.weft.v1.Limits\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\"\x8c\x03\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x02 \x01(\x05\x12\x18\n\x10max_batch_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14max_running_requests\x18\x04 \x01(\x05\x12\x1b\n\x13max_queued_requests\x18\x05 \x01(\x05\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x03\x12\x15\n\radapter_pages\x18\x08 \x01(\x05\x12\x1e\n\x16\x61\x64\x61pter_page_rank_rows\x18\t \x01(\x05\x12 \n\x18max_adapters_per_request\x18\x0b \x01(\x05\x12\x1a\n\x12max_stop_sequences\x18\x0c \x01(\x05\x12\x18\n\x10max_top_logprobs\x18\r \x01(\x05\x12\x16\n\x0emax_logit_bias\x18\x0e \x01(\x05\x12\x33\n\x10max_request_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration2_\n\rServerService\x12N\n\rGetServerInfo\x12\x1d.weft.v1.GetServerInfoRequest\x1a\x1e.weft.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14weft/v1/server.proto\x12\x07weft.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\x8d\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x1f\n\x06limits\x18\x05 \x01(\x0b\x32\x0f.weft.v1.Limits\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\"\x9e\x04\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x02 \x01(\x05\x12\x18\n\x10max_batch_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14max_running_requests\x18\x04 \x01(\x05\x12\x1b\n\x13max_queued_requests\x18\x05 \x01(\x05\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x03\x12\x15\n\radapter_pages\x18\x08 \x01(\x05\x12\x1e\n\x16\x61\x64\x61pter_page_rank_rows\x18\t \x01(\x05\x12 \n\x18max_adapters_per_request\x18\x0b \x01(\x05\x12\x1a\n\x12max_stop_sequences\x18\x0c \x01(\x05\x12\x18\n\x10max_top_logprobs\x18\r \x01(\x05\x12\x16\n\x0emax_logit_bias\x18\x0e \x01(\x05\x12\x13\n\x0bmax_answers\x18\x10 \x01(\x05\x12\x19\n\x11max_continuations\x18\x11 \x01(\x05\x12\x1c\n\x14max_constraint_bytes\x18\x12 \x01(\x05\x12\x19\n\x11max_queued_tokens\x18\x13 \x01(\x03\x12\'\n\x1fmax_queued_requests_per_adapter\x18\x14 \x01(\x05\x12\x33\n\x10max_request_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration2_\n\rServerService\x12N\n\rGetServerInfo\x12\x1d.weft.v1.GetServerInfoRequest\x1a\x1e.weft.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -27,7 +27,7 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=90
   _globals['_GETSERVERINFORESPONSE']._serialized_end=231
   _globals['_LIMITS']._serialized_start=234
-  _globals['_LIMITS']._serialized_end=630
-  _globals['_SERVERSERVICE']._serialized_start=632
-  _globals['_SERVERSERVICE']._serialized_end=727
+  _globals['_LIMITS']._serialized_end=776
+  _globals['_SERVERSERVICE']._serialized_start=778
+  _globals['_SERVERSERVICE']._serialized_end=873
 # @@protoc_insertion_point(module_scope)

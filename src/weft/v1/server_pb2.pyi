@@ -27,7 +27,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_context_tokens", "max_prompt_tokens", "max_batch_tokens", "max_running_requests", "max_queued_requests", "kv_capacity_tokens", "adapter_pages", "adapter_page_rank_rows", "max_adapters_per_request", "max_stop_sequences", "max_top_logprobs", "max_logit_bias", "max_request_time")
+    __slots__ = ("max_context_tokens", "max_prompt_tokens", "max_batch_tokens", "max_running_requests", "max_queued_requests", "kv_capacity_tokens", "adapter_pages", "adapter_page_rank_rows", "max_adapters_per_request", "max_stop_sequences", "max_top_logprobs", "max_logit_bias", "max_answers", "max_continuations", "max_constraint_bytes", "max_queued_tokens", "max_queued_requests_per_adapter", "max_request_time")
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,11 @@ class Limits(_message.Message):
     MAX_STOP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONSTRAINT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_REQUESTS_PER_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_TIME_FIELD_NUMBER: _ClassVar[int]
     max_context_tokens: int
     max_prompt_tokens: int
@@ -53,5 +58,10 @@ class Limits(_message.Message):
     max_stop_sequences: int
     max_top_logprobs: int
     max_logit_bias: int
+    max_answers: int
+    max_continuations: int
+    max_constraint_bytes: int
+    max_queued_tokens: int
+    max_queued_requests_per_adapter: int
     max_request_time: _duration_pb2.Duration
-    def __init__(self, max_context_tokens: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., adapter_page_rank_rows: _Optional[int] = ..., max_adapters_per_request: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_request_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, max_context_tokens: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., adapter_page_rank_rows: _Optional[int] = ..., max_adapters_per_request: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_answers: _Optional[int] = ..., max_continuations: _Optional[int] = ..., max_constraint_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_queued_requests_per_adapter: _Optional[int] = ..., max_request_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -87,6 +87,7 @@ def _read(text: str, path: str, kind: type[dict[str, Json] | list[Json]], violat
     """The JSON value of a field, or None with what is wrong with it noted."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, which JSON can hold, is no text
     except (ValueError, RecursionError) as error:
         violations.add(path, f"is not JSON that can be read: {one_line(error)}")
         return None

@@ -82,8 +82,9 @@ def to_engine_request(
     )
     if request.output.prompt_logprobs and not request.output.include_prompt:
         violations.add("output.prompt_logprobs", "is true, but include_prompt, which lists the prompt's tokens, is not")
-    if violations.number(request, "n", 1, Range(1, limits.max_answers)) > 1 and translated.sampling.temperature == 0:
-        violations.add("n", f"is {request.n}, but temperature is 0: all answers would be the same")
+    num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
+    if 1 < num_answers <= limits.max_answers and translated.sampling.temperature == 0:
+        violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
     violations.raise_any()
     return translated
 

@@ -32,9 +32,12 @@ MAX_PROMPT_BYTES = 4096
 ADAPTER_PAGES = 16
 
 CHAT_TEMPLATE = (
+    "{% if mood %}({{ mood }}){% endif %}{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
     "{% for m in messages %}"
     "{% if m.role == 'villain' %}{{ raise_exception('villains are not served') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% if not loop.last or not continue_final_message %}</>{% endif %}"
+    "<{{ m.role }}{% if m.name %}:{{ m.name }}{% endif %}{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}>"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}!{{ call.name }}{% endfor %}"
+    "{% if not loop.last or not continue_final_message %}</>{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )

@@ -35,10 +35,14 @@ _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, Fini
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request must fit in. context_length: prompt and answer together, in tokens."""
+    """What a request must fit in. context_length: prompt and answer together, in tokens.
+
+    is_by_cache: whether that is what the KV cache holds, and the model could do more.
+    """
 
     context_length: int
     vocab_size: int
+    is_by_cache: bool = False
 
 
 class Engine:
@@ -87,7 +91,8 @@ class Engine:
             raise InvalidRequest.of("prompt", "is empty: give at least one token")
         longest = self.limits.context_length - 1
         if len(request.prompt) > longest:
-            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit")
+            hint = " in the KV cache: see --kv-tokens" if self.limits.is_by_cache else ""
+            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit{hint}")
         if max(request.prompt) >= self.limits.vocab_size:
             raise InvalidRequest.of(
                 "prompt",
@@ -137,6 +142,7 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
+                self._observe_prefix(item.sequence)
         events += self._run(picked)
         self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
         return events
@@ -170,6 +176,7 @@ class Engine:
         if not made.finite:
             names = sequence.adapter_label or "the base model"
             return self._fail(sequence, GenerationFailed(f"{names} gave logits that are not finite"))
+        self._scheduler.prefixes.publish(sequence)
         sequence.tokens.append(made.token)
         self._observe_token(sequence, now_s)
         reason = self._stop_reason(sequence, made.token)
@@ -229,7 +236,7 @@ class Engine:
         request = sequence.request
         del self._sequences[request]
         if outcome in _UNVERIFIED:
-            self._model.scrub(sequence.blocks)
+            self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)
@@ -240,6 +247,10 @@ class Engine:
             completion_tokens=sequence.num_generated,
             e2e_s=self.clock() - sequence.arrived_s,
         )
+
+    def _observe_prefix(self, sequence: Sequence) -> None:
+        if sequence.num_cached is not None:
+            self._metrics.prefix_cache(len(sequence.request.prompt), sequence.num_cached)
 
     def _observe_token(self, sequence: Sequence, now_s: float) -> None:
         label = sequence.adapter_label

@@ -96,13 +96,19 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics, policy)
     kv_tokens = pool.capacity * pool.block_tokens
-    limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
+    context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
+    limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
         model=model,
         scheduler=Scheduler(
-            pool, settings.max_batch_tokens, settings.max_running_requests, model.scrub, store.residency
+            pool,
+            settings.max_batch_tokens,
+            settings.max_running_requests,
+            model.scrub,
+            store.residency,
+            prefix_cache=settings.prefix_cache,
         ),
         limits=limits,
         decode=_decoder(tokenizer),

@@ -12,6 +12,7 @@ from typing import Protocol
 from weft.adapters.residency import AdapterRef
 from weft.errors import WeftError
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.prefix_cache import PrefixCache
 from weft.server.engine.sequence import Sequence
 
 PREFETCHED = 32
@@ -69,9 +70,11 @@ class Scheduler:
     """Continuous batching under four budgets: tokens a step, running requests, KV blocks, adapters on the device.
 
     Decodes come first, then the prompts already begun, then new arrivals in order, but that those whose adapters are
-    not there yet are passed by. A prompt gets all its blocks when it is admitted and is computed in chunks of what the
-    decodes leave of the token budget. When a decode finds no free block, the youngest running sequence gives up its own
-    and is computed again later: its tokens stay, so its answer does too.
+    not there yet are passed by, and those that begin as a running one does which is about to publish it. A prompt gets
+    all its blocks when it is admitted and is computed in chunks of what the decodes leave of the token budget. When a
+    decode finds no free block, the youngest running sequence of the lowest priority gives up its own and is computed
+    again later: its tokens stay, so its answer does too, and what it has published is found again if nobody needed the
+    blocks meanwhile. Nothing is swapped out: on a CPU the cache is host memory already, and more of it serves better.
     """
 
     def __init__(
@@ -81,9 +84,12 @@ class Scheduler:
         max_running: int,
         scrub: Callable[[list[int]], None] = lambda blocks: None,
         residency: Residency | None = None,
+        *,
+        prefix_cache: bool = False,
     ) -> None:
         """scrub wipes the content of blocks that are given up in mid-computation."""
         self.pool = pool
+        self.prefixes = PrefixCache(pool, enabled=prefix_cache)
         self._scrub = scrub
         self._residency = residency or AlwaysResident()
         self.waiting: deque[Sequence] = deque()
@@ -123,30 +129,32 @@ class Scheduler:
         self._release_blocks(sequence)
 
     def check(self) -> None:
-        """Audit the block pool against the sequences. Raises AssertionError."""
+        """Audit the block pool and the prefix cache against the sequences. Raises AssertionError."""
         self.pool.check(sequence.blocks for sequence in self.sequences())
+        self.prefixes.check(self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
-        for sequence in list(self.running):
+        ranked = sorted(self.running, key=lambda sequence: -sequence.request.priority)
+        for sequence in tuple(ranked):
             holds_blocks = bool(sequence.blocks)  # not preempted a moment ago, for one before it
-            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence):
+            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence, ranked):
                 picked.append(Scheduled(sequence, 1))
         return picked
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decode its block, preempting from the youngest on; False where it was itself preempted."""
+    def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
+        """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""
         missing = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         while not self.pool.can_allocate(missing):
-            if self._preempt(self.running[-1]) is sequence:
+            if self._preempt(ranked.pop()) is sequence:
                 return False
         sequence.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         self._stop_running(sequence)
-        self._scrub(sequence.blocks)
+        self._scrub(self.pool.unpublished(sequence.blocks))
         self._release_blocks(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
@@ -166,7 +174,7 @@ class Scheduler:
                     break
                 num_prefetched += is_full
                 try:
-                    ready = adapters.ready(sequence.adapters)
+                    ready = adapters.ready(sequence.adapters) and not self.prefixes.is_coming(sequence)
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
@@ -178,11 +186,13 @@ class Scheduler:
     def _fits(self, sequence: Sequence) -> bool:
         if len(self.running) >= self._max_running:
             return False
-        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)))
+        hits = self.prefixes.hits(sequence)
+        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)) - len(hits), beside=hits)
 
     def _admit(self, sequence: Sequence) -> Sequence:
         self.waiting.remove(sequence)
-        sequence.blocks = self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)))
+        self.prefixes.begin(sequence)
+        sequence.blocks += self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks))
         self.running.append(sequence)
         return sequence
 
@@ -193,5 +203,6 @@ class Scheduler:
         return num_tokens
 
     def _release_blocks(self, sequence: Sequence) -> None:
+        self.prefixes.end(sequence)
         self.pool.free(sequence.blocks)
         sequence.blocks = []

@@ -19,7 +19,11 @@ class Sequence:
 
     There is no prefill and no decode state: a sequence has *pending* tokens, a step computes some of them, and when
     none is left the next token is sampled. A decoding sequence has one pending token; a preempted one has all of them
-    again.
+    again. What a prefix cache had is not pending.
+
+    num_cached: tokens that were not pending when it first ran; None before that, and without a prefix cache. For
+    `prefix_cache.py`: block_keys, of the full blocks; num_published, how many of those others may use; awaited_key, of
+    the block that another sequence is to compute first.
     """
 
     request: Request
@@ -33,6 +37,10 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    num_cached: int | None = None
+    num_published: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    awaited_key: bytes = b""
     _starts: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +50,14 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose logits are still wanted."""
+        reported_from = self.request.prompt_logprobs_from
+        if reported_from is None or self.num_generated:
+            return len(self.tokens) - 1
+        return min(reported_from, len(self.tokens)) - 1
 
     @property
     def num_generated(self) -> int:
@@ -84,4 +100,5 @@ class Sequence:
             prefill_s=first - started,
             decode_s=now_s - first,
             stop_sequence=self.text.stop_sequence,
+            cached_prompt_tokens=self.num_cached or 0,
         )

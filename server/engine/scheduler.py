@@ -55,10 +55,14 @@ class AlwaysResident:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's share of one step: its next `num_tokens` pending tokens."""
+    """A sequence's share of one step: its next `num_tokens` pending tokens, and after the last of them `drafts`.
+
+    Drafts are guesses of what is sampled next: where they are right, one step gives several tokens.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def completes(self) -> bool:
@@ -88,8 +92,12 @@ class Scheduler:
         weights: Mapping[str, float] | None = None,
         *,
         prefix_cache: bool = False,
+        max_reported: int = 1 << 30,
     ) -> None:
-        """scrub wipes the content of blocks that are given up in mid-computation; weights: of adapters, by name."""
+        """scrub wipes the content of blocks that are given up in mid-computation; weights: of adapters, by name.
+
+        max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
+        """
         self.pool = pool
         self.prefixes = PrefixCache(pool, enabled=prefix_cache)
         self._scrub = scrub
@@ -101,6 +109,8 @@ class Scheduler:
         """Who can't be run, found while picking the last step, and why: theirs is to be removed."""
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
+        self._max_reported = max_reported
+        self._num_reported = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -112,6 +122,7 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
+        self._num_reported = 0
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
         for sequence in self.running:
@@ -199,10 +210,19 @@ class Scheduler:
         return sequence
 
     def _pick(self, picked: list[Scheduled], sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_pending, budget)
-        self.waiting.charge(sequence, num_tokens)
-        picked.append(Scheduled(sequence, num_tokens))
+        num_tokens = self._within_reports(sequence, min(sequence.num_pending, budget))
+        if num_tokens:
+            self.waiting.charge(sequence, num_tokens)
+            picked.append(Scheduled(sequence, num_tokens))
         return num_tokens
+
+    def _within_reports(self, sequence: Sequence, num_tokens: int) -> int:
+        """As many of the tokens as there is room to report on."""
+        start = sequence.num_computed
+        wanted = sequence.unreported(range(start, start + num_tokens))
+        fitting = wanted[: self._max_reported - self._num_reported]
+        self._num_reported += len(fitting)
+        return num_tokens if len(fitting) == len(wanted) else fitting.stop - start
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self.prefixes.end(sequence)

@@ -32,7 +32,8 @@ class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
-    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory.
+    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep
+    what was computed for prompts that begin alike.
     """
 
     max_batch_tokens: int = 512
@@ -41,6 +42,7 @@ class EngineConfig:
     context_length: int | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
+    prefix_cache: bool = True
     adapter_pages: int = 256
     adapter_host_bytes: int = 1 << 30
     lora_backend: str = "torch"

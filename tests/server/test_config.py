@@ -21,6 +21,7 @@ RANGES = [
     (EngineConfig, "context_length", "--context-length", 2, 1 << 24),
     (EngineConfig, "kv_tokens", "--kv-tokens", 2, 1 << 40),
     (EngineConfig, "block_tokens", "--block-tokens", 1, 1024),
+    (EngineConfig, "memory_share", "--memory-share", 0.01, 1),
     (EngineConfig, "adapter_pages", "--adapter-pages", 0, 1 << 20),
     (EngineConfig, "adapter_host_bytes", "--adapter-host-bytes", 0, 1 << 50),
     (EngineConfig, "threads", "--threads", 1, 1024),
@@ -67,7 +68,9 @@ def test_every_number_has_a_range() -> None:
         assert numbers == {field for tested_owner, field in tested if tested_owner is owner}
 
 
-@pytest.mark.parametrize("field", ["context_length", "kv_tokens", "threads"])
+@pytest.mark.parametrize(
+    "field", ["context_length", "kv_tokens", "memory_share", "adapter_pages", "adapter_host_bytes", "threads"]
+)
 def test_numbers_without_a_value_are_left_to_the_model_and_the_machine(field: str) -> None:
     assert getattr(EngineConfig(**{field: None}), field) is None
 

@@ -66,6 +66,11 @@ class EngineConfig:
                 f"({self.max_running_requests}): every running request needs a token a step"
             )
 
+    @property
+    def max_requests(self) -> int:
+        """That can be queued and running at once."""
+        return self.max_running_requests + self.max_queued_requests
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:

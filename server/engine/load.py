@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free after loading that the KV cache may take when nobody says how much."""
 
+_REPORTED_LOGITS = 1 << 25
+"""Logits that a step computes for the sake of prompts' log-probabilities: 128 MiB in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -109,6 +112,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             model.scrub,
             store.residency,
             prefix_cache=settings.prefix_cache,
+            max_reported=max(1, _REPORTED_LOGITS // model.vocab_size),
         ),
         limits=limits,
         decode=_decoder(tokenizer),

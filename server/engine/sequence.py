@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
-from weft.server.engine.request import Finish, FinishReason, Request
+from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
 NEVER = 1 << 62
@@ -41,6 +41,11 @@ class Sequence:
     num_published: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     awaited_key: bytes = b""
+    prompt_report: list[Token] = field(default_factory=list)
+    """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
+    _num_reported: int = 0
+    _uniforms: list[float] = field(default_factory=list)
+    _first_uniform: int = 0
     _starts: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,6 +67,37 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def unreported(self, at: range) -> range:
+        """Positions of `at` whose logits say how likely the next token of the prompt was, where that is wanted."""
+        first = self.request.prompt_logprobs_from
+        if first is None:
+            return range(0)
+        start = max(at.start, first - 1 + self._num_reported)
+        return range(start, max(start, min(at.stop, len(self.request.prompt) - 1)))
+
+    def report_prompt(self, tokens: list[Token]) -> None:
+        """The next of the prompt's tokens that are wanted."""
+        self.prompt_report += tokens
+        self._num_reported += len(tokens)
+
+    def take_prompt_report(self) -> tuple[Token, ...]:
+        """What there is, to be given out: once."""
+        taken = tuple(self.prompt_report)
+        self.prompt_report.clear()
+        return taken
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) that picks a token: the next one, or one so many after it.
+
+        One number belongs to one place in the answer, however often it is asked for.
+        """
+        at = self.num_generated + ahead
+        del self._uniforms[: max(0, self.num_generated - self._first_uniform)]
+        self._first_uniform = self.num_generated
+        while self._first_uniform + len(self._uniforms) <= at:
+            self._uniforms.append(self.rng.random())
+        return self._uniforms[ahead]
 
     def start_of(self, invocation: tuple[int, ...]) -> int:
         """Where an adapter begins: at the last occurrence of its invocation in the prompt, never without one.

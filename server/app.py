@@ -166,7 +166,7 @@ class Server:
         if config.adapters is not None:
             folders = AdapterFolders(config.adapters, config.all_source_roots, store, loader)
         outcomes, rest = await _in_daemon_thread(lambda: self._load_adapters(loader, state, folders))
-        frontend = Frontend(loaded.engine, store, engine.max_running_requests + engine.max_queued_requests)
+        frontend = Frontend(loaded.engine, store, engine.max_requests)
         frontend.start()
         self._loaded = _Loaded(
             info=info,
@@ -246,7 +246,13 @@ class Server:
     def _add_services(self, loaded: LoadedEngine, frontend: Frontend, loader: AdapterLoader) -> None:
         config = self._config
         prompts = Prompts(loaded.tokenizer)
-        limits = RequestLimits(loaded.info.vocab_size, config.max_prompt_bytes, prompts.has_chat_template)
+        limits = RequestLimits(
+            vocab_size=loaded.info.vocab_size,
+            context_length=loaded.info.context_length,
+            max_prompt_bytes=config.max_prompt_bytes,
+            max_requests=config.engine.max_requests,
+            has_chat_template=prompts.has_chat_template,
+        )
         inference = InferenceServicer(frontend, prompts, limits, loaded.engine.clock, config.max_request_s)
         edge = cast("Any", self._edge)  # takes handlers as a server does
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, edge)

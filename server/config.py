@@ -32,7 +32,8 @@ class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
-    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory.
+    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep
+    what was computed for prompts that begin alike.
     """
 
     max_batch_tokens: int = 512
@@ -41,6 +42,7 @@ class EngineConfig:
     context_length: int | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
+    prefix_cache: bool = True
     adapter_pages: int = 256
     adapter_host_bytes: int = 1 << 30
     lora_backend: str = "torch"
@@ -63,6 +65,11 @@ class EngineConfig:
                 f"--max-batch-tokens is {self.max_batch_tokens}, less than --max-running-requests "
                 f"({self.max_running_requests}): every running request needs a token a step"
             )
+
+    @property
+    def max_requests(self) -> int:
+        """That can be queued and running at once."""
+        return self.max_running_requests + self.max_queued_requests
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from weft.v1 import server_pb2_grpc
 
 CAPABILITIES = (
     *("generate", "stream", "chat", "logprobs"),
+    *("tools", "several-answers", "prompt-logprobs", "score", "priority", "cache-salt"),
     *("adapters", "adapter-mix", "adapter-update", "adapter-watch", "adapter-check", "capacity-plan"),
 )
 
@@ -51,5 +52,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             max_stop_sequences=translation.MAX_STOP_SEQUENCES,
             max_top_logprobs=translation.MAX_TOP_LOGPROBS,
             max_logit_bias=translation.MAX_LOGIT_BIAS,
+            max_answers=min(translation.MAX_ANSWERS, engine.max_requests),
+            max_continuations=min(translation.MAX_CONTINUATIONS, engine.max_requests),
             max_request_time=to_duration(self.config.max_request_s),
         )

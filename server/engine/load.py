@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free after loading that the KV cache may take when nobody says how much."""
 
+_REPORTED_LOGITS = 1 << 25
+"""Logits that a step computes for the sake of prompts' log-probabilities: 128 MiB in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -96,13 +99,20 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics, policy)
     kv_tokens = pool.capacity * pool.block_tokens
-    limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
+    context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
+    limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
         model=model,
         scheduler=Scheduler(
-            pool, settings.max_batch_tokens, settings.max_running_requests, model.scrub, store.residency
+            pool,
+            settings.max_batch_tokens,
+            settings.max_running_requests,
+            model.scrub,
+            store.residency,
+            prefix_cache=settings.prefix_cache,
+            max_reported=max(1, _REPORTED_LOGITS // model.vocab_size),
         ),
         limits=limits,
         decode=_decoder(tokenizer),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from weft.server.engine.reports import Report, report
 from weft.server.engine.request import Sampling
 from weft.server.engine.sequence import Sequence
 
@@ -34,17 +35,27 @@ class Sample:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[Sample]:
-    """Choose the next token of each sequence. logits: [n, vocab], any float dtype, not changed."""
+def sample(
+    logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: Seq[int] | None = None
+) -> list[Sample]:
+    """Choose the next token of each sequence, or with `ahead` the one so many after it.
+
+    logits: [n, vocab], any float dtype, not changed.
+    """
+    ahead = ahead or [0] * len(sequences)
     raw = logits.float()
     scores = _process(raw, sequences, eos_token_ids)
     tokens = scores.argmax(-1)
     drawn = [i for i, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
     if drawn:
-        tokens[drawn] = _draw(scores[drawn], [sequences[i] for i in drawn])
+        tokens[drawn] = _draw(
+            scores[drawn],
+            [sequences[i].request.sampling for i in drawn],
+            [sequences[i].uniform(ahead[i]) for i in drawn],
+        )
     finite = torch.isfinite(scores.amax(-1)).tolist()
     chosen = tokens.tolist()
-    reports = _report(raw, tokens, sequences)
+    reports = _reports(raw, chosen, sequences)
     return [Sample(token, finite[i], *reports.get(i, ())) for i, token in enumerate(chosen)]
 
 
@@ -90,12 +101,11 @@ def _penalise(row: torch.Tensor, sequence: Sequence, sampling: Sampling) -> None
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 
-def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+def _draw(scores: torch.Tensor, params: Seq[Sampling], uniforms: Seq[float]) -> torch.Tensor:
     """Sample rows [n, vocab] by inverse transform: the first token whose cumulative probability passes a uniform u.
 
     u comes from the sequence's own generator, one number a token, so the same seed gives the same tokens in any batch.
     """
-    params = [sequence.request.sampling for sequence in sequences]
     peaks = scores.amax(-1, keepdim=True)  # taken off first, so that no temperature is too small to divide by
     scores = (scores - peaks) / _column([max(p.temperature, _SMALLEST_TEMPERATURE) for p in params], scores)
     for wanted, warp in (
@@ -112,8 +122,7 @@ def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
                 warp(scores[rows], _column([wanted[i] for i in rows], scores)),
             )
     cumulative = scores.double().softmax(-1).cumsum(-1)
-    uniform = torch.tensor([[sequence.rng.random()] for sequence in sequences], dtype=torch.float64)
-    threshold = uniform.to(scores.device) * cumulative[:, -1:]
+    threshold = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=scores.shape[-1] - 1)
 
 
@@ -153,24 +162,14 @@ def _typical_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(removed.scatter(-1, order, removed), float("-inf"))
 
 
-Report = tuple[float, int, tuple[tuple[int, float], ...]]
-
-
-def _report(raw: torch.Tensor, tokens: torch.Tensor, sequences: Seq[Sequence]) -> dict[int, Report]:
+def _reports(raw: torch.Tensor, tokens: Seq[int], sequences: Seq[Sequence]) -> dict[int, Report]:
     """Log-probability, rank and top list of the rows that asked for them, under the raw logits."""
     rows = [i for i, sequence in enumerate(sequences) if sequence.request.logprobs]
     if not rows:
         return {}
-    logprobs = raw[rows].log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens[rows, None])
-    ranks = (logprobs > chosen).sum(-1) + 1
     widest = max(sequences[i].request.top_logprobs for i in rows)
-    values, ids = logprobs.topk(min(widest, raw.shape[-1]), dim=-1)
+    made = report(raw if len(rows) == len(sequences) else raw[rows], [tokens[i] for i in rows], widest)
     return {
-        row: (
-            float(chosen[at, 0]),
-            int(ranks[at]),
-            tuple(zip(ids[at].tolist(), values[at].tolist(), strict=True))[: sequences[row].request.top_logprobs],
-        )
-        for at, row in enumerate(rows)
+        row: one._replace(top=one.top[: sequences[row].request.top_logprobs])
+        for row, one in zip(rows, made, strict=True)
     }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from typing import Protocol
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import WeftError
+from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.prefix_cache import PrefixCache
 from weft.server.engine.sequence import Sequence
 
 PREFETCHED = 32
@@ -54,10 +55,14 @@ class AlwaysResident:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's share of one step: its next `num_tokens` pending tokens."""
+    """A sequence's share of one step: its next `num_tokens` pending tokens, and after the last of them `drafts`.
+
+    Drafts are guesses of what is sampled next: where they are right, one step gives several tokens.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def completes(self) -> bool:
@@ -68,10 +73,13 @@ class Scheduled:
 class Scheduler:
     """Continuous batching under four budgets: tokens a step, running requests, KV blocks, adapters on the device.
 
-    Decodes come first, then the prompts already begun, then new arrivals in order, but that those whose adapters are
-    not there yet are passed by. A prompt gets all its blocks when it is admitted and is computed in chunks of what the
-    decodes leave of the token budget. When a decode finds no free block, the youngest running sequence gives up its own
-    and is computed again later: its tokens stay, so its answer does too.
+    Decodes come first, then the prompts already begun, then those that wait, each in its turn (see `fairness.py`), but
+    that those whose adapters are not there yet are passed by, and those that begin as a running one does which is about
+    to publish it. A prompt gets all its blocks when it is admitted and is computed in chunks of what the decodes leave
+    of the token budget. When a decode finds no free block, the youngest running sequence of the lowest priority gives
+    up its own and is computed again later: its tokens stay, so its answer does too, and what it has published is found
+    again if nobody needed the blocks meanwhile. Nothing is swapped out: on a CPU the cache is host memory already, and
+    more of it serves better.
     """
 
     def __init__(
@@ -81,18 +89,28 @@ class Scheduler:
         max_running: int,
         scrub: Callable[[list[int]], None] = lambda blocks: None,
         residency: Residency | None = None,
+        weights: Mapping[str, float] | None = None,
+        *,
+        prefix_cache: bool = False,
+        max_reported: int = 1 << 30,
     ) -> None:
-        """scrub wipes the content of blocks that are given up in mid-computation."""
+        """scrub wipes the content of blocks that are given up in mid-computation; weights: of adapters, by name.
+
+        max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
+        """
         self.pool = pool
+        self.prefixes = PrefixCache(pool, enabled=prefix_cache)
         self._scrub = scrub
         self._residency = residency or AlwaysResident()
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue(weights)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.hopeless: list[tuple[Sequence, WeftError]] = []
         """Who can't be run, found while picking the last step, and why: theirs is to be removed."""
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
+        self._max_reported = max_reported
+        self._num_reported = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -104,6 +122,7 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
+        self._num_reported = 0
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
         for sequence in self.running:
@@ -118,35 +137,37 @@ class Scheduler:
         """Take a sequence out and free its blocks: the one exit."""
         if sequence in self.running:
             self._stop_running(sequence)
-        else:
-            self.waiting.remove(sequence)
+        self.waiting.leave(sequence)
         self._release_blocks(sequence)
 
     def check(self) -> None:
-        """Audit the block pool against the sequences. Raises AssertionError."""
+        """Audit the block pool and the prefix cache against the sequences. Raises AssertionError."""
         self.pool.check(sequence.blocks for sequence in self.sequences())
+        self.waiting.check()
+        self.prefixes.check(self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
-        for sequence in list(self.running):
+        ranked = sorted(self.running, key=lambda sequence: -sequence.request.priority)
+        for sequence in tuple(ranked):
             holds_blocks = bool(sequence.blocks)  # not preempted a moment ago, for one before it
-            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence):
-                picked.append(Scheduled(sequence, 1))
+            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence, ranked):
+                self._pick(picked, sequence, 1)
         return picked
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decode its block, preempting from the youngest on; False where it was itself preempted."""
+    def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
+        """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""
         missing = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         while not self.pool.can_allocate(missing):
-            if self._preempt(self.running[-1]) is sequence:
+            if self._preempt(ranked.pop()) is sequence:
                 return False
         sequence.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         self._stop_running(sequence)
-        self._scrub(sequence.blocks)
+        self._scrub(self.pool.unpublished(sequence.blocks))
         self._release_blocks(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
@@ -158,15 +179,15 @@ class Scheduler:
         self._residency.let_go(sequence.adapters)
 
     def _admit_waiting(self, picked: list[Scheduled], budget: int) -> None:
-        """Admit in order who is ready, until one does not fit; then only look after the adapters of some more."""
+        """Admit in turn who is ready, until one does not fit; then only look after the adapters of some more."""
         is_full, num_prefetched = False, 0
         with self._residency.round() as adapters:
-            for sequence in tuple(self.waiting):
+            for sequence in self.waiting.in_turn():
                 if is_full and num_prefetched == PREFETCHED:
                     break
                 num_prefetched += is_full
                 try:
-                    ready = adapters.ready(sequence.adapters)
+                    ready = adapters.ready(sequence.adapters) and not self.prefixes.is_coming(sequence)
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
@@ -178,20 +199,32 @@ class Scheduler:
     def _fits(self, sequence: Sequence) -> bool:
         if len(self.running) >= self._max_running:
             return False
-        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)))
+        hits = self.prefixes.hits(sequence)
+        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)) - len(hits), beside=hits)
 
     def _admit(self, sequence: Sequence) -> Sequence:
         self.waiting.remove(sequence)
-        sequence.blocks = self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)))
+        self.prefixes.begin(sequence)
+        sequence.blocks += self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks))
         self.running.append(sequence)
         return sequence
 
-    @staticmethod
-    def _pick(picked: list[Scheduled], sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_pending, budget)
-        picked.append(Scheduled(sequence, num_tokens))
+    def _pick(self, picked: list[Scheduled], sequence: Sequence, budget: int) -> int:
+        num_tokens = self._within_reports(sequence, min(sequence.num_pending, budget))
+        if num_tokens:
+            self.waiting.charge(sequence, num_tokens)
+            picked.append(Scheduled(sequence, num_tokens))
         return num_tokens
 
+    def _within_reports(self, sequence: Sequence, num_tokens: int) -> int:
+        """As many of the tokens as there is room to report on."""
+        start = sequence.num_computed
+        wanted = sequence.unreported(range(start, start + num_tokens))
+        fitting = wanted[: self._max_reported - self._num_reported]
+        self._num_reported += len(fitting)
+        return num_tokens if len(fitting) == len(wanted) else fitting.stop - start
+
     def _release_blocks(self, sequence: Sequence) -> None:
+        self.prefixes.end(sequence)
         self.pool.free(sequence.blocks)
         sequence.blocks = []

@@ -32,9 +32,12 @@ MAX_PROMPT_BYTES = 4096
 ADAPTER_PAGES = 16
 
 CHAT_TEMPLATE = (
+    "{% if mood %}({{ mood }}){% endif %}{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
     "{% for m in messages %}"
     "{% if m.role == 'villain' %}{{ raise_exception('villains are not served') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% if not loop.last or not continue_final_message %}</>{% endif %}"
+    "<{{ m.role }}{% if m.name %}:{{ m.name }}{% endif %}{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}>"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}!{{ call.name }}{% endfor %}"
+    "{% if not loop.last or not continue_final_message %}</>{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -81,7 +84,13 @@ class House:
     def variant(self, *, max_request_s: float = 600.0, has_chat_template: bool = True) -> Iterator[Any]:
         """A stub to a second port of the same engine, where InferenceService is set up in another way."""
         engine = self.frontend._engine
-        limits = RequestLimits(engine.limits.vocab_size, MAX_PROMPT_BYTES, has_chat_template)
+        limits = RequestLimits(
+            vocab_size=engine.limits.vocab_size,
+            context_length=engine.limits.context_length,
+            max_prompt_bytes=MAX_PROMPT_BYTES,
+            max_requests=MAX_RUNNING + MAX_QUEUED,
+            has_chat_template=has_chat_template,
+        )
         servicer = InferenceServicer(self.frontend, Prompts(self.tokenizer), limits, engine.clock, max_request_s)
 
         async def start() -> tuple[grpc.aio.Server, int]:

@@ -41,17 +41,7 @@ def logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 def allowed(sampling: Sampling, row: torch.Tensor) -> set[int]:
     """The tokens that can be drawn, found by sweeping the uniform number."""
-
-    class Sweep(random.Random):
-        at = 0
-
-        def random(self) -> float:
-            self.at += 1
-            return (self.at - 0.5) / 4000
-
-    sequence = make(sampling)
-    sequence.rng = Sweep()
-    return set(_draw(row.expand(4000, -1), [sequence] * 4000).tolist())
+    return set(_draw(row.expand(4000, -1), [sampling] * 4000, [(i + 0.5) / 4000 for i in range(4000)]).tolist())
 
 
 @pytest.mark.parametrize(
@@ -122,14 +112,35 @@ def test_a_row_samples_the_same_whatever_shares_the_batch() -> None:
 def test_draws_follow_the_distribution() -> None:
     row = logits(1)
     sequence = make(Sampling(temperature=1.0, seed=3))
-    counts = torch.bincount(_draw(row.expand(20000, -1), [sequence] * 20000), minlength=VOCAB) / 20000
+    uniforms = [sequence.uniform(ahead) for ahead in range(20000)]
+    drawn = _draw(row.expand(20000, -1), [sequence.request.sampling] * 20000, uniforms)
+    counts = torch.bincount(drawn, minlength=VOCAB) / 20000
     assert (counts - row[0].softmax(-1)).abs().max() < 0.015
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
-    row = logits(1)
-    draws = [[_draw(row, [s]).item() for _ in range(20)] for s in (make(Sampling(1.0, seed=n)) for n in (5, 5, 6))]
-    assert draws[0] == draws[1] != draws[2]
+def draws(seed: int, ahead: int = 1) -> list[int]:
+    """Twenty tokens of one sequence, as many at a time as are asked for."""
+    sequence, made = make(Sampling(1.0, seed=seed)), []
+    while len(made) < 20:
+        drawn = sample(logits(1).expand(ahead, -1), [sequence] * ahead, EOS, range(ahead))
+        made += [one.token for one in drawn]
+        sequence.tokens += made[-ahead:]
+    return made[:20]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_the_same_seed_draws_the_same_and_another_does_not(seed: int) -> None:
+    assert draws(seed) == draws(seed) == draws(seed, ahead=3) != draws(seed + 1)
+
+
+def test_what_was_drawn_ahead_in_vain_is_drawn_again() -> None:
+    sequence = make(Sampling(1.0, seed=5))
+    made = []
+    for taken in (2, 1, 4, 3):
+        drawn = sample(logits(1).expand(4, -1), [sequence] * 4, EOS, range(4))
+        made += [one.token for one in drawn[:taken]]
+        sequence.tokens += made[-taken:]
+    assert made == draws(5)[:10]
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:

@@ -155,6 +155,18 @@ def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
     return first if first.is_error() else compiled
 
 
+def constrain(scores: torch.Tensor, rows: Seq[int], matchers: Seq[Matcher]) -> None:
+    """Make every token impossible that may not come next, in place. scores: float [n, vocab]; a matcher a row."""
+    allowed = allowed_tokens(matchers, scores.shape[-1], scores.device)
+    scores[rows] = scores[rows].masked_fill_(~allowed, float("-inf"))
+
+
+def is_only(ids: Seq[int], row: torch.Tensor) -> bool:
+    """Whether no other token than these is possible. row: [vocab]."""
+    possible = row > float("-inf")
+    return int(possible.sum()) == int(possible[list(ids)].sum())
+
+
 def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device) -> torch.Tensor:
     """Which tokens may come next: bool [n, vocab_size], a row a matcher, all of one vocabulary."""
     bits = numpy.empty((len(matchers), matchers[0].num_words), dtype=numpy.int32)
@@ -203,8 +215,10 @@ def _reason(matcher: LLMatcher) -> str:
     if error.startswith("NoExtension"):
         return "nothing can follow that would match"
     text = error.partition("<non-verbose/>")[0]
+    if text.startswith("oneOf constraints"):
+        return "oneOf is supported only where the compiler can tell its options apart: use anyOf"
     inner = re.search(r"^error: (.+)$", text, re.MULTILINE)
-    return _one_line(inner.group(1) if inner else re.sub(r"\n *1 \| start: /.*", "", text, flags=re.DOTALL))
+    return _one_line(inner.group(1) if inner else re.split(r"\n *\d+ \| ", text)[0])
 
 
 def _one_line(text: str) -> str:

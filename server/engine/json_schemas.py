@@ -224,8 +224,9 @@ def _needs(node: Any, pointer: str, target: str | None) -> list[list[str]]:
     groups = [[f"{pointer}/allOf/{index}"] for index in range(len(node.get("allOf", ())))]
     if target is not None:
         groups.append([target])
-    for key in {"anyOf", "oneOf"} & node.keys():
-        groups.append([f"{pointer}/{key}/{index}" for index in range(len(node[key]))])
+    groups += [
+        [f"{pointer}/{key}/{index}" for index in range(len(node[key]))] for key in ("anyOf", "oneOf") if key in node
+    ]
     if node.get("type") == "object":
         groups += [[child] for child in _required(node, pointer)]
     if node.get("type") == "array":

@@ -118,6 +118,7 @@ class Engine:
             text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
             arrived_s=self.clock(),
+            matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence
         self._scheduler.add(sequence)
@@ -243,6 +244,9 @@ class Engine:
         if reason is not FinishReason.STOP_TOKEN:
             may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
             piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(made.token)
+                reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
         elif reason is not None:
@@ -338,7 +342,10 @@ class Engine:
         )
 
 
-def _not_finite(sequence: Sequence) -> GenerationFailed:
+def _not_finite(sequence: Sequence) -> WeftError:
+    """Why no token can be chosen: a constraint that can't be followed any further, or the model."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return sequence.matcher.error
     names = sequence.adapter_label or "the base model"
     return GenerationFailed(f"{names} gave logits that are not finite")
 

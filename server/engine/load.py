@@ -23,6 +23,7 @@ from weft.kernels.lora import BACKENDS
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
+from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel, check_path, load_model
@@ -65,6 +66,7 @@ class LoadedEngine:
     store: AdapterStore
     tokenizer: PreTrainedTokenizerBase
     info: EngineInfo
+    compiler: Compiler
 
 
 def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
@@ -139,7 +141,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             f"({_mib(pages.page_bytes)} each) over {len(pages.sites)} modules"
         ),
     )
-    return LoadedEngine(engine, store, tokenizer, info)
+    return LoadedEngine(engine, store, tokenizer, info, _compiler(tokenizer, model.vocab_size, eos_token_ids))
 
 
 def _sources(config: ServerConfig) -> Sources:
@@ -153,6 +155,14 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # as in load_model: one line, whatever the files hold
         raise InvalidModel(f"{path} has no tokenizer that transformers can load: {one_line(error)}") from error
     return tokenizer
+
+
+def _compiler(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> Compiler:
+    try:
+        return Compiler(make_vocabulary(tokenizer, vocab_size, eos_token_ids))
+    except UnsupportedTokenizer as error:
+        _log.warning("answers can't be constrained with this model's tokenizer: %s", error)
+        return Compiler(error)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

@@ -1,7 +1,8 @@
 """Logits to tokens: every row by its own parameters and its own generator, whatever shares the batch.
 
-Order, names and meaning follow transformers' logits processors and warpers: bias and penalties, then temperature,
-top-k, top-p, min-p, typical-p; then one uniform number a row picks the token from the cumulative distribution.
+Order, names and meaning follow transformers' logits processors and warpers: bias and penalties, what a constraint
+allows, no end before its time; then temperature, top-k, top-p, min-p, typical-p; then one uniform number a row picks
+the token from the cumulative distribution.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from weft.server.engine.constraints import constrain, is_only
 from weft.server.engine.reports import Report, report
 from weft.server.engine.request import Sampling
 from weft.server.engine.sequence import Sequence
@@ -25,7 +27,7 @@ class Sample:
     """A row's next token. logprob and rank (1 = likeliest) are under the raw logits; top lists (id, logprob).
 
     All three are empty unless asked for. finite is False where the row's logits hold NaN, or no finite maximum after
-    bias and penalties: the token means nothing then.
+    bias, penalties and constraint: the token means nothing then.
     """
 
     token: int
@@ -60,22 +62,36 @@ def sample(
 
 
 def _process(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
-    """Bias, penalties and min_tokens; the input itself where no row asks for any."""
+    """Bias, penalties, constraint and min_tokens; the input itself where no row asks for any."""
     scores = raw
     for i, sequence in enumerate(sequences):
-        edits = _edits(raw[i], sequence, eos_token_ids)
+        edits = _edits(raw[i], sequence)
         if edits is not None:
             scores = raw.clone() if scores is raw else scores
             scores[i] = edits
+    constrained = [(i, sequence.matcher) for i, sequence in enumerate(sequences) if sequence.matcher is not None]
+    if constrained:
+        scores = raw.clone() if scores is raw else scores
+        constrain(scores, [i for i, _ in constrained], [matcher for _, matcher in constrained])
+    for i, sequence in enumerate(sequences):
+        if sequence.num_generated < sequence.request.stopping.min_tokens:
+            scores = raw.clone() if scores is raw else scores
+            _forbid_ends(scores[i], sequence, eos_token_ids)
     return scores
 
 
-def _edits(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> torch.Tensor | None:
-    """One row's logits after its own bias, penalties and min_tokens; None where it has none of them."""
-    sampling, stopping = sequence.request.sampling, sequence.request.stopping
-    too_short = sequence.num_generated < stopping.min_tokens
+def _forbid_ends(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
+    """In place; but where a constraint allows nothing else, the end may come."""
+    ends = [*(eos_token_ids | sequence.request.stopping.stop_token_ids)]
+    if sequence.matcher is None or not is_only(ends, row):
+        row[ends] = float("-inf")
+
+
+def _edits(row: torch.Tensor, sequence: Sequence) -> torch.Tensor | None:
+    """One row's logits after its own bias and penalties; None where it has none of them."""
+    sampling = sequence.request.sampling
     penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-    if not (too_short or penalised or sampling.logit_bias):
+    if not (penalised or sampling.logit_bias):
         return None
     row = row.clone()
     if sampling.logit_bias:
@@ -83,8 +99,6 @@ def _edits(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int])
         row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=row.device)
     if penalised:
         _penalise(row, sequence, sampling)
-    if too_short:
-        row[list(eos_token_ids | stopping.stop_token_ids)] = float("-inf")
     return row
 
 

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
+from weft.server.engine.constraints import Matcher
 from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
@@ -37,6 +38,8 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    matcher: Matcher | None = None
+    """How far the answer has come with its constraint; None without one."""
     num_cached: int | None = None
     num_published: int = 0
     block_keys: list[bytes] = field(default_factory=list)

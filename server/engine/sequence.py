@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
+from weft.server.engine.edits import RowEdits
 from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
@@ -33,6 +34,8 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    edits: RowEdits | None = None
+    """What the request changes about its logits; the sampler makes it."""
     prompt_report: list[Token] = field(default_factory=list)
     """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
     _num_reported: int = 0

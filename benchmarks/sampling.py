@@ -136,6 +136,10 @@ def measure_large(counts: Seq[int], rounds: int) -> list[list[str]]:
     return rows
 
 
+def show_count(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
+
+
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True)
 @click.option("--rounds", default=5, show_default=True)
@@ -154,9 +158,9 @@ def main(quick: bool, rounds: int, shape: str, output: Path) -> None:
         large = measure_large(counts[:2], rounds)
     report = (
         "The sampler's share of a decode step, and its own time:\n\n"
-        f"{table(['sampled by', *(f'{n} row{"s" * (n > 1)}' for n in counts)], shares)}\n\n"
+        f"{table(['sampled by', *map(show_count, counts)], shares)}\n\n"
         f"The sampler alone on a vocabulary of {LARGE_VOCAB:,}, ms a row:\n\n"
-        f"{table(['sampled by', *(f'{n} row{"s" * (n > 1)}' for n in counts[:2])], large)}\n\n"
+        f"{table(['sampled by', *map(show_count, counts[:2])], large)}\n\n"
         f"Machine: {machine()}; {rounds} rounds.\n"
     )
     click.echo(report)

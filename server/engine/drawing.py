@@ -61,19 +61,19 @@ def truncate(scores: torch.Tensor, peaks: torch.Tensor, params: Seq[Sampling]) -
     weights = padded[:, :vocab]
     torch.exp(z, out=weights)
     lowest = z.new_full((len(params), 1), float("-inf"))
-    rows, values = _rows_with([p.top_k if p.top_k < vocab else 0 for p in params])
-    if values:
-        lowest[rows] = _top_k(z[rows], values)
+    rows, k = _rows_with([p.top_k if p.top_k < vocab else 0 for p in params])
+    if k:
+        lowest[rows] = _top_k(z[rows], k)
         _keep(weights, z, lowest)
-    rows, values = _rows_with([p.top_p if p.top_p < 1 else 0.0 for p in params])
-    if values:
-        lowest[rows] = _top_p(z[rows], weights[rows], lowest[rows], _column(values, z))
+    rows, nucleus = _rows_with([p.top_p if p.top_p < 1 else 0.0 for p in params])
+    if nucleus:
+        lowest[rows] = _top_p(z[rows], weights[rows], lowest[rows], _column(nucleus, z))
         _keep(weights, z, lowest)
     if any(p.min_p for p in params):
         _keep(weights, weights, _column([p.min_p for p in params], z))
-    rows, values = _rows_with([p.typical_p if p.typical_p < 1 else 0.0 for p in params])
-    if values:
-        weights[rows] = _typical_p(z[rows], weights[rows], _column(values, z))
+    rows, typical = _rows_with([p.typical_p if p.typical_p < 1 else 0.0 for p in params])
+    if typical:
+        weights[rows] = _typical_p(z[rows], weights[rows], _column(typical, z))
     return padded
 
 

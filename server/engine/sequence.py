@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
 from weft.server.engine.edits import RowEdits
+from weft.server.engine.lookup import Lookup
 from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
@@ -34,6 +35,8 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    lookup: Lookup | None = None
+    """Guesses what comes next; speculation makes it."""
     edits: RowEdits | None = None
     """What the request changes about its logits; the sampler makes it."""
     prompt_report: list[Token] = field(default_factory=list)

@@ -34,6 +34,7 @@ class EngineConfig:
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
     machine runs best on one. memory_share: of what is left in the end, for the KV cache. adapter_host_bytes: what
     copies of adapters may take in host memory. prefix_cache: keep what was computed for prompts that begin alike.
+    speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
     """
 
     max_batch_tokens: int = 512
@@ -49,6 +50,7 @@ class EngineConfig:
     lora_backend: str = "torch"
     adapter_probe: bool = True
     allow_no_effect: bool = False
+    speculative_tokens: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +63,7 @@ class EngineConfig:
         _between("--memory-share", self.memory_share, 0.01, 1)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
+        _between("--speculative-tokens", self.speculative_tokens, 0, 64)
         _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:
             raise InvalidConfig(

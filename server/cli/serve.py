@@ -104,6 +104,9 @@ SETTINGS = (
     Setting("lora-backend", EngineConfig, "lora_backend", str, "What computes the adapters' part."),
     Setting("adapter-probe", EngineConfig, "adapter_probe", bool, "Compare each adapter with a plain reference."),
     Setting("allow-no-effect", EngineConfig, "allow_no_effect", bool, "Take adapters that change nothing."),
+    Setting(
+        "speculative-tokens", EngineConfig, "speculative_tokens", int, "The most tokens a step guesses for a request."
+    ),
     Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),

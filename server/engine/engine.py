@@ -26,6 +26,7 @@ from weft.server.engine.request import Delta, FinishReason, Request, Token, TopL
 from weft.server.engine.sampler import Sample, sample
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
+from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode, OutputText
 from weft.server.metrics import Metrics, StepStats
 
@@ -67,6 +68,7 @@ class Engine:
         release: Callable[[AdapterRef], None],
         metrics: Metrics,
         clock: Callable[[], float],
+        speculation: Speculation | None = None,
     ) -> None:
         """release gives an adapter version back; clock is monotonic, in seconds."""
         self.limits = limits
@@ -78,6 +80,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._release = release
         self._metrics = metrics
+        self._speculation = speculation
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
 
@@ -118,6 +121,7 @@ class Engine:
             text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
             arrived_s=self.clock(),
+            matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence
         self._scheduler.add(sequence)
@@ -153,6 +157,8 @@ class Engine:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
                 self._observe_prefix(item.sequence)
+        if self._speculation is not None:
+            picked = self._speculation.extend(picked)
         events += self._run(picked)
         self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
         return events
@@ -183,7 +189,7 @@ class Engine:
         events = self._take_reports(batch.prompt_rows, reports)
         for item, made in zip(complete, samples, strict=True):
             if item.sequence.request in self._sequences:
-                events.append(self._commit(item.sequence, made, now_s))
+                events += self._commit(item, made, now_s)
         return events
 
     def _sample(self, complete: Seq[Scheduled], logits: torch.Tensor) -> list[Seq[Sample]]:
@@ -216,24 +222,51 @@ class Engine:
                 events.append(self._fail(sequence, _not_finite(sequence)))
         return events
 
-    def _commit(self, sequence: Sequence, made: Seq[Sample], now_s: float) -> Event:
-        """Append what was sampled; publish it; end the sequence if it is complete."""
+    def _commit(self, item: Scheduled, made: Seq[Sample], now_s: float) -> list[Event]:
+        """Append what was sampled, up to the first draft that is wrong; publish it; end the sequence if it is complete.
+
+        made: what was sampled after the last token, and after each draft.
+        """
+        sequence = item.sequence
+        if item.drafts and not all(one.finite for one in made):
+            self._undraft(sequence)
+            return []
         if not made[0].finite:
-            return self._fail(sequence, _not_finite(sequence))
+            return [self._fail(sequence, _not_finite(sequence))]
         self._scheduler.prefixes.publish(sequence)
         if sequence.request.stopping.max_tokens == 0:
-            return self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())
-        text, tokens, reason = "", [], None
-        for one in made:
+            return [self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())]
+        token, text, reason = self._append(sequence, made[0])
+        tokens = [token]
+        for draft, one in zip(item.drafts, made[1:], strict=True):
+            if reason is not None or tokens[-1].id != draft:
+                break
             token, new, reason = self._append(sequence, one)
             tokens.append(token)
             text += new
-            if reason is not None:
-                break
+        sequence.num_computed = len(sequence.tokens) - 1
+        self._learn(item, len(tokens) - 1)
         self._observe_tokens(sequence, len(tokens), now_s)
         if reason is not None:
-            return self._finish(sequence, reason, now_s, text, tuple(tokens))
-        return sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report())
+            return [self._finish(sequence, reason, now_s, text, tuple(tokens))]
+        return [(sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report()))]
+
+    def _learn(self, item: Scheduled, num_accepted: int) -> None:
+        if item.drafts and item.sequence.lookup is not None:
+            item.sequence.lookup.learn(len(item.drafts), num_accepted)
+            self._metrics.speculated(num_accepted, len(item.drafts) - num_accepted)
+
+    def _undraft(self, sequence: Sequence) -> None:
+        """Take back a step whose drafts gave values that are not finite: masked out, they still spoil the other rows.
+
+        The block they begin in is computed again, without any.
+        """
+        block_tokens = self._scheduler.pool.block_tokens
+        first = (len(sequence.tokens) - 1) // block_tokens
+        self._model.scrub(sequence.blocks[first:])
+        sequence.num_computed = first * block_tokens
+        if sequence.lookup is not None:
+            sequence.lookup.stop()
 
     def _append(self, sequence: Sequence, made: Sample) -> tuple[Token, str, FinishReason | None]:
         """One more token: as it is published, the text that became final with it, and why it is the last, if it is."""
@@ -243,6 +276,9 @@ class Engine:
         if reason is not FinishReason.STOP_TOKEN:
             may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
             piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(made.token)
+                reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
         elif reason is not None:
@@ -338,7 +374,10 @@ class Engine:
         )
 
 
-def _not_finite(sequence: Sequence) -> GenerationFailed:
+def _not_finite(sequence: Sequence) -> WeftError:
+    """Why no token can be chosen: a constraint that can't be followed any further, or the model."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return sequence.matcher.error
     names = sequence.adapter_label or "the base model"
     return GenerationFailed(f"{names} gave logits that are not finite")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from weft.kernels.lora import BACKENDS
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
+from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.memory import host_memory, memory_of
@@ -29,8 +31,11 @@ from weft.server.engine.probe import Expectation, expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import AdapterRoom, Trial, adapter_room, describe_pages, fit_kv_tokens, mask_bytes, mib
+from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
 
 _REPORTED_LOGITS = 1 << 25
 """Logits that a step computes for the sake of prompts' log-probabilities: 128 MiB in float32."""
@@ -60,6 +65,7 @@ class LoadedEngine:
     store: AdapterStore
     tokenizer: PreTrainedTokenizerBase
     info: EngineInfo
+    compiler: Compiler
 
 
 def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
@@ -105,6 +111,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         release=store.release,
         metrics=metrics,
         clock=time.monotonic,
+        speculation=Speculation(pool, settings.speculative_tokens, limits.context_length),
     )
     dtype = str(model.dtype).removeprefix("torch.")
     info = EngineInfo(
@@ -125,7 +132,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             f"{mib(fitted.step_bytes)}"
         ),
     )
-    return LoadedEngine(engine, store, tokenizer, info)
+    return LoadedEngine(engine, store, tokenizer, info, _compiler(tokenizer, model.vocab_size, eos_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,14 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # as in load_model: one line, whatever the files hold
         raise InvalidModel(f"{path} has no tokenizer that transformers can load: {one_line(error)}") from error
     return tokenizer
+
+
+def _compiler(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> Compiler:
+    try:
+        return Compiler(make_vocabulary(tokenizer, vocab_size, eos_token_ids))
+    except UnsupportedTokenizer as error:
+        _log.warning("answers can't be constrained with this model's tokenizer: %s", error)
+        return Compiler(error)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

@@ -187,10 +187,11 @@ class Scheduler:
                     break
                 num_prefetched += is_full
                 try:
-                    ready = adapters.ready(sequence.adapters) and not self.prefixes.is_coming(sequence)
+                    ready = adapters.ready(sequence.adapters)
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
+                ready = ready and not is_full and not self.prefixes.is_coming(sequence)
                 is_full = is_full or budget <= 0 or (ready and not self._fits(sequence))
                 if ready and not is_full:
                     adapters.hold(sequence.adapters)

@@ -24,6 +24,7 @@ RANGES = [
     (EngineConfig, "memory_share", "--memory-share", 0.01, 1),
     (EngineConfig, "adapter_pages", "--adapter-pages", 0, 1 << 20),
     (EngineConfig, "adapter_host_bytes", "--adapter-host-bytes", 0, 1 << 50),
+    (EngineConfig, "speculative_tokens", "--speculative-tokens", 0, 64),
     (EngineConfig, "threads", "--threads", 1, 1024),
     (ServerConfig, "port", "--port", 0, 65535),
     (ServerConfig, "metrics_port", "--metrics-port", 0, 65535),

@@ -88,7 +88,7 @@ def generate(prompt: str, address: str, stream: bool, timeout: float | None, **o
 
 def _show(response: pb2.GenerateResponse) -> None:
     """The answer; of several, each under a line that numbers it."""
-    answers = [response, *response.alternatives]
+    answers: list[pb2.GenerateResponse | pb2.Alternative] = [response, *response.alternatives]
     for number, answer in enumerate(answers, 1):
         if len(answers) > 1:
             click.echo(f"--- {number} of {len(answers)}")

@@ -7,14 +7,16 @@ as the events that `step` returns.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, OutOfCapacity, WeftError
 from weft.server.engine.batch import build_batch
+from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
 from weft.server.engine.sampler import Sample, sample
@@ -31,6 +33,9 @@ Event = tuple[Request, Delta | WeftError]
 
 _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, FinishReason.TIME_LIMIT.value})
 """Outcomes that leave keys and values behind from which no finite logits were seen to come."""
+
+FORECAST_EVERY_S = 0.25
+"""How often the requests that wait are looked over for those that will miss their deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,15 @@ class Engine:
         self._metrics = metrics
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
+        self._forecast = Forecast(scheduler.pace)
+        self._forecast_at_s = -math.inf
+        self.begun: list[Request] = []
+        """Who ran for the first time in the last step."""
+
+    @property
+    def queued_token_s(self) -> float | None:
+        """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
+        return self._forecast.queued_token_s
 
     @property
     def has_work(self) -> bool:
@@ -124,6 +138,8 @@ class Engine:
         """
         started_s = self.clock()
         events = self._expire(started_s)
+        events += self._give_up(started_s)
+        self.begun = []
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
@@ -137,9 +153,17 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
+                self.begun.append(item.sequence.request)
         events += self._run(picked)
-        self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
+        self._measure(picked, num_decodes, self.clock() - started_s)
         return events
+
+    def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
+        stats = self._stats(picked, num_decodes, duration_s)
+        self._metrics.step(stats)
+        self._scheduler.pace.observe(num_decodes, stats.num_prefill_tokens, duration_s)
+        if stats.num_waiting:
+            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -213,6 +237,27 @@ class Engine:
                 events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
         return events
 
+    def _give_up(self, now_s: float) -> list[Event]:
+        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
+        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
+            return []
+        self._forecast_at_s = now_s
+        late: list[tuple[Sequence, OutOfCapacity]] = []
+        tokens_ahead = 0
+        for sequence in self._scheduler.waiting.forecast():
+            deadline_s = sequence.request.deadline_s
+            finish_s = self._forecast.finish_s(sequence, tokens_ahead) if deadline_s is not None else None
+            if deadline_s is None or finish_s is None or now_s + finish_s <= deadline_s:
+                tokens_ahead += sequence.num_pending
+                continue
+            left_s = deadline_s - now_s
+            message = (
+                f"at the current rate the answer takes another {finish_s:.1f} s at least, after {tokens_ahead} prompt "
+                f"tokens that go before it; its deadline is in {left_s:.1f} s"
+            )
+            late.append((sequence, OutOfCapacity(message, retry_after_s=finish_s - left_s)))
+        return [self._fail(sequence, error) for sequence, error in late]
+
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
     ) -> Event:
@@ -249,6 +294,7 @@ class Engine:
             self._metrics.first_token(label, queue_s, now_s - sequence.arrived_s)
         else:
             self._metrics.inter_token(label, now_s - sequence.last_token_s)
+            self._forecast.token(now_s - sequence.last_token_s)
         sequence.last_token_s = now_s
 
     def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:

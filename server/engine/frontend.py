@@ -11,13 +11,15 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterable
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
 from weft.adapters.store import AdapterStore
-from weft.errors import OutOfCapacity, Unavailable, WeftError
+from weft.errors import Unavailable, WeftError
 from weft.server.engine.engine import Engine, Event
+from weft.server.engine.queue_limits import QueueGate, QueueLimits
 from weft.server.engine.request import Delta, Request
 
 _log = logging.getLogger(__name__)
@@ -64,11 +66,11 @@ class Stream:
 class Frontend:
     """Runs an engine on its own thread and serves its answers to coroutines of one event loop."""
 
-    def __init__(self, engine: Engine, store: AdapterStore, max_requests: int) -> None:
-        """max_requests: how many may be queued or running at once; more are refused."""
+    def __init__(self, engine: Engine, store: AdapterStore, limits: QueueLimits) -> None:
+        """limits: what may be queued or running at once; more is refused."""
         self._engine = engine
         self._store = store
-        self._max_requests = max_requests
+        self._gate = QueueGate(limits, lambda: engine.queued_token_s)
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Wake | _Stop] = queue.SimpleQueue()
         self._streams: dict[Request, Stream] = {}
         self._idle = asyncio.Event()
@@ -114,12 +116,12 @@ class Frontend:
     def _submit(self, request: Request) -> Stream:
         if self._refusal is not None:
             raise Unavailable(self._refusal)
-        if len(self._streams) >= self._max_requests:
-            raise OutOfCapacity(f"{len(self._streams)} requests are queued or running, as many as are allowed")
+        self._gate.check(request)
         self._engine.check(request)
         adapters = self._store.acquire_all(request.adapters)
         stream = Stream(adapters)
         self._streams[request] = stream
+        self._gate.enter(request)
         self._idle.clear()
         self._inbox.put(_Add(request, adapters))
         return stream
@@ -127,11 +129,14 @@ class Frontend:
     def _end(self, request: Request) -> None:
         stream = self._streams.pop(request, None)
         if stream is not None:
+            self._gate.leave(request)
             stream.ended = True
         if not self._streams:
             self._idle.set()
 
-    def _deliver(self, events: Iterable[Event]) -> None:
+    def _deliver(self, events: Iterable[Event], begun: Seq[Request] = ()) -> None:
+        for request in begun:
+            self._gate.begin(request)
         for request, event in events:
             stream = self._streams.get(request)
             if stream is None:  # cancelled meanwhile
@@ -150,8 +155,9 @@ class Frontend:
         try:
             while self._take_commands():
                 events = self._engine.step()
-                if events:
-                    loop.call_soon_threadsafe(self._deliver, events)
+                begun = self._engine.begun
+                if events or begun:
+                    loop.call_soon_threadsafe(self._deliver, events, begun)
             loop.call_soon_threadsafe(self._deliver, self._engine.abort_all(Unavailable("the server is stopping")))
         except BaseException:  # noqa: BLE001 - the edge of the thread: nobody above it would answer the requests
             _log.critical("the engine thread died", exc_info=True)

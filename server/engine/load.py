@@ -24,8 +24,10 @@ from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
 from weft.server.engine.engine import Engine, Limits
+from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel, check_path, load_model
+from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
@@ -102,7 +104,13 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     engine = Engine(
         model=model,
         scheduler=Scheduler(
-            pool, settings.max_batch_tokens, settings.max_running_requests, model.scrub, store.residency
+            pool,
+            settings.max_batch_tokens,
+            settings.max_running_requests,
+            model.scrub,
+            store.residency,
+            FairQueue(dict(settings.adapter_weights)),
+            Pace(settings.target_step_ms / 1000, FLOOR_BLOCKS * settings.block_tokens),
         ),
         limits=limits,
         decode=_decoder(tokenizer),

@@ -92,13 +92,15 @@ class _Level(Generic[_S]):
 
 @dataclass(slots=True, eq=False)
 class _Flow(_Share):
-    """The requests of one caller to one adapter (or mix, or the base)."""
+    """The requests of one caller to one adapter (or mix, or the base). priority_tokens: see `FairQueue`."""
+
+    priority_tokens: float = PRIORITY_TOKENS
 
     waiting: list[_Entry] = field(default_factory=list)
 
     def turn_of(self, entry: _Entry) -> float:
         """Where the flow stands among the caller's while this is its next request."""
-        return self.served - entry[2].request.priority * PRIORITY_TOKENS
+        return self.served - entry[2].request.priority * self.priority_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -119,12 +121,13 @@ class _Place:
 class FairQueue:
     """The requests that wait, and who was served how much. Also knows those that run: they are charged for.
 
-    Within a flow requests go in the order of arrival, but that each step of priority is a head start of PRIORITY_TOKENS
-    of what the flow is served: enough to pass by others, never to hold them up for ever.
+    Within a flow requests go in the order of arrival, but that each step of priority is a head start of so many
+    tokens of what the flow is served: enough to pass by others, never to hold them up for ever.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None, priority_tokens: float = PRIORITY_TOKENS) -> None:
         """weights by adapter, else 1: a token of an adapter of weight 2 counts half. A mix has the least of its own."""
+        self._priority_tokens = priority_tokens
         self._weights = dict(weights or {})
         self._callers: _Level[_Caller] = _Level(lambda _: _Caller(flows=_Level(self._make_flow)))
         self._places: dict[Sequence, _Place] = {}
@@ -217,7 +220,8 @@ class FairQueue:
         assert self._places or not self._callers.num_known, "an idle queue remembers somebody"
 
     def _make_flow(self, label: str) -> _Flow:
-        return _Flow(weight=min(self._weights.get(name, 1.0) for name in label.split("+")))
+        weight = min(self._weights.get(name, 1.0) for name in label.split("+"))
+        return _Flow(weight=weight, priority_tokens=self._priority_tokens)
 
     def _wait(self, place: _Place, entry: _Entry) -> None:
         place.entry = entry

@@ -35,11 +35,17 @@ class EngineConfig:
     machine runs best on one. memory_share: of what is left in the end, for the KV cache. adapter_host_bytes: what
     copies of adapters may take in host memory. prefix_cache: keep what was computed for prompts that begin alike.
     speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
+    max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
+    decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
     """
 
     max_batch_tokens: int = 512
     max_running_requests: int = 64
     max_queued_requests: int = 1024
+    max_queued_tokens: int = 0
+    max_queued_per_adapter: int = 0
+    target_step_ms: int = 200
+    adapter_weights: tuple[tuple[str, float], ...] = ()
     context_length: int | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
@@ -57,6 +63,11 @@ class EngineConfig:
         _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)
         _between("--max-running-requests", self.max_running_requests, 1, 1 << 16)
         _between("--max-queued-requests", self.max_queued_requests, 0, 1 << 20)
+        _between("--max-queued-tokens", self.max_queued_tokens, 0, 1 << 40)
+        _between("--max-queued-per-adapter", self.max_queued_per_adapter, 0, 1 << 20)
+        _between("--target-step-ms", self.target_step_ms, 0, 3600_000)
+        for name, weight in self.adapter_weights:
+            _between(f"--adapter-weight {name}", weight, 0.01, 100)
         _between("--context-length", self.context_length, 2, 1 << 24)
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)

@@ -18,8 +18,9 @@ from itertools import islice
 import torch
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, OutOfCapacity, WeftError
 from weft.server.engine.batch import PromptRows, build_batch
+from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reports import Report, report
 from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
@@ -41,6 +42,8 @@ _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, Fini
 
 _MAX_TEXTS = 1 << 16
 """Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
+FORECAST_EVERY_S = 0.25
+"""How often the requests that wait are looked over for those that will miss their deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,15 @@ class Engine:
         self._speculation = speculation
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
+        self._forecast = Forecast(scheduler.pace)
+        self._forecast_at_s = -math.inf
+        self.begun: list[Request] = []
+        """Who ran for the first time in the last step."""
+
+    @property
+    def queued_token_s(self) -> float | None:
+        """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
+        return self._forecast.queued_token_s
 
     @property
     def has_work(self) -> bool:
@@ -143,6 +155,8 @@ class Engine:
         """
         started_s = self.clock()
         events = self._expire(started_s)
+        events += self._give_up(started_s)
+        self.begun = []
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
@@ -156,12 +170,20 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
+                self.begun.append(item.sequence.request)
                 self._observe_prefix(item.sequence)
         if self._speculation is not None:
             picked = self._speculation.extend(picked)
         events += self._run(picked)
-        self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
+        self._measure(picked, num_decodes, self.clock() - started_s)
         return events
+
+    def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
+        stats = self._stats(picked, num_decodes, duration_s)
+        self._metrics.step(stats)
+        self._scheduler.pace.observe(num_decodes, stats.num_prefill_tokens, duration_s)
+        if stats.num_waiting:
+            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -312,6 +334,27 @@ class Engine:
                 events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
         return events
 
+    def _give_up(self, now_s: float) -> list[Event]:
+        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
+        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
+            return []
+        self._forecast_at_s = now_s
+        late: list[tuple[Sequence, OutOfCapacity]] = []
+        tokens_ahead = 0
+        for sequence in self._scheduler.waiting.forecast():
+            deadline_s = sequence.request.deadline_s
+            finish_s = self._forecast.finish_s(sequence, tokens_ahead) if deadline_s is not None else None
+            if deadline_s is None or finish_s is None or now_s + finish_s <= deadline_s:
+                tokens_ahead += sequence.num_pending
+                continue
+            left_s = deadline_s - now_s
+            message = (
+                f"at the current rate the answer takes another {finish_s:.1f} s at least, after {tokens_ahead} prompt "
+                f"tokens that go before it; its deadline is in {left_s:.1f} s"
+            )
+            late.append((sequence, OutOfCapacity(message, retry_after_s=finish_s - left_s)))
+        return [self._fail(sequence, error) for sequence, error in late]
+
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
     ) -> Event:
@@ -355,6 +398,7 @@ class Engine:
             count -= 1
         for _ in range(count):
             self._metrics.inter_token(label, (now_s - last_s) / count)
+            self._forecast.token((now_s - last_s) / count)
         sequence.last_token_s = now_s
 
     def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:

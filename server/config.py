@@ -84,8 +84,9 @@ class EngineConfig:
 
     @property
     def max_requests(self) -> int:
-        """That can be queued and running at once."""
-        return self.max_running_requests + self.max_queued_requests
+        """To one adapter that can be queued and running at once: as many as one request can ask answers for."""
+        queued = min(self.max_queued_requests, self.max_queued_per_adapter or self.max_queued_requests)
+        return self.max_running_requests + queued
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,15 @@ REPETITION_PENALTIES = Range(0.001, 1000)
 PRIORITIES = Range(-100, 100)
 NUM_SEEDS = 1 << 64
 
+MAX_REPEATS = 16
+"""How many times the longest text the prompts of a score's continuations may be together."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
     """What the loaded model and the configuration allow.
 
-    max_requests: that can be queued and running at once, which several answers and continuations are, too.
+    max_requests: to one adapter that can be queued and running at once, as several answers and continuations are.
     """
 
     vocab_size: int
@@ -104,16 +107,26 @@ def to_score_request(
     """As `to_engine_request`: what the requests of all continuations share, which generate nothing."""
     violations = Violations()
     translated = _shared(request, metadata, limits, deadline_s, violations)
-    if not request.continuations:
-        violations.add("continuations", "is empty; give at least one")
-    elif violations.fits(request.continuations, "continuations", limits.max_continuations):
-        for index, continuation in enumerate(request.continuations):
-            if not continuation:
-                violations.add(f"continuations[{index}]", "is empty; give a text")
-        num_bytes = sum(len(continuation.encode()) for continuation in request.continuations)
-        violations.size(num_bytes, "continuations", limits.max_prompt_bytes)
+    _check_continuations(request, limits, violations)
     violations.raise_any()
     return replace(translated, stopping=Stopping(max_tokens=0))
+
+
+def _check_continuations(request: pb2.ScoreRequest, limits: RequestLimits, violations: Violations) -> None:
+    path, continuations = "continuations", request.continuations
+    if not continuations:
+        violations.add(path, "is empty; give at least one")
+    elif violations.fits(continuations, path, limits.max_continuations):
+        for index, continuation in enumerate(continuations):
+            if not continuation:
+                violations.add(f"{path}[{index}]", "is empty; give a text")
+        num_bytes = sum(len(continuation.encode()) for continuation in continuations)
+        violations.size(num_bytes, path, limits.max_prompt_bytes)
+        before, most = len(request.text.encode()) * len(continuations), MAX_REPEATS * limits.max_prompt_bytes
+        if before > most:
+            violations.add(
+                path, f"has {len(continuations)} entries, before each the text: {before} bytes; at most {most}"
+            )
 
 
 def _shared(

@@ -143,3 +143,9 @@ def test_a_source_root_may_be_a_prefix_of_remote_sources(tmp_path: Path) -> None
 def test_nothing_changes_it() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ServerConfig(MODEL).port = 1  # type: ignore[misc]
+
+
+def test_one_request_can_ask_for_as_many_answers_as_may_wait_and_run() -> None:
+    assert EngineConfig(max_running_requests=4, max_queued_requests=8).max_requests == 12
+    assert EngineConfig(max_running_requests=4, max_queued_requests=8, max_queued_per_adapter=2).max_requests == 6
+    assert EngineConfig(max_running_requests=4, max_queued_requests=8, max_queued_per_adapter=9).max_requests == 12

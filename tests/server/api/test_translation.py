@@ -9,6 +9,8 @@ import pytest
 from google.rpc import error_details_pb2 as details_pb2
 from house import MAX_PROMPT_BYTES, House, Refusal, generate, refusal, stream
 
+from weft.errors import InvalidRequest
+from weft.server.api.translation import RequestLimits, to_score_request
 from weft.v1 import inference_pb2 as pb2
 
 VOCAB = 260
@@ -239,3 +241,16 @@ def test_an_adapter_that_is_not_there_is_not_found(house: House, adapter_id: str
 
 def test_nothing_refused_holds_anything(house: House) -> None:
     house.audit()
+
+
+def test_a_prompt_is_not_tokenized_again_and_again_without_a_bound() -> None:
+    limits = RequestLimits(
+        vocab_size=VOCAB, context_length=64, max_prompt_bytes=100, max_requests=1000, has_chat_template=True
+    )
+    for count, wanted in ((16, ""), (17, "before each the text: 1700 bytes; at most 1600")):
+        request = pb2.ScoreRequest(text="x" * 100, continuations=["y"] * count)
+        if wanted:
+            with pytest.raises(InvalidRequest, match=wanted):
+                to_score_request(request, (), limits, 0.0)
+        else:
+            assert to_score_request(request, (), limits, 0.0).stopping.max_tokens == 0

@@ -118,6 +118,11 @@ class Trial:
         num_blocks = sum(-(-2 * chunk // self.block_tokens) for chunk in self.chunks)
         return BlockPool(1 + max(num_blocks, -(-least_tokens // self.block_tokens)), self.block_tokens)
 
+    @property
+    def _num_reported(self) -> int:
+        """Of each prompt."""
+        return self.max_reported // max(1, sum(chunk > 1 for chunk in self.chunks))
+
     @torch.inference_mode()
     def run(self, model: PagedModel, pool: BlockPool) -> int:
         """The bytes that a step takes at the most, beside the model and the cache, which is the one for `pool`."""
@@ -144,7 +149,7 @@ class Trial:
             sampling=_TRIAL_SAMPLING,
             logprobs=True,
             top_logprobs=_NUM_TOP,
-            prompt_logprobs_from=max(1, length - self.max_reported // len(self.chunks)) if chunk > 1 else None,
+            prompt_logprobs_from=max(1, length - self._num_reported) if chunk > 1 else None,
         )
         sequence = Sequence(request, (), OutputText(lambda ids: ""), rng, 0.0)
         sequence.num_computed = chunk

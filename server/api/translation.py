@@ -26,6 +26,8 @@ MAX_ANSWERS = 16
 MAX_CONTINUATIONS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_CACHE_SALT_CHARACTERS = 128
+MAX_CALLER_CHARACTERS = 256
+CALLER_METADATA = ("x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id")
 ADAPTER_METADATA = ("x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite")
 
 GenerateRequest = pb2.GenerateRequest | pb2.StreamGenerateRequest
@@ -142,6 +144,7 @@ def _shared(
         prompt=(),
         adapters=_adapters(request, metadata, violations),
         priority=violations.number(request, "priority", 0, PRIORITIES),
+        caller=_caller(metadata, violations),
         cache_salt=request.cache_salt,
         deadline_s=deadline_s,
     )
@@ -176,6 +179,16 @@ def _request_id(given: str, violations: Violations) -> str:
     if len(given) <= MAX_REQUEST_ID_CHARACTERS and not given.isprintable():
         violations.add("request_id", f"is {given!r}; must be printable")
     return given or uuid.uuid4().hex
+
+
+def _caller(metadata: Metadata, violations: Violations) -> str:
+    """Who asks, by the word of the gateway in front; empty where it says nothing."""
+    said = {str(value): key for key, value in metadata if key in CALLER_METADATA and value}
+    if len(said) > 1:
+        violations.add(f"metadata {max(said.values())}", f"names callers that disagree: {', '.join(map(repr, said))}")
+    for caller, key in said.items():
+        violations.length(caller, f"metadata {key}", MAX_CALLER_CHARACTERS)
+    return next(iter(said), "")
 
 
 def _adapters(request: AnyRequest, metadata: Metadata, violations: Violations) -> tuple[tuple[str, float], ...]:

@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from house import MAX_PROMPT_BYTES, House, Refusal, generate, refusal, stream
 
 from weft.errors import InvalidRequest
-from weft.server.api.translation import RequestLimits, to_score_request
+from weft.server.api.translation import RequestLimits, to_engine_request, to_score_request
 from weft.v1 import inference_pb2 as pb2
 
 VOCAB = 260
@@ -192,6 +192,27 @@ def test_names_of_the_adapter_that_disagree_are_refused(
     request = generate(adapter_id=adapter_id, **GOOD)
     refused = refusal(lambda: house.inference.Generate(request, metadata=metadata))
     assert_bad_field(refused, "adapter_id", "disagree")
+
+
+@pytest.mark.parametrize("key", ["x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id"])
+def test_the_caller_comes_as_metadata(key: str) -> None:
+    def caller(*metadata: tuple[str, str]) -> str:
+        limits = RequestLimits(
+            vocab_size=VOCAB, context_length=64, max_prompt_bytes=100, max_requests=9, has_chat_template=True
+        )
+        score = pb2.ScoreRequest(text="x", continuations=["y"])
+        callers = {
+            to_engine_request(generate(text="x"), metadata, limits, 0.0).caller,
+            to_score_request(score, metadata, limits, 0.0).caller,
+        }
+        return callers.pop()
+
+    assert caller() == caller(("other", "team"), (key, "")) == ""
+    assert caller((key, "team a"), ("x-gateway-inference-fairness-id", "team a")) == "team a"
+    with pytest.raises(InvalidRequest, match=r"metadata x-.*: names callers that disagree: 'a', 'b'"):
+        caller((key, "a"), (key, "b"))
+    with pytest.raises(InvalidRequest, match="has 257 characters; at most 256"):
+        caller((key, "a" * 257))
 
 
 def test_metadata_is_exclusive_with_a_mix(house: House) -> None:

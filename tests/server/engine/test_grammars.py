@@ -30,7 +30,7 @@ from weft.server.engine.grammars import MAX_RULES, InvalidGrammar, check_grammar
         ),
         (
             'start: %json {"not": {}}',
-            "line 1: has a schema that is refused: at /: has the keyword 'not', which is not supported",
+            "line 1: has a schema that is refused: has the keyword 'not', which is not supported",
         ),
         (
             'start: %json {"a": 1, "a": 2}',

@@ -37,6 +37,7 @@ from weft.server.config import ServerConfig
 from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
+from weft.server.engine.queue_limits import QueueLimits
 from weft.server.metrics import AdapterSnapshot, Metrics
 from weft.server.watching import AdapterFolders
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
@@ -167,7 +168,13 @@ class Server:
         if config.adapters is not None:
             folders = AdapterFolders(config.adapters, config.all_source_roots, store, loader)
         outcomes, rest = await _in_daemon_thread(lambda: self._load_adapters(loader, state, folders))
-        frontend = Frontend(loaded.engine, store, engine.max_requests)
+        limits = QueueLimits(
+            engine.max_running_requests,
+            engine.max_queued_requests,
+            engine.max_queued_tokens,
+            engine.max_queued_per_adapter,
+        )
+        frontend = Frontend(loaded.engine, store, limits)
         frontend.start()
         self._loaded = _Loaded(
             info=info,

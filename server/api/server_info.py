@@ -47,6 +47,8 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             max_batch_tokens=engine.max_batch_tokens,
             max_running_requests=engine.max_running_requests,
             max_queued_requests=engine.max_queued_requests,
+            max_queued_tokens=engine.max_queued_tokens,
+            max_queued_requests_per_adapter=engine.max_queued_per_adapter,
             kv_capacity_tokens=info.kv_tokens,
             adapter_pages=info.adapter_pages,
             adapter_page_rank_rows=info.page_rows,

@@ -161,10 +161,10 @@ def constrain(scores: torch.Tensor, rows: Seq[int], matchers: Seq[Matcher]) -> N
     scores[rows] = scores[rows].masked_fill_(~allowed, float("-inf"))
 
 
-def is_only(ids: Seq[int], row: torch.Tensor) -> bool:
-    """Whether no other token than these is possible. row: [vocab]."""
+def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
+    """Whether no other token than these, int64 [n], is possible. row: [vocab]."""
     possible = row > float("-inf")
-    return int(possible.sum()) == int(possible[list(ids)].sum())
+    return int(possible.sum()) == int(possible[ids].sum())
 
 
 def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -25,11 +25,14 @@ from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
 from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
+from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel, check_path, load_model
+from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
 
@@ -113,6 +116,8 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             settings.max_running_requests,
             model.scrub,
             store.residency,
+            FairQueue(dict(settings.adapter_weights)),
+            Pace(settings.target_step_ms / 1000, FLOOR_BLOCKS * settings.block_tokens),
             prefix_cache=settings.prefix_cache,
             max_reported=max(1, _REPORTED_LOGITS // model.vocab_size),
         ),
@@ -122,6 +127,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         release=store.release,
         metrics=metrics,
         clock=time.monotonic,
+        speculation=Speculation(pool, settings.speculative_tokens, limits.context_length),
     )
     dtype = str(model.dtype).removeprefix("torch.")
     info = EngineInfo(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
 from weft.server.engine.constraints import Matcher
+from weft.server.engine.edits import RowEdits
+from weft.server.engine.lookup import Lookup
 from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
@@ -44,6 +46,10 @@ class Sequence:
     num_published: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     awaited_key: bytes = b""
+    lookup: Lookup | None = None
+    """Guesses what comes next; speculation makes it."""
+    edits: RowEdits | None = None
+    """What the request changes about its logits; the sampler makes it."""
     prompt_report: list[Token] = field(default_factory=list)
     """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
     _num_reported: int = 0

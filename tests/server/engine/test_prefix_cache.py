@@ -147,16 +147,18 @@ def test_an_activated_lora_shares_what_comes_before_its_invocation(folder: Path,
     assert harness.run([elsewhere])[0].ids == plain.run([elsewhere])[0].ids
 
 
-def test_the_same_invocation_elsewhere_in_its_block_is_another_block(folder: Path, plain: Harness) -> None:
-    """Two occurrences: which of them counts depends on what follows, and the block's tokens do not say it."""
-    harness = start(folder)
-    once = tokens(6) + INVOCATION + tokens(12, 1)
-    twice = once + INVOCATION + tokens(3, 2)
-    mix = (("activated", 1.0),)
-    assert run(harness, ask(once, mix)) == [0]
-    answer = harness.run([ask(twice, mix)])[0]
+@pytest.mark.parametrize("after", [INVOCATION[1:], tokens(12, 1) + INVOCATION])
+def test_where_an_activated_lora_begins_is_not_said_by_a_blocks_tokens_alone(
+    folder: Path, plain: Harness, after: tuple[int, ...]
+) -> None:
+    """The last occurrence counts, and it may end, or be, in what follows."""
+    harness, mix = start(folder), (("activated", 1.0),)
+    before = tokens(4) + INVOCATION + (20, INVOCATION[0])
+    once, twice = ask(before + tokens(14, 2), mix), ask(before + after + tokens(3, 3), mix)
+    assert run(harness, once) == [0]
+    answer = harness.run([twice])[0]
     assert cached(answer) == 4
-    assert answer.ids == plain.run([ask(twice, mix)])[0].ids
+    assert answer.ids == plain.run([twice])[0].ids
 
 
 def test_prefixes_are_shared_only_between_equal_salts(harness: Harness) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -136,3 +138,30 @@ def test_an_interrupt_is_quiet() -> None:
                 _, error = process.communicate()
     assert process.returncode == 130
     assert error.strip() == ""
+
+
+def test_an_answer_is_held_to_a_constraint(run: Run, address: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["from a file"]}', encoding="utf-8")
+    for options, expected in (
+        (("--json-schema", '{"const": {"a": [1]}}'), '{"a":[1]}'),
+        (("--json-schema", str(schema)), '"from a file"'),
+        (("--regex", "ab{2}"), "abb"),
+        (("--grammar", 'start: "x" "y"'), "xy"),
+        (("--choice", "only this"), "only this"),
+    ):
+        ran = run("generate", "hello", "--address", address, *options)
+        assert ran.exit_code == 0
+        assert re.sub(r"\s+(?=[^a-z])", "", ran.output.rstrip("\n")) == expected
+
+
+def test_only_one_constraint_is_taken(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--regex", "a", "--choice", "b")
+    assert ran.exit_code == 2
+    assert "--regex and --choice are given; an answer can be held to one of them" in ran.error
+
+
+def test_a_bad_constraint_is_one_line(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--json-schema", '{"not": {}}')
+    assert ran.exit_code == 1
+    assert ran.error_line == "INVALID_ARGUMENT: json_schema has the keyword 'not', which is not supported"

@@ -29,7 +29,7 @@ from weft.server.engine.model import PagedModel, check_path, load_model
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
-from weft.server.engine.speculation import Speculation
+from weft.server.engine.speculation import SMALL_STEP, Speculation
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
 
@@ -119,7 +119,9 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         release=store.release,
         metrics=metrics,
         clock=time.monotonic,
-        speculation=Speculation(pool, settings.speculative_tokens, limits.context_length),
+        speculation=Speculation(
+            pool, settings.speculative_tokens, limits.context_length, min(SMALL_STEP, settings.max_batch_tokens)
+        ),
     )
     dtype = str(model.dtype).removeprefix("torch.")
     info = EngineInfo(

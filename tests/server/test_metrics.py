@@ -105,6 +105,13 @@ def test_refusals_are_counted_by_code(scraped: Scraped) -> None:
     assert scraped.value("weft_refused_requests_total", code="invalid_argument") == 1
 
 
+def test_guesses_are_counted_by_outcome(scraped: Scraped) -> None:
+    for accepted, rejected in ((3, 1), (0, 4)):
+        scraped.metrics.speculated(accepted, rejected)
+    assert scraped.value("weft_speculative_tokens_total", outcome="accepted") == 3
+    assert scraped.value("weft_speculative_tokens_total", outcome="rejected") == 5
+
+
 def test_a_step_says_what_it_held(scraped: Scraped) -> None:
     scraped.metrics.step(STEP)
     scraped.metrics.step(replace(STEP, num_requests=1, adapters=("one",)))

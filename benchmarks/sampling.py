@@ -4,8 +4,8 @@
     python benchmarks/sampling.py --quick  # fewer rows and rounds; prints the tables only
 
 A step is the forward pass of that many decodes, each with 64 tokens of context, and the sampler on the logits that come
-out; both are timed one after the other in every round, in processor seconds of one thread, so that other work on the
-machine matters less. The model is a random one of the SmolLM-135M shape: its distributions are far flatter than a
+out; each way of sampling is timed after it in every round, in processor seconds of one thread, so that other work on
+the machine matters less. The model is a random one of the SmolLM-135M shape: its distributions are far flatter than a
 trained model's, which is the slow case for top-p; "peaked" is at temperature 0.3.
 """
 
@@ -111,9 +111,9 @@ def measure(decoder: Decoder, counts: Seq[int], rounds: int, progress: Progress)
     work = progress.add_task("sampling", total=rounds * len(counts) * len(WAYS))
     for _ in range(rounds):
         for count in counts:
+            logits, forward_s = decoder.step(make_sequences("greedy", count, vocab))
             for way in WAYS:
                 sequences = make_sequences(way, count, vocab)
-                logits, forward_s = decoder.step(sequences)
                 sample_s = time_sample(logits, sequences)
                 taken[way, count].values.append(sample_s)
                 shares[way, count].values.append(sample_s / (forward_s + sample_s))

@@ -23,6 +23,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/speculation.py
+	$(BIN)/python benchmarks/prefixes.py
 
 check: $(READY) $(STUBS)/.ready
 	$(BIN)/ruff format --check

@@ -18,8 +18,9 @@ from itertools import islice
 import torch
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, OutOfCapacity, WeftError
 from weft.server.engine.batch import PromptRows, build_batch
+from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reports import Report, report
 from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
@@ -41,14 +42,20 @@ _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, Fini
 
 _MAX_TEXTS = 1 << 16
 """Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
+FORECAST_EVERY_S = 0.25
+"""How often the requests that wait are looked over for those that will miss their deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request must fit in. context_length: prompt and answer together, in tokens."""
+    """What a request must fit in. context_length: prompt and answer together, in tokens.
+
+    is_by_cache: whether that is what the KV cache holds, and the model could do more.
+    """
 
     context_length: int
     vocab_size: int
+    is_by_cache: bool = False
 
 
 class Engine:
@@ -79,6 +86,15 @@ class Engine:
         self._speculation = speculation
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
+        self._forecast = Forecast(scheduler.pace)
+        self._forecast_at_s = -math.inf
+        self.begun: list[Request] = []
+        """Who ran for the first time in the last step."""
+
+    @property
+    def queued_token_s(self) -> float | None:
+        """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
+        return self._forecast.queued_token_s
 
     @property
     def has_work(self) -> bool:
@@ -100,7 +116,8 @@ class Engine:
             raise InvalidRequest.of("prompt", "is empty: give at least one token")
         longest = self.limits.context_length - (request.stopping.max_tokens > 0)
         if len(request.prompt) > longest:
-            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit")
+            hint = " in the KV cache: see --kv-tokens" if self.limits.is_by_cache else ""
+            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit{hint}")
         if max(request.prompt) >= self.limits.vocab_size:
             raise InvalidRequest.of(
                 "prompt",
@@ -116,6 +133,7 @@ class Engine:
             text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
             arrived_s=self.clock(),
+            matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence
         self._scheduler.add(sequence)
@@ -137,6 +155,8 @@ class Engine:
         """
         started_s = self.clock()
         events = self._expire(started_s)
+        events += self._give_up(started_s)
+        self.begun = []
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
@@ -150,11 +170,20 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
+                self.begun.append(item.sequence.request)
+                self._observe_prefix(item.sequence)
         if self._speculation is not None:
             picked = self._speculation.extend(picked)
         events += self._run(picked)
-        self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
+        self._measure(picked, num_decodes, self.clock() - started_s)
         return events
+
+    def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
+        stats = self._stats(picked, num_decodes, duration_s)
+        self._metrics.step(stats)
+        self._scheduler.pace.observe(num_decodes, stats.num_prefill_tokens, duration_s)
+        if stats.num_waiting:
+            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -226,6 +255,7 @@ class Engine:
             return []
         if not made[0].finite:
             return [self._fail(sequence, _not_finite(sequence))]
+        self._scheduler.prefixes.publish(sequence)
         if sequence.request.stopping.max_tokens == 0:
             return [self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())]
         token, text, reason = self._append(sequence, made[0])
@@ -268,6 +298,9 @@ class Engine:
         if reason is not FinishReason.STOP_TOKEN:
             may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
             piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(made.token)
+                reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
         elif reason is not None:
@@ -301,6 +334,27 @@ class Engine:
                 events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
         return events
 
+    def _give_up(self, now_s: float) -> list[Event]:
+        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
+        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
+            return []
+        self._forecast_at_s = now_s
+        late: list[tuple[Sequence, OutOfCapacity]] = []
+        tokens_ahead = 0
+        for sequence in self._scheduler.waiting.forecast():
+            deadline_s = sequence.request.deadline_s
+            finish_s = self._forecast.finish_s(sequence, tokens_ahead) if deadline_s is not None else None
+            if deadline_s is None or finish_s is None or now_s + finish_s <= deadline_s:
+                tokens_ahead += sequence.num_pending
+                continue
+            left_s = deadline_s - now_s
+            message = (
+                f"at the current rate the answer takes another {finish_s:.1f} s at least, after {tokens_ahead} prompt "
+                f"tokens that go before it; its deadline is in {left_s:.1f} s"
+            )
+            late.append((sequence, OutOfCapacity(message, retry_after_s=finish_s - left_s)))
+        return [self._fail(sequence, error) for sequence, error in late]
+
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
     ) -> Event:
@@ -317,7 +371,7 @@ class Engine:
         request = sequence.request
         del self._sequences[request]
         if outcome in _UNVERIFIED:
-            self._model.scrub(sequence.blocks)
+            self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)
@@ -328,6 +382,10 @@ class Engine:
             completion_tokens=sequence.num_generated,
             e2e_s=self.clock() - sequence.arrived_s,
         )
+
+    def _observe_prefix(self, sequence: Sequence) -> None:
+        if sequence.num_cached is not None:
+            self._metrics.prefix_cache(len(sequence.request.prompt), sequence.num_cached)
 
     def _observe_tokens(self, sequence: Sequence, count: int, now_s: float) -> None:
         """Several tokens that come at once share the time since the one before them."""
@@ -340,6 +398,7 @@ class Engine:
             count -= 1
         for _ in range(count):
             self._metrics.inter_token(label, (now_s - last_s) / count)
+            self._forecast.token((now_s - last_s) / count)
         sequence.last_token_s = now_s
 
     def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:
@@ -359,7 +418,10 @@ class Engine:
         )
 
 
-def _not_finite(sequence: Sequence) -> GenerationFailed:
+def _not_finite(sequence: Sequence) -> WeftError:
+    """Why no token can be chosen: a constraint that can't be followed any further, or the model."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return sequence.matcher.error
     names = sequence.adapter_label or "the base model"
     return GenerationFailed(f"{names} gave logits that are not finite")
 

@@ -1,7 +1,7 @@
 """Logits to tokens: every row by its own parameters and its own generator, whatever shares the batch.
 
-Order, names and meaning follow transformers' logits processors and warpers: bias, penalties, no end before its time;
-then temperature, top-k, top-p, min-p, typical-p, and one uniform number a row.
+Order, names and meaning follow transformers' logits processors and warpers: bias, penalties, what a constraint allows,
+no end before its time; then temperature, top-k, top-p, min-p, typical-p, and one uniform number a row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from weft.server.engine.constraints import constrain, is_only
 from weft.server.engine.drawing import argmax, draw
 from weft.server.engine.edits import RowEdits, add_biases, forbid_ends, penalise
 from weft.server.engine.reports import Report, report
@@ -25,7 +26,7 @@ class Sample:
     """A row's next token. logprob and rank (1 = likeliest) are under the raw logits; top lists (id, logprob).
 
     All three are empty unless asked for. finite is False where the row's logits hold NaN, or no finite maximum after
-    bias and penalties: the token means nothing then.
+    bias, penalties and constraint: the token means nothing then.
     """
 
     token: int
@@ -74,8 +75,15 @@ def _sample(
 
 
 def edit(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
-    """Bias, penalties and min_tokens of each row; the input itself, float32 [n, vocab], where no row asks for any."""
-    rows = [i for i, sequence in enumerate(sequences) if _edits(sequence, eos_token_ids).touch(sequence.num_generated)]
+    """Bias, penalties, constraint and min_tokens of each row; the input itself where no row asks for any.
+
+    raw: float32 [n, vocab]. Where a constraint allows nothing else, the end may come before min_tokens.
+    """
+    rows = [
+        i
+        for i, sequence in enumerate(sequences)
+        if sequence.matcher is not None or _edits(sequence, eos_token_ids).touch(sequence.num_generated)
+    ]
     if not rows:
         return raw
     scores = raw.clone()
@@ -89,7 +97,15 @@ def edit(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[i
             counts.catch_up(sequences[i].tokens, len(sequences[i].request.prompt))
         params = [edits[i].sampling for i, _ in penalised]
         penalise(scores, [i for i, _ in penalised], [counts for _, counts in penalised], params)
-    unfinished = [i for i in rows if sequences[i].num_generated < edits[i].min_tokens]
+    constrained = {i: matcher for i in rows if (matcher := sequences[i].matcher) is not None}
+    if constrained:
+        constrain(scores, list(constrained), list(constrained.values()))
+    unfinished = [
+        i
+        for i in rows
+        if sequences[i].num_generated < edits[i].min_tokens
+        and not (i in constrained and is_only(edits[i].ends, scores[i]))
+    ]
     if unfinished:
         forbid_ends(scores, unfinished, [edits[i] for i in unfinished])
     return scores

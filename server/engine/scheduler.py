@@ -11,11 +11,17 @@ from typing import Protocol
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import WeftError
+from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.pacing import Pace
+from weft.server.engine.prefix_cache import PrefixCache
 from weft.server.engine.sequence import Sequence
 
 PREFETCHED = 32
 """Waiting requests whose adapters are looked after although no more requests can be admitted in this step."""
+
+PATIENCE = 4
+"""Steps that a request which finds no room waits for one that will surely end by then, before it takes another's."""
 
 
 class Round(Protocol):
@@ -72,10 +78,14 @@ class Scheduled:
 class Scheduler:
     """Continuous batching under four budgets: tokens a step, running requests, KV blocks, adapters on the device.
 
-    Decodes come first, then the prompts already begun, then new arrivals in order, but that those whose adapters are
-    not there yet are passed by. A prompt gets all its blocks when it is admitted and is computed in chunks of what the
-    decodes leave of the token budget. When a decode finds no free block, the youngest running sequence gives up its own
-    and is computed again later: its tokens stay, so its answer does too.
+    Decodes come first, then prompts in fair turns (see `fairness.py`), those already begun before those that wait, but
+    that those whose adapters are not there yet are passed by, and those that begin as a running one does which is about
+    to publish it. A prompt gets all its blocks when it is admitted and is computed in chunks of what the decodes leave
+    of the token budget, and of the step's time (see `pacing.py`). When a decode finds no free block, the youngest
+    running sequence of the lowest priority gives up its own and is computed again later: its tokens stay, so its answer
+    does too, and what it has published is found again if nobody needed the blocks meanwhile. So does one of the share
+    that holds the most, when another's turn finds no room. Nothing is swapped out: on a CPU the cache is host memory
+    already, and more of it serves better.
     """
 
     def __init__(
@@ -85,16 +95,22 @@ class Scheduler:
         max_running: int,
         scrub: Callable[[list[int]], None] = lambda blocks: None,
         residency: Residency | None = None,
+        queue: FairQueue | None = None,
+        pace: Pace | None = None,
+        *,
+        prefix_cache: bool = False,
         max_reported: int = 1 << 30,
     ) -> None:
-        """scrub wipes the content of blocks that are given up in mid-computation.
+        """scrub wipes the content of blocks that are given up in mid-computation. pace None: chunks as large as fit.
 
         max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
         """
         self.pool = pool
+        self.prefixes = PrefixCache(pool, enabled=prefix_cache)
         self._scrub = scrub
         self._residency = residency or AlwaysResident()
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue() if queue is None else queue
+        self.pace = pace or Pace(0.0, 1)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.hopeless: list[tuple[Sequence, WeftError]] = []
@@ -103,6 +119,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_reported = max_reported
         self._num_reported = 0
+        self._turned_away: Sequence | None = None
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -115,49 +132,67 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
         self._num_reported = 0
+        self._make_way()
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
-        for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
-                budget -= self._pick(picked, sequence, budget)
+        paced = self.pace.prompt_tokens(len(picked))
+        if paced is not None:
+            budget = min(budget, paced)
+        begun = deque(sorted((s for s in self.running if s.num_pending > 1), key=self.waiting.turn_of))
         self.hopeless = []
         if self.waiting:
-            self._admit_waiting(picked, budget)
+            budget = self._admit_waiting(picked, begun, budget)
+        while begun and budget > 0:
+            budget -= self._pick(picked, begun.popleft(), budget)
         return picked
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out and free its blocks: the one exit."""
         if sequence in self.running:
             self._stop_running(sequence)
-        else:
-            self.waiting.remove(sequence)
+        self.waiting.leave(sequence)
         self._release_blocks(sequence)
+        if self._turned_away is sequence:
+            self._turned_away = None
 
     def check(self) -> None:
-        """Audit the block pool against the sequences. Raises AssertionError."""
+        """Audit the block pool and the prefix cache against the sequences. Raises AssertionError."""
         self.pool.check(sequence.blocks for sequence in self.sequences())
+        self.waiting.check()
+        self.prefixes.check(self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
+
+    def _make_way(self) -> None:
+        """Preempt one of the share that holds the most for one whose turn it was and who found no room."""
+        waits, self._turned_away = self._turned_away, None
+        if waits is None or any(_steps_left(sequence) <= PATIENCE for sequence in self.running):
+            return
+        victim = self.waiting.crowding_out(waits, self.running)
+        # Of an earlier turn, the victim would come back at once.
+        if victim is not None and self.waiting.turn_of(waits) < self.waiting.turn_of(victim):
+            self._preempt(victim)
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
-        for sequence in list(self.running):
+        ranked = sorted(self.running, key=lambda sequence: -sequence.request.priority)
+        for sequence in tuple(ranked):
             holds_blocks = bool(sequence.blocks)  # not preempted a moment ago, for one before it
-            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence):
-                picked.append(Scheduled(sequence, 1))
+            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence, ranked):
+                self._pick(picked, sequence, 1)
         return picked
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decode its block, preempting from the youngest on; False where it was itself preempted."""
+    def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
+        """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""
         missing = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         while not self.pool.can_allocate(missing):
-            if self._preempt(self.running[-1]) is sequence:
+            if self._preempt(ranked.pop()) is sequence:
                 return False
         sequence.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         self._stop_running(sequence)
-        self._scrub(sequence.blocks)
+        self._scrub(self.pool.unpublished(sequence.blocks))
         self._release_blocks(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
@@ -168,11 +203,14 @@ class Scheduler:
         self.running.remove(sequence)
         self._residency.let_go(sequence.adapters)
 
-    def _admit_waiting(self, picked: list[Scheduled], budget: int) -> None:
-        """Admit in order who is ready, until one does not fit; then only look after the adapters of some more."""
+    def _admit_waiting(self, picked: list[Scheduled], begun: deque[Sequence], budget: int) -> int:
+        """Admit in turn who is ready, until one does not fit; then only look after the adapters of some more.
+
+        begun: prompts in turn that go on before those whose turn is later. Returns what is left of the budget.
+        """
         is_full, num_prefetched = False, 0
         with self._residency.round() as adapters:
-            for sequence in tuple(self.waiting):
+            for sequence in self.waiting.in_turn():
                 if is_full and num_prefetched == PREFETCHED:
                     break
                 num_prefetched += is_full
@@ -181,25 +219,34 @@ class Scheduler:
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
-                is_full = is_full or budget <= 0 or (ready and not self._fits(sequence))
+                ready = ready and not is_full and not self.prefixes.is_coming(sequence)
+                while begun and budget > 0 and self.waiting.turn_of(begun[0]) <= self.waiting.turn_of(sequence):
+                    budget -= self._pick(picked, begun.popleft(), budget)
+                if ready and budget > 0 and not self._fits(sequence):
+                    self._turned_away = sequence
+                is_full = is_full or budget <= 0 or self._turned_away is not None
                 if ready and not is_full:
                     adapters.hold(sequence.adapters)
                     budget -= self._pick(picked, self._admit(sequence), budget)
+        return budget
 
     def _fits(self, sequence: Sequence) -> bool:
         if len(self.running) >= self._max_running:
             return False
-        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)))
+        hits = self.prefixes.hits(sequence)
+        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)) - len(hits), beside=hits)
 
     def _admit(self, sequence: Sequence) -> Sequence:
         self.waiting.remove(sequence)
-        sequence.blocks = self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)))
+        self.prefixes.begin(sequence)
+        sequence.blocks += self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks))
         self.running.append(sequence)
         return sequence
 
     def _pick(self, picked: list[Scheduled], sequence: Sequence, budget: int) -> int:
         num_tokens = self._within_reports(sequence, min(sequence.num_pending, budget))
         if num_tokens:
+            self.waiting.charge(sequence, num_tokens)
             picked.append(Scheduled(sequence, num_tokens))
         return num_tokens
 
@@ -212,5 +259,11 @@ class Scheduler:
         return num_tokens if len(fitting) == len(wanted) else fitting.stop - start
 
     def _release_blocks(self, sequence: Sequence) -> None:
+        self.prefixes.end(sequence)
         self.pool.free(sequence.blocks)
         sequence.blocks = []
+
+
+def _steps_left(sequence: Sequence) -> int:
+    """After so many more tokens it ends at the latest."""
+    return sequence.request.stopping.max_tokens - sequence.num_generated

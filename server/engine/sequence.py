@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
+from weft.server.engine.constraints import Matcher
 from weft.server.engine.edits import RowEdits
 from weft.server.engine.lookup import Lookup
 from weft.server.engine.request import Finish, FinishReason, Request, Token
@@ -21,7 +22,11 @@ class Sequence:
 
     There is no prefill and no decode state: a sequence has *pending* tokens, a step computes some of them, and when
     none is left the next token is sampled. A decoding sequence has one pending token; a preempted one has all of them
-    again.
+    again. What a prefix cache had is not pending.
+
+    num_cached: tokens that were not pending when it first ran; None before that, and without a prefix cache. For
+    `prefix_cache.py`: block_keys, of the full blocks; num_published, how many of those others may use; awaited_key, of
+    the block that another sequence is to compute first.
     """
 
     request: Request
@@ -35,6 +40,12 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    matcher: Matcher | None = None
+    """How far the answer has come with its constraint; None without one."""
+    num_cached: int | None = None
+    num_published: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    awaited_key: bytes = b""
     lookup: Lookup | None = None
     """Guesses what comes next; speculation makes it."""
     edits: RowEdits | None = None
@@ -53,6 +64,14 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose logits are still wanted."""
+        reported_from = self.request.prompt_logprobs_from
+        if reported_from is None or self.num_generated:
+            return len(self.tokens) - 1
+        return min(reported_from, len(self.tokens)) - 1
 
     @property
     def num_generated(self) -> int:
@@ -126,4 +145,5 @@ class Sequence:
             prefill_s=first - started,
             decode_s=now_s - first,
             stop_sequence=self.text.stop_sequence,
+            cached_prompt_tokens=self.num_cached or 0,
         )

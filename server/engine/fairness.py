@@ -1,0 +1,284 @@
+"""Whose turn it is: callers share the engine evenly, and each caller's adapters share what it gets by their weights.
+
+Virtual token counters, as in Sheng et al. 2024, "Fairness in Serving Large Language Models": every share counts what it
+was served, and the one that was served least goes first. One that comes (back) is lifted to the least of those that are
+here, so that nobody saves up turns. Plain Python: it knows counts, not tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from typing import Generic, TypeVar
+
+from weft.server.engine.sequence import Sequence
+
+PROMPT_COST = 1.0
+OUTPUT_COST = 2.0
+"""What a token counts; one that is generated takes a step, one of a prompt shares it with many."""
+
+PRIORITY_TOKENS = 1024.0
+"""How far ahead of its turn one step of priority puts a request, in what its adapter is served meanwhile."""
+
+MAX_IDLE = 1024
+"""Shares of one level that are remembered while nobody asks for them; the ones that are least ahead go first."""
+
+_Entry = tuple[float, int, Sequence]
+"""A waiting request: its turn within its flow, a number that no other has, and itself."""
+
+
+@dataclass(slots=True, eq=False)
+class _Share:
+    """served: what it got, in virtual tokens; num_members: requests that wait or run."""
+
+    served: float = 0.0
+    num_members: int = 0
+    weight: float = 1.0
+
+
+_S = TypeVar("_S", bound=_Share)
+
+
+class _Level(Generic[_S]):
+    """Shares side by side. Those that are idle are kept only while they are ahead of some that are not."""
+
+    def __init__(self, make: Callable[[str], _S]) -> None:
+        self._make = make
+        self._idle: dict[str, _S] = {}
+        self.active: dict[str, _S] = {}
+
+    @property
+    def num_known(self) -> int:
+        return len(self.active) + len(self._idle)
+
+    def join(self, name: str) -> _S:
+        """One more request of this share."""
+        share = self.active.get(name)
+        if share is None:
+            share = self._idle.pop(name, None) or self._make(name)
+            share.served = max(share.served, self._least())
+            self.active[name] = share
+        share.num_members += 1
+        return share
+
+    def leave(self, name: str) -> None:
+        """One request less."""
+        share = self.active[name]
+        share.num_members -= 1
+        if share.num_members:
+            return
+        del self.active[name]
+        if not self.active:  # nobody is left to be ahead of
+            self._idle.clear()
+        elif share.served > self._least():
+            self._idle[name] = share
+            if len(self._idle) > MAX_IDLE:
+                self._forget()
+
+    def _least(self) -> float:
+        return min((share.served for share in self.active.values()), default=0.0)
+
+    def _forget(self) -> None:
+        """Drop who is no longer ahead, and then who is least ahead until half the room is free."""
+        least = self._least()
+        ahead = sorted((item for item in self._idle.items() if item[1].served > least), key=lambda item: item[1].served)
+        self._idle = dict(ahead[-(MAX_IDLE // 2) :])
+
+
+@dataclass(slots=True, eq=False)
+class _Flow(_Share):
+    """The requests of one caller to one adapter (or mix, or the base). priority_tokens: see `FairQueue`."""
+
+    priority_tokens: float = PRIORITY_TOKENS
+
+    waiting: list[_Entry] = field(default_factory=list)
+
+    def turn_of(self, entry: _Entry) -> float:
+        """Where the flow stands among the caller's while this is its next request."""
+        return self.served - entry[2].request.priority * self.priority_tokens
+
+
+@dataclass(slots=True, eq=False)
+class _Caller(_Share):
+    flows: _Level[_Flow] = field(kw_only=True)
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where a request belongs, its entry while it waits, and how many of its tokens were charged."""
+
+    caller: _Caller
+    flow: _Flow
+    entry: _Entry | None
+    num_charged: int = 0
+
+
+class FairQueue:
+    """The requests that wait, and who was served how much. Also knows those that run: they are charged for.
+
+    Within a flow requests go in the order of arrival, but that each step of priority is a head start of so many
+    tokens of what the flow is served: enough to pass by others, never to hold them up for ever.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None, priority_tokens: float = PRIORITY_TOKENS) -> None:
+        """weights by adapter, else 1: a token of an adapter of weight 2 counts half. A mix has the least of its own."""
+        self._priority_tokens = priority_tokens
+        self._weights = dict(weights or {})
+        self._callers: _Level[_Caller] = _Level(lambda _: _Caller(flows=_Level(self._make_flow)))
+        self._places: dict[Sequence, _Place] = {}
+        self._num_waiting = 0
+        self._num_added = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All that wait, in no order."""
+        return (sequence for sequence, place in self._places.items() if place.entry is not None)
+
+    def append(self, sequence: Sequence) -> None:
+        """Add one that has just come."""
+        caller = self._callers.join(sequence.request.caller)
+        flow = caller.flows.join(sequence.adapter_label)
+        place = self._places[sequence] = _Place(caller, flow, None)
+        self._num_added += 1
+        self._wait(place, (flow.turn_of((0.0, 0, sequence)), self._num_added, sequence))
+
+    def appendleft(self, sequence: Sequence) -> None:
+        """Let one that ran wait again, before all others of its flow."""
+        self._num_added += 1
+        self._wait(self._places[sequence], (-math.inf, -self._num_added, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take one out that is going to run."""
+        place = self._places[sequence]
+        assert place.entry is not None, "it does not wait"
+        del place.flow.waiting[bisect_left(place.flow.waiting, place.entry)]
+        place.entry = None
+        self._num_waiting -= 1
+
+    def leave(self, sequence: Sequence) -> None:
+        """Forget one that has ended, whether it waits or runs."""
+        self.charge(sequence, 0)
+        place = self._places[sequence]
+        if place.entry is not None:
+            self.remove(sequence)
+        del self._places[sequence]
+        place.caller.flows.leave(sequence.adapter_label)
+        self._callers.leave(sequence.request.caller)
+
+    def charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Charge for the next `num_tokens` of a sequence, which a step is about to compute, and for what it generated.
+
+        Each token is charged once: what comes from a cache, and what is computed again, costs nothing.
+        """
+        place = self._places[sequence]
+        cost = _cost(place, sequence, num_tokens) / place.flow.weight
+        place.flow.served += cost
+        place.caller.served += cost
+
+    def turn_of(self, sequence: Sequence) -> tuple[float, float]:
+        """Where a request stands, if its flow served it next: the smaller goes first. It may wait or run."""
+        place = self._places[sequence]
+        return place.caller.served, place.flow.turn_of((0.0, 0, sequence))
+
+    def crowding_out(self, sequence: Sequence, running: Seq[Sequence]) -> Sequence | None:
+        """The youngest of the running requests of the share that holds the most; they are given in order of age.
+
+        None where that share would then hold less than the one that the sequence, which waits, adds to.
+        """
+        place = self._places[sequence]
+        places = [self._places[other] for other in running]
+        caller = _largest(Counter(other.caller for other in places), place.caller)
+        flow = _largest(Counter(other.flow for other in places if other.caller is caller), place.flow)
+        if flow is place.flow:
+            return None
+        return next(other for other in reversed(running) if self._places[other].flow is flow)
+
+    def in_turn(self) -> Iterator[Sequence]:
+        """All that wait, the next one first.
+
+        The one that came last may be taken out and charged for before the next is asked for; others must stay.
+        """
+        return self._walk(lambda sequence: 0.0)
+
+    def forecast(self) -> Iterator[Sequence]:
+        """All that wait, in the order in which they will be served if nobody comes and every prompt fits."""
+        return self._walk(lambda sequence: sequence.num_pending * PROMPT_COST / self._places[sequence].flow.weight)
+
+    def check(self) -> None:
+        """Audit the counts. Raises AssertionError."""
+        waiting = sum(len(flow.waiting) for caller in self._callers.active.values() for flow in _flows(caller))
+        assert waiting == self._num_waiting == sum(1 for _ in self), "a waiting request is lost"
+        members = sum(flow.num_members for caller in self._callers.active.values() for flow in _flows(caller))
+        assert members == len(self._places), "a flow counts requests that are gone"
+        assert self._places or not self._callers.num_known, "an idle queue remembers somebody"
+
+    def _make_flow(self, label: str) -> _Flow:
+        weight = min(self._weights.get(name, 1.0) for name in label.split("+"))
+        return _Flow(weight=weight, priority_tokens=self._priority_tokens)
+
+    def _wait(self, place: _Place, entry: _Entry) -> None:
+        place.entry = entry
+        insort(place.flow.waiting, entry)
+        self._num_waiting += 1
+
+    def _walk(self, cost: Callable[[Sequence], float]) -> Iterator[Sequence]:
+        """All that wait, in turn, where each that stays adds its cost to its flow and its caller for the rest."""
+        more: dict[_Share, float] = {}
+        callers = []
+        for caller in self._callers.active.values():
+            waiting = [flow for flow in _flows(caller) if flow.waiting]
+            flows = [(flow.turn_of(flow.waiting[0]), flow.waiting[0][1], flow, 0) for flow in waiting]
+            if flows:
+                heapify(flows)
+                callers.append((caller.served, flows[0][1], caller, flows))
+        heapify(callers)
+        while callers:
+            _, _, caller, flows = callers[0]
+            _, _, flow, at = flows[0]
+            entry = flow.waiting[at]
+            yield entry[2]
+            if at < len(flow.waiting) and flow.waiting[at] is entry:
+                at += 1
+                for share in (flow, caller):
+                    more[share] = more.get(share, 0.0) + cost(entry[2])
+            if at < len(flow.waiting):
+                entry = flow.waiting[at]
+                heapreplace(flows, (flow.turn_of(entry) + more.get(flow, 0.0), entry[1], flow, at))
+            else:
+                heappop(flows)
+            if flows:
+                heapreplace(callers, (caller.served + more.get(caller, 0.0), flows[0][1], caller, flows))
+            else:
+                heappop(callers)
+
+
+def _flows(caller: _Caller) -> Iterator[_Flow]:
+    return iter(caller.flows.active.values())
+
+
+def _cost(place: _Place, sequence: Sequence, num_tokens: int) -> float:
+    """What is not charged yet of the tokens up to those of the next step, in virtual tokens; notes them as charged."""
+    length = len(sequence.request.prompt)
+    if sequence.num_generated:
+        start, reach = max(place.num_charged, length), len(sequence.tokens)
+    else:
+        start, reach = max(place.num_charged, sequence.num_computed), sequence.num_computed + num_tokens
+    if reach <= start:
+        return 0.0
+    place.num_charged = reach
+    num_prompt = max(0, min(reach, length) - start)
+    return PROMPT_COST * num_prompt + OUTPUT_COST * (reach - start - num_prompt)
+
+
+def _largest(counts: Counter[_S], own: _S) -> _S:
+    """The share that holds the most for its weight; its own where none would hold more than it with one moved there."""
+    largest = max(counts, key=lambda share: counts[share] / share.weight, default=own)
+    is_larger = (counts[largest] - 1) / largest.weight >= (counts[own] + 1) / own.weight
+    return largest if is_larger else own

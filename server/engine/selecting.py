@@ -35,8 +35,8 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
 def reach(keys: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """For each row the smallest key such that all tokens up to it together have the weight that is wanted.
 
-    keys, weights: float32 [n, m], none negative; wanted: float64 [n, 1], above 0. Returns float32 [n, 1], no less than the
-    largest key where all of the row together have not as much.
+    keys, weights: float32 [n, m], none negative; wanted: float64 [n, 1], above 0. Returns float32 [n, 1]; where
+    the whole row has not as much, no less than its largest key.
     """
     return (reach_by_digits if keys.device.type == "cpu" else reach_by_sorting)(keys, weights, wanted)
 

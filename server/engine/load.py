@@ -33,7 +33,7 @@ from weft.server.engine.probe import Expectation, expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import AdapterRoom, Trial, adapter_room, describe_pages, fit_kv_tokens, mask_bytes, mib
-from weft.server.engine.speculation import Speculation
+from weft.server.engine.speculation import SMALL_STEP, Speculation
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
 
@@ -115,7 +115,9 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         release=store.release,
         metrics=metrics,
         clock=time.monotonic,
-        speculation=Speculation(pool, settings.speculative_tokens, limits.context_length),
+        speculation=Speculation(
+            pool, settings.speculative_tokens, limits.context_length, min(SMALL_STEP, settings.max_batch_tokens)
+        ),
     )
     dtype = str(model.dtype).removeprefix("torch.")
     info = EngineInfo(

@@ -76,10 +76,10 @@ class Scheduler:
     Decodes come first, then the prompts already begun, then those that wait, each in its turn (see `fairness.py`), but
     that those whose adapters are not there yet are passed by, and those that begin as a running one does which is about
     to publish it. A prompt gets all its blocks when it is admitted and is computed in chunks of what the decodes leave
-    of the token budget. When a decode finds no free block, the youngest running sequence of the lowest priority gives
-    up its own and is computed again later: its tokens stay, so its answer does too, and what it has published is found
-    again if nobody needed the blocks meanwhile. Nothing is swapped out: on a CPU the cache is host memory already, and
-    more of it serves better.
+    of the token budget. When a decode finds no free block, the youngest running sequence, or its caller's of the lowest
+    priority, gives up its own and is computed again later: its tokens stay, so its answer does too, and what it has
+    published is found again if nobody needed the blocks meanwhile. Nothing is swapped out: on a CPU the cache is host
+    memory already, and more of it serves better.
     """
 
     def __init__(
@@ -149,12 +149,26 @@ class Scheduler:
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
-        ranked = sorted(self.running, key=lambda sequence: -sequence.request.priority)
+        ranked = self._ranked()
         for sequence in tuple(ranked):
             holds_blocks = bool(sequence.blocks)  # not preempted a moment ago, for one before it
             if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence, ranked):
                 self._pick(picked, sequence, 1)
         return picked
+
+    def _ranked(self) -> list[Sequence]:
+        """Who runs, those that give way first at the end: the youngest, but each caller's own by their priority.
+
+        Nobody gives way for ever: it has a token more each time, since no other begins while its prompt is computed.
+        """
+        by_caller: dict[str, list[Sequence]] = {}
+        for sequence in self.running:
+            by_caller.setdefault(sequence.request.caller, []).append(sequence)
+        ranks = {
+            caller: iter(sorted(own, key=lambda sequence: -sequence.request.priority))
+            for caller, own in by_caller.items()
+        }
+        return [next(ranks[sequence.request.caller]) for sequence in self.running]
 
     def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
         """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""

@@ -16,8 +16,8 @@ from weft.server.engine.text import OutputText
 BLOCK = 4
 
 
-def make(prompt: int, priority: int = 0) -> Sequence:
-    request = Request("r", tuple(range(prompt)), priority=priority)
+def make(prompt: int, priority: int = 0, caller: str = "") -> Sequence:
+    request = Request("r", tuple(range(prompt)), priority=priority, caller=caller)
     return Sequence(request, (), OutputText(lambda ids: ""), random.Random(0), 0.0)
 
 
@@ -81,6 +81,33 @@ def test_a_low_priority_gives_way_before_a_young_one() -> None:
         advance(scheduler)
     assert advance(scheduler) == [(young, 1), (old, 1)]
     assert list(scheduler.waiting) == [low]
+
+
+def test_a_priority_is_worth_nothing_against_another_caller() -> None:
+    scheduler = Scheduler(BlockPool(1 + 4, BLOCK), max_batch_tokens=32, max_running=4)
+    old, young = make(7, caller="a"), make(7, priority=100, caller="b")
+    scheduler.add(old)
+    scheduler.add(young)
+    for _ in range(3):
+        advance(scheduler)
+    assert list(scheduler.waiting) == [young]
+
+
+def test_a_low_priority_does_not_give_way_for_ever() -> None:
+    scheduler = Scheduler(BlockPool(1 + 9, BLOCK), max_batch_tokens=4, max_running=3)
+    low, rivals = make(20, priority=-1), [make(3, priority=1) for _ in range(2)]
+    for sequence in (*rivals, low):
+        scheduler.add(sequence)
+    for _ in range(400):
+        advance(scheduler)
+        for rival in [rival for rival in rivals if rival.num_generated >= 12]:
+            scheduler.remove(rival)
+            rivals.remove(rival)
+            rivals.append(make(3, priority=1))
+            scheduler.add(rivals[-1])
+        if low.num_generated >= 10:
+            return
+    raise AssertionError("it starved")
 
 
 def test_what_a_preempted_sequence_published_is_not_computed_again() -> None:

@@ -34,8 +34,10 @@ from weft.server.api.prompts import Prompts
 from weft.server.api.server_info import ServerServicer
 from weft.server.api.translation import RequestLimits
 from weft.server.config import ServerConfig
+from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
+from weft.server.engine.queue_limits import QueueLimits
 from weft.server.metrics import AdapterSnapshot, Metrics
 from weft.server.watching import AdapterFolders
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
@@ -166,7 +168,13 @@ class Server:
         if config.adapters is not None:
             folders = AdapterFolders(config.adapters, config.all_source_roots, store, loader)
         outcomes, rest = await _in_daemon_thread(lambda: self._load_adapters(loader, state, folders))
-        frontend = Frontend(loaded.engine, store, engine.max_requests)
+        limits = QueueLimits(
+            engine.max_running_requests,
+            engine.max_queued_requests,
+            engine.max_queued_tokens,
+            engine.max_queued_per_adapter,
+        )
+        frontend = Frontend(loaded.engine, store, limits)
         frontend.start()
         self._loaded = _Loaded(
             info=info,
@@ -253,7 +261,9 @@ class Server:
             max_requests=config.engine.max_requests,
             has_chat_template=prompts.has_chat_template,
         )
-        inference = InferenceServicer(frontend, prompts, limits, loaded.engine.clock, config.max_request_s)
+        constraints = ConstraintCache(loaded.compiler)
+        clock = loaded.engine.clock
+        inference = InferenceServicer(frontend, prompts, constraints, limits, clock, config.max_request_s)
         edge = cast("Any", self._edge)  # takes handlers as a server does
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, edge)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(loaded.store, loader), edge)

@@ -33,12 +33,19 @@ class EngineConfig:
 
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
     machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep
-    what was computed for prompts that begin alike.
+    what was computed for prompts that begin alike. speculative_tokens: how many tokens a step guesses ahead for a
+    request at most; 0 for none. max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that
+    compute prompts beside decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are
+    not named.
     """
 
     max_batch_tokens: int = 512
     max_running_requests: int = 64
     max_queued_requests: int = 1024
+    max_queued_tokens: int = 0
+    max_queued_per_adapter: int = 0
+    target_step_ms: int = 200
+    adapter_weights: tuple[tuple[str, float], ...] = ()
     context_length: int | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
@@ -48,17 +55,24 @@ class EngineConfig:
     lora_backend: str = "torch"
     adapter_probe: bool = True
     allow_no_effect: bool = False
+    speculative_tokens: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
         _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)
         _between("--max-running-requests", self.max_running_requests, 1, 1 << 16)
         _between("--max-queued-requests", self.max_queued_requests, 0, 1 << 20)
+        _between("--max-queued-tokens", self.max_queued_tokens, 0, 1 << 40)
+        _between("--max-queued-per-adapter", self.max_queued_per_adapter, 0, 1 << 20)
+        _between("--target-step-ms", self.target_step_ms, 0, 3600_000)
+        for name, weight in self.adapter_weights:
+            _between(f"--adapter-weight {name}", weight, 0.01, 100)
         _between("--context-length", self.context_length, 2, 1 << 24)
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
+        _between("--speculative-tokens", self.speculative_tokens, 0, 64)
         _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:
             raise InvalidConfig(

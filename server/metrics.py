@@ -118,6 +118,9 @@ class Metrics:
         self._refused = Counter(
             "weft_refused_requests", "Requests that the engine never had, by status code.", ["code"], registry=registry
         )
+        self._speculated = Counter(
+            "weft_speculative_tokens", "Tokens guessed ahead, by outcome.", ["outcome"], registry=registry
+        )
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
         registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
@@ -139,6 +142,11 @@ class Metrics:
         """A request got another token, so long after the one before."""
         self._requests.inter_token(adapter, seconds)
         self._vllm.inter_token(seconds)
+
+    def speculated(self, accepted: int, rejected: int) -> None:
+        """So many tokens that were guessed were right, and so many were not."""
+        self._speculated.labels("accepted").inc(accepted)
+        self._speculated.labels("rejected").inc(rejected)
 
     def preempted(self) -> None:
         """A running request gave up its blocks."""

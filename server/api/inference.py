@@ -10,6 +10,7 @@ from typing import Any
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import InvalidRequest, WeftError
+from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
 from weft.server.api.responses import Reply, join, to_refs, to_score, to_usage
@@ -22,6 +23,7 @@ from weft.server.api.translation import (
     to_score_request,
 )
 from weft.server.api.violations import Violations
+from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend, Streams
 from weft.server.engine.request import Delta, Finish, Token
 from weft.v1 import inference_pb2 as pb2
@@ -36,6 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     frontend: Frontend
     prompts: Prompts
+    constraints: ConstraintCache
     limits: RequestLimits
     clock: Callable[[], float]
     max_request_s: float
@@ -101,7 +104,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metadata = context.invocation_metadata() or ()
         checked = to_engine_request(message, metadata, self.limits, self._deadline_s(context))
         prompt = tuple(await self.prompts.encode(message))
-        requests = several(replace(checked, prompt=prompt), message.n or 1)
+        spec = to_spec(message)
+        constraint = await self.constraints.get(spec) if spec is not None else None
+        requests = several(replace(checked, prompt=prompt, constraint=constraint), message.n or 1)
         prompt_logprobs = message.output.prompt_logprobs and len(prompt) > 1
         if prompt_logprobs:
             requests[0] = replace(requests[0], prompt_logprobs_from=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft.server.api import translation
+from weft.server.api.constraint_fields import MAX_CONSTRAINT_BYTES
 from weft.server.api.edge import Context
 from weft.server.api.responses import to_duration
 from weft.server.config import ServerConfig
@@ -15,6 +16,7 @@ from weft.v1 import server_pb2_grpc
 CAPABILITIES = (
     *("generate", "stream", "chat", "logprobs"),
     *("tools", "several-answers", "prompt-logprobs", "score", "priority", "cache-salt"),
+    *("json-schema", "regex", "grammar", "choice"),
     *("adapters", "adapter-mix", "adapter-update", "adapter-watch", "adapter-check", "capacity-plan"),
 )
 
@@ -45,6 +47,8 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             max_batch_tokens=engine.max_batch_tokens,
             max_running_requests=engine.max_running_requests,
             max_queued_requests=engine.max_queued_requests,
+            max_queued_tokens=engine.max_queued_tokens,
+            max_queued_requests_per_adapter=engine.max_queued_per_adapter,
             kv_capacity_tokens=info.kv_tokens,
             adapter_pages=info.adapter_pages,
             adapter_page_rank_rows=info.page_rows,
@@ -54,5 +58,6 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             max_logit_bias=translation.MAX_LOGIT_BIAS,
             max_answers=min(translation.MAX_ANSWERS, engine.max_requests),
             max_continuations=min(translation.MAX_CONTINUATIONS, engine.max_requests),
+            max_constraint_bytes=MAX_CONSTRAINT_BYTES,
             max_request_time=to_duration(self.config.max_request_s),
         )

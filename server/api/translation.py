@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from weft.adapters.names import MAX_NAME_CHARACTERS
 from weft.server.api.chat import check_chat
+from weft.server.api.constraint_fields import check_constraint
 from weft.server.api.violations import Number, Range, Violations
 from weft.server.engine.request import Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
@@ -85,6 +86,7 @@ def to_engine_request(
     num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
     if 1 < num_answers <= limits.max_answers and translated.sampling.temperature == 0:
         violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
+    check_constraint(request, violations.add)
     violations.raise_any()
     return translated
 

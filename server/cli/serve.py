@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -25,6 +26,22 @@ class _Root(click.ParamType[Path | str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         return value if is_prefix(value) else Path(value)
+
+
+class _Weight(click.ParamType[tuple[str, float]]):
+    """NAME=WEIGHT."""
+
+    name = "name=weight"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        adapter, _, weight = value.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not adapter or math.isnan(number):
+            self.fail(f"{value!r} is not NAME=WEIGHT, as in my-adapter=2", param, ctx)
+        return adapter, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,19 @@ SETTINGS = (
     Setting("max-batch-tokens", EngineConfig, "max_batch_tokens", int, "The most tokens that a step computes."),
     Setting("max-running-requests", EngineConfig, "max_running_requests", int, "The most requests in a step."),
     Setting("max-queued-requests", EngineConfig, "max_queued_requests", int, "The most requests that wait."),
+    Setting("max-queued-tokens", EngineConfig, "max_queued_tokens", int, "The most prompt tokens that wait; 0: any."),
+    Setting(
+        "max-queued-per-adapter", EngineConfig, "max_queued_per_adapter", int, "The most that wait for one; 0: any."
+    ),
+    Setting("target-step-ms", EngineConfig, "target_step_ms", int, "A step with decodes should take; 0: any time."),
+    Setting(
+        "adapter-weight",
+        EngineConfig,
+        "adapter_weights",
+        _Weight(),
+        "An adapter's share of a busy server, as NAME=WEIGHT; others weigh 1.",
+        True,
+    ),
     Setting("context-length", EngineConfig, "context_length", int, "Prompt and answer in tokens; else the model's."),
     Setting("kv-tokens", EngineConfig, "kv_tokens", int, "Tokens that the KV cache holds; else what memory allows."),
     Setting("block-tokens", EngineConfig, "block_tokens", int, "Tokens in a KV block."),
@@ -103,6 +133,9 @@ SETTINGS = (
     Setting("lora-backend", EngineConfig, "lora_backend", str, "What computes the adapters' part."),
     Setting("adapter-probe", EngineConfig, "adapter_probe", bool, "Compare each adapter with a plain reference."),
     Setting("allow-no-effect", EngineConfig, "allow_no_effect", bool, "Take adapters that change nothing."),
+    Setting(
+        "speculative-tokens", EngineConfig, "speculative_tokens", int, "The most tokens a step guesses for a request."
+    ),
     Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),

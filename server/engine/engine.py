@@ -18,14 +18,16 @@ from itertools import islice
 import torch
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, OutOfCapacity, WeftError
 from weft.server.engine.batch import PromptRows, build_batch
+from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reports import Report, report
 from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
 from weft.server.engine.sampler import Sample, sample
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
+from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode, OutputText
 from weft.server.metrics import Metrics, StepStats
 
@@ -40,6 +42,8 @@ _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, Fini
 
 _MAX_TEXTS = 1 << 16
 """Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
+FORECAST_EVERY_S = 0.25
+"""How often the requests that wait are looked over for those that will miss their deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Engine:
         release: Callable[[AdapterRef], None],
         metrics: Metrics,
         clock: Callable[[], float],
+        speculation: Speculation | None = None,
     ) -> None:
         """release gives an adapter version back; clock is monotonic, in seconds."""
         self.limits = limits
@@ -78,8 +83,18 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._release = release
         self._metrics = metrics
+        self._speculation = speculation
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
+        self._forecast = Forecast(scheduler.pace)
+        self._forecast_at_s = -math.inf
+        self.begun: list[Request] = []
+        """Who ran for the first time in the last step."""
+
+    @property
+    def queued_token_s(self) -> float | None:
+        """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
+        return self._forecast.queued_token_s
 
     @property
     def has_work(self) -> bool:
@@ -118,6 +133,7 @@ class Engine:
             text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
             arrived_s=self.clock(),
+            matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence
         self._scheduler.add(sequence)
@@ -139,6 +155,8 @@ class Engine:
         """
         started_s = self.clock()
         events = self._expire(started_s)
+        events += self._give_up(started_s)
+        self.begun = []
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
@@ -152,10 +170,20 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
+                self.begun.append(item.sequence.request)
                 self._observe_prefix(item.sequence)
+        if self._speculation is not None:
+            picked = self._speculation.extend(picked)
         events += self._run(picked)
-        self._metrics.step(self._stats(picked, num_decodes, self.clock() - started_s))
+        self._measure(picked, num_decodes, self.clock() - started_s)
         return events
+
+    def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
+        stats = self._stats(picked, num_decodes, duration_s)
+        self._metrics.step(stats)
+        self._scheduler.pace.observe(num_decodes, stats.num_prefill_tokens, duration_s)
+        if stats.num_waiting:
+            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -183,7 +211,7 @@ class Engine:
         events = self._take_reports(batch.prompt_rows, reports)
         for item, made in zip(complete, samples, strict=True):
             if item.sequence.request in self._sequences:
-                events.append(self._commit(item.sequence, made, now_s))
+                events += self._commit(item, made, now_s)
         return events
 
     def _sample(self, complete: Seq[Scheduled], logits: torch.Tensor) -> list[Seq[Sample]]:
@@ -216,24 +244,51 @@ class Engine:
                 events.append(self._fail(sequence, _not_finite(sequence)))
         return events
 
-    def _commit(self, sequence: Sequence, made: Seq[Sample], now_s: float) -> Event:
-        """Append what was sampled; publish it; end the sequence if it is complete."""
+    def _commit(self, item: Scheduled, made: Seq[Sample], now_s: float) -> list[Event]:
+        """Append what was sampled, up to the first draft that is wrong; publish it; end the sequence if it is complete.
+
+        made: what was sampled after the last token, and after each draft.
+        """
+        sequence = item.sequence
+        if item.drafts and not all(one.finite for one in made):
+            self._undraft(sequence)
+            return []
         if not made[0].finite:
-            return self._fail(sequence, _not_finite(sequence))
+            return [self._fail(sequence, _not_finite(sequence))]
         self._scheduler.prefixes.publish(sequence)
         if sequence.request.stopping.max_tokens == 0:
-            return self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())
-        text, tokens, reason = "", [], None
-        for one in made:
+            return [self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())]
+        token, text, reason = self._append(sequence, made[0])
+        tokens = [token]
+        for draft, one in zip(item.drafts, made[1:], strict=True):
+            if reason is not None or tokens[-1].id != draft:
+                break
             token, new, reason = self._append(sequence, one)
             tokens.append(token)
             text += new
-            if reason is not None:
-                break
+        sequence.num_computed = len(sequence.tokens) - 1
+        self._learn(item, len(tokens) - 1)
         self._observe_tokens(sequence, len(tokens), now_s)
         if reason is not None:
-            return self._finish(sequence, reason, now_s, text, tuple(tokens))
-        return sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report())
+            return [self._finish(sequence, reason, now_s, text, tuple(tokens))]
+        return [(sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report()))]
+
+    def _learn(self, item: Scheduled, num_accepted: int) -> None:
+        if item.drafts and item.sequence.lookup is not None:
+            item.sequence.lookup.learn(len(item.drafts), num_accepted)
+            self._metrics.speculated(num_accepted, len(item.drafts) - num_accepted)
+
+    def _undraft(self, sequence: Sequence) -> None:
+        """Take back a step whose drafts gave values that are not finite: masked out, they still spoil the other rows.
+
+        The block they begin in is computed again, without any.
+        """
+        block_tokens = self._scheduler.pool.block_tokens
+        first = (len(sequence.tokens) - 1) // block_tokens
+        self._model.scrub(sequence.blocks[first:])
+        sequence.num_computed = first * block_tokens
+        if sequence.lookup is not None:
+            sequence.lookup.stop()
 
     def _append(self, sequence: Sequence, made: Sample) -> tuple[Token, str, FinishReason | None]:
         """One more token: as it is published, the text that became final with it, and why it is the last, if it is."""
@@ -243,6 +298,9 @@ class Engine:
         if reason is not FinishReason.STOP_TOKEN:
             may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
             piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(made.token)
+                reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
         elif reason is not None:
@@ -275,6 +333,27 @@ class Engine:
             elif limit_s is not None and now_s - sequence.arrived_s >= limit_s:
                 events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
         return events
+
+    def _give_up(self, now_s: float) -> list[Event]:
+        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
+        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
+            return []
+        self._forecast_at_s = now_s
+        late: list[tuple[Sequence, OutOfCapacity]] = []
+        tokens_ahead = 0
+        for sequence in self._scheduler.waiting.forecast():
+            deadline_s = sequence.request.deadline_s
+            finish_s = self._forecast.finish_s(sequence, tokens_ahead) if deadline_s is not None else None
+            if deadline_s is None or finish_s is None or now_s + finish_s <= deadline_s:
+                tokens_ahead += sequence.num_pending
+                continue
+            left_s = deadline_s - now_s
+            message = (
+                f"at the current rate the answer takes another {finish_s:.1f} s at least, after {tokens_ahead} prompt "
+                f"tokens that go before it; its deadline is in {left_s:.1f} s"
+            )
+            late.append((sequence, OutOfCapacity(message, retry_after_s=finish_s - left_s)))
+        return [self._fail(sequence, error) for sequence, error in late]
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
@@ -319,6 +398,7 @@ class Engine:
             count -= 1
         for _ in range(count):
             self._metrics.inter_token(label, (now_s - last_s) / count)
+            self._forecast.token((now_s - last_s) / count)
         sequence.last_token_s = now_s
 
     def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:
@@ -338,7 +418,10 @@ class Engine:
         )
 
 
-def _not_finite(sequence: Sequence) -> GenerationFailed:
+def _not_finite(sequence: Sequence) -> WeftError:
+    """Why no token can be chosen: a constraint that can't be followed any further, or the model."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return sequence.matcher.error
     names = sequence.adapter_label or "the base model"
     return GenerationFailed(f"{names} gave logits that are not finite")
 

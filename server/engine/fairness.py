@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, TypeVar
@@ -36,6 +38,7 @@ class _Share:
 
     served: float = 0.0
     num_members: int = 0
+    weight: float = 1.0
 
 
 _S = TypeVar("_S", bound=_Share)
@@ -89,14 +92,15 @@ class _Level(Generic[_S]):
 
 @dataclass(slots=True, eq=False)
 class _Flow(_Share):
-    """The requests of one caller to one adapter (or mix, or the base)."""
+    """The requests of one caller to one adapter (or mix, or the base). priority_tokens: see `FairQueue`."""
 
-    weight: float = 1.0
+    priority_tokens: float = PRIORITY_TOKENS
+
     waiting: list[_Entry] = field(default_factory=list)
 
     def turn_of(self, entry: _Entry) -> float:
         """Where the flow stands among the caller's while this is its next request."""
-        return self.served - entry[2].request.priority * PRIORITY_TOKENS
+        return self.served - entry[2].request.priority * self.priority_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -117,12 +121,13 @@ class _Place:
 class FairQueue:
     """The requests that wait, and who was served how much. Also knows those that run: they are charged for.
 
-    Within a flow requests go in the order of arrival, but that each step of priority is a head start of PRIORITY_TOKENS
-    of what the flow is served: enough to pass by others, never to hold them up for ever.
+    Within a flow requests go in the order of arrival, but that each step of priority is a head start of so many
+    tokens of what the flow is served: enough to pass by others, never to hold them up for ever.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None, priority_tokens: float = PRIORITY_TOKENS) -> None:
         """weights by adapter, else 1: a token of an adapter of weight 2 counts half. A mix has the least of its own."""
+        self._priority_tokens = priority_tokens
         self._weights = dict(weights or {})
         self._callers: _Level[_Caller] = _Level(lambda _: _Caller(flows=_Level(self._make_flow)))
         self._places: dict[Sequence, _Place] = {}
@@ -177,6 +182,24 @@ class FairQueue:
         place.flow.served += cost
         place.caller.served += cost
 
+    def turn_of(self, sequence: Sequence) -> tuple[float, float]:
+        """Where a request stands, if its flow served it next: the smaller goes first. It may wait or run."""
+        place = self._places[sequence]
+        return place.caller.served, place.flow.turn_of((0.0, 0, sequence))
+
+    def crowding_out(self, sequence: Sequence, running: Seq[Sequence]) -> Sequence | None:
+        """The youngest of the running requests of the share that holds the most; they are given in order of age.
+
+        None where that share would then hold less than the one that the sequence, which waits, adds to.
+        """
+        place = self._places[sequence]
+        places = [self._places[other] for other in running]
+        caller = _largest(Counter(other.caller for other in places), place.caller)
+        flow = _largest(Counter(other.flow for other in places if other.caller is caller), place.flow)
+        if flow is place.flow:
+            return None
+        return next(other for other in reversed(running) if self._places[other].flow is flow)
+
     def in_turn(self) -> Iterator[Sequence]:
         """All that wait, the next one first.
 
@@ -197,7 +220,8 @@ class FairQueue:
         assert self._places or not self._callers.num_known, "an idle queue remembers somebody"
 
     def _make_flow(self, label: str) -> _Flow:
-        return _Flow(weight=min(self._weights.get(name, 1.0) for name in label.split("+")))
+        weight = min(self._weights.get(name, 1.0) for name in label.split("+"))
+        return _Flow(weight=weight, priority_tokens=self._priority_tokens)
 
     def _wait(self, place: _Place, entry: _Entry) -> None:
         place.entry = entry
@@ -251,3 +275,10 @@ def _cost(place: _Place, sequence: Sequence, num_tokens: int) -> float:
     place.num_charged = reach
     num_prompt = max(0, min(reach, length) - start)
     return PROMPT_COST * num_prompt + OUTPUT_COST * (reach - start - num_prompt)
+
+
+def _largest(counts: Counter[_S], own: _S) -> _S:
+    """The share that holds the most for its weight; its own where none would hold more than it with one moved there."""
+    largest = max(counts, key=lambda share: counts[share] / share.weight, default=own)
+    is_larger = (counts[largest] - 1) / largest.weight >= (counts[own] + 1) / own.weight
+    return largest if is_larger else own

@@ -10,14 +10,16 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
 from weft.adapters.store import AdapterStore
-from weft.errors import OutOfCapacity, Unavailable, WeftError
+from weft.errors import Unavailable, WeftError
 from weft.server.engine.engine import Engine, Event
+from weft.server.engine.queue_limits import QueueGate, QueueLimits
 from weft.server.engine.request import Delta, Request
 
 _log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Stream:
 class Streams:
     """Answers that belong together: iterate for deltas of all as they come, each with its answer's index."""
 
-    members: Sequence[Stream]
+    members: Seq[Stream]
 
     @property
     def adapters(self) -> tuple[AdapterRef, ...]:
@@ -90,11 +92,11 @@ async def _follow(
 class Frontend:
     """Runs an engine on its own thread and serves its answers to coroutines of one event loop."""
 
-    def __init__(self, engine: Engine, store: AdapterStore, max_requests: int) -> None:
-        """max_requests: how many may be queued or running at once; more are refused."""
+    def __init__(self, engine: Engine, store: AdapterStore, limits: QueueLimits) -> None:
+        """limits: what may be queued or running at once; more is refused."""
         self._engine = engine
         self._store = store
-        self._max_requests = max_requests
+        self._gate = QueueGate(limits, lambda: engine.queued_token_s)
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Wake | _Stop] = queue.SimpleQueue()
         self._streams: dict[Request, Stream] = {}
         self._idle = asyncio.Event()
@@ -122,7 +124,7 @@ class Frontend:
             yield streams.members[0]
 
     @asynccontextmanager
-    async def streams(self, requests: Sequence[Request]) -> AsyncIterator[Streams]:
+    async def streams(self, requests: Seq[Request]) -> AsyncIterator[Streams]:
         """As `stream`, for requests with the same adapters: all or none, and all on the same versions of them."""
         members: list[Stream] = []
         try:
@@ -146,18 +148,18 @@ class Frontend:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _submit(self, request: Request, others: Sequence[Stream]) -> Stream:
+    def _submit(self, request: Request, others: Seq[Stream]) -> Stream:
         """others: the streams that the new one belongs to."""
         if self._refusal is not None:
             raise Unavailable(self._refusal)
-        if len(self._streams) >= self._max_requests:
-            raise OutOfCapacity(f"{len(self._streams)} requests are queued or running, as many as are allowed")
+        self._gate.check(request)
         self._engine.check(request)
         if others:
             stream = Stream(self._store.share(others[0].adapters), len(others), others[0].events)
         else:
             stream = Stream(self._store.acquire_all(request.adapters))
         self._streams[request] = stream
+        self._gate.enter(request)
         self._idle.clear()
         self._inbox.put(_Add(request, stream.adapters))
         return stream
@@ -165,11 +167,14 @@ class Frontend:
     def _end(self, request: Request) -> None:
         stream = self._streams.pop(request, None)
         if stream is not None:
+            self._gate.leave(request)
             stream.ended = True
         if not self._streams:
             self._idle.set()
 
-    def _deliver(self, events: Iterable[Event]) -> None:
+    def _deliver(self, events: Iterable[Event], begun: Seq[Request] = ()) -> None:
+        for request in begun:
+            self._gate.begin(request)
         for request, event in events:
             stream = self._streams.get(request)
             if stream is None:  # cancelled meanwhile
@@ -188,8 +193,9 @@ class Frontend:
         try:
             while self._take_commands():
                 events = self._engine.step()
-                if events:
-                    loop.call_soon_threadsafe(self._deliver, events)
+                begun = self._engine.begun
+                if events or begun:
+                    loop.call_soon_threadsafe(self._deliver, events, begun)
             loop.call_soon_threadsafe(self._deliver, self._engine.abort_all(Unavailable("the server is stopping")))
         except BaseException:  # noqa: BLE001 - the edge of the thread: nobody above it would answer the requests
             _log.critical("the engine thread died", exc_info=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from weft.adapters.residency import AdapterRef
 from weft.errors import WeftError
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.pacing import Pace
 from weft.server.engine.prefix_cache import PrefixCache
 from weft.server.engine.sequence import Sequence
 
 PREFETCHED = 32
 """Waiting requests whose adapters are looked after although no more requests can be admitted in this step."""
+
+PATIENCE = 4
+"""Steps that a request which finds no room waits for one that will surely end by then, before it takes another's."""
 
 
 class Round(Protocol):
@@ -73,13 +78,14 @@ class Scheduled:
 class Scheduler:
     """Continuous batching under four budgets: tokens a step, running requests, KV blocks, adapters on the device.
 
-    Decodes come first, then the prompts already begun, then those that wait, each in its turn (see `fairness.py`), but
+    Decodes come first, then prompts in fair turns (see `fairness.py`), those already begun before those that wait, but
     that those whose adapters are not there yet are passed by, and those that begin as a running one does which is about
     to publish it. A prompt gets all its blocks when it is admitted and is computed in chunks of what the decodes leave
-    of the token budget. When a decode finds no free block, the youngest running sequence, or its caller's of the lowest
-    priority, gives up its own and is computed again later: its tokens stay, so its answer does too, and what it has
-    published is found again if nobody needed the blocks meanwhile. Nothing is swapped out: on a CPU the cache is host
-    memory already, and more of it serves better.
+    of the token budget, and of the step's time (see `pacing.py`). When a decode finds no free block, the youngest
+    running sequence, or its caller's of the lowest priority, gives up its own and is computed again later: its tokens
+    stay, so its answer does too, and what it has published is found again if nobody needed the blocks meanwhile. So
+    does one of the share that holds the most, when another's turn finds no room. Nothing is swapped out: on a CPU the
+    cache is host memory already, and more of it serves better.
     """
 
     def __init__(
@@ -89,12 +95,13 @@ class Scheduler:
         max_running: int,
         scrub: Callable[[list[int]], None] = lambda blocks: None,
         residency: Residency | None = None,
-        weights: Mapping[str, float] | None = None,
+        queue: FairQueue | None = None,
+        pace: Pace | None = None,
         *,
         prefix_cache: bool = False,
         max_reported: int = 1 << 30,
     ) -> None:
-        """scrub wipes the content of blocks that are given up in mid-computation; weights: of adapters, by name.
+        """scrub wipes the content of blocks that are given up in mid-computation. pace None: chunks as large as fit.
 
         max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
         """
@@ -102,7 +109,8 @@ class Scheduler:
         self.prefixes = PrefixCache(pool, enabled=prefix_cache)
         self._scrub = scrub
         self._residency = residency or AlwaysResident()
-        self.waiting = FairQueue(weights)
+        self.waiting = FairQueue() if queue is None else queue
+        self.pace = pace or Pace(0.0, 1)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.hopeless: list[tuple[Sequence, WeftError]] = []
@@ -111,6 +119,9 @@ class Scheduler:
         self._max_running = max_running
         self._max_reported = max_reported
         self._num_reported = 0
+        self._turned_away: Sequence | None = None
+        self._awaited: dict[Sequence, tuple[float, float]] = {}
+        """Turns of those that wait for what a running one computes; it goes on in theirs if that is earlier."""
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -123,14 +134,20 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
         self._num_reported = 0
+        self._make_way()
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
-        for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
-                budget -= self._pick(picked, sequence, budget)
+        paced = self.pace.prompt_tokens(len(picked))
+        if paced is not None:
+            budget = min(budget, paced)
+        begun = deque(sorted((s for s in self.running if s.num_pending > 1), key=self._turn_of))
         self.hopeless = []
         if self.waiting:
-            self._admit_waiting(picked, budget)
+            budget = self._admit_waiting(picked, begun, budget)
+        else:
+            self._awaited = {}
+        while begun and budget > 0:
+            budget -= self._pick(picked, begun.popleft(), budget)
         return picked
 
     def remove(self, sequence: Sequence) -> None:
@@ -139,6 +156,8 @@ class Scheduler:
             self._stop_running(sequence)
         self.waiting.leave(sequence)
         self._release_blocks(sequence)
+        if self._turned_away is sequence:
+            self._turned_away = None
 
     def check(self) -> None:
         """Audit the block pool and the prefix cache against the sequences. Raises AssertionError."""
@@ -146,6 +165,16 @@ class Scheduler:
         self.waiting.check()
         self.prefixes.check(self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
+
+    def _make_way(self) -> None:
+        """Preempt one of the share that holds the most for one whose turn it was and who found no room."""
+        waits, self._turned_away = self._turned_away, None
+        if waits is None or any(_steps_left(sequence) <= PATIENCE for sequence in self.running):
+            return
+        victim = self.waiting.crowding_out(waits, self.running)
+        # Of an earlier turn, the victim would come back at once.
+        if victim is not None and self.waiting.turn_of(waits) < self.waiting.turn_of(victim):
+            self._preempt(victim)
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
@@ -159,13 +188,13 @@ class Scheduler:
     def _ranked(self) -> list[Sequence]:
         """Who runs, those that give way first at the end: the youngest, but each caller's own by their priority.
 
-        Nobody gives way for ever: it has a token more each time, since no other begins while its prompt is computed.
+        Having given way counts as a step of priority each time, so that nobody does for ever.
         """
         by_caller: dict[str, list[Sequence]] = {}
         for sequence in self.running:
             by_caller.setdefault(sequence.request.caller, []).append(sequence)
         ranks = {
-            caller: iter(sorted(own, key=lambda sequence: -sequence.request.priority))
+            caller: iter(sorted(own, key=lambda sequence: -sequence.request.priority - sequence.num_preemptions))
             for caller, own in by_caller.items()
         }
         return [next(ranks[sequence.request.caller]) for sequence in self.running]
@@ -184,6 +213,7 @@ class Scheduler:
         self._scrub(self.pool.unpublished(sequence.blocks))
         self._release_blocks(sequence)
         sequence.num_computed = 0
+        sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
         return sequence
@@ -192,9 +222,13 @@ class Scheduler:
         self.running.remove(sequence)
         self._residency.let_go(sequence.adapters)
 
-    def _admit_waiting(self, picked: list[Scheduled], budget: int) -> None:
-        """Admit in turn who is ready, until one does not fit; then only look after the adapters of some more."""
+    def _admit_waiting(self, picked: list[Scheduled], begun: deque[Sequence], budget: int) -> int:
+        """Admit in turn who is ready, until one does not fit; then only look after the adapters of some more.
+
+        begun: prompts in turn that go on before those whose turn is later. Returns what is left of the budget.
+        """
         is_full, num_prefetched = False, 0
+        awaited: dict[Sequence, tuple[float, float]] = {}
         with self._residency.round() as adapters:
             for sequence in self.waiting.in_turn():
                 if is_full and num_prefetched == PREFETCHED:
@@ -205,11 +239,25 @@ class Scheduler:
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
-                ready = ready and not is_full and not self.prefixes.is_coming(sequence)
-                is_full = is_full or budget <= 0 or (ready and not self._fits(sequence))
+                ready = ready and not is_full
+                if ready and (first := self.prefixes.comes_from(sequence)) is not None:
+                    awaited.setdefault(first, self.waiting.turn_of(sequence))
+                    ready = False
+                while begun and budget > 0 and self._turn_of(begun[0]) <= self.waiting.turn_of(sequence):
+                    budget -= self._pick(picked, begun.popleft(), budget)
+                if ready and budget > 0 and not self._fits(sequence):
+                    self._turned_away = sequence
+                is_full = is_full or budget <= 0 or self._turned_away is not None
                 if ready and not is_full:
                     adapters.hold(sequence.adapters)
                     budget -= self._pick(picked, self._admit(sequence), budget)
+        self._awaited = awaited
+        return budget
+
+    def _turn_of(self, sequence: Sequence) -> tuple[float, float]:
+        """Of a prompt that was begun: its own turn, or the earliest of those that wait for it."""
+        turn = self.waiting.turn_of(sequence)
+        return min(turn, self._awaited.get(sequence, turn))
 
     def _fits(self, sequence: Sequence) -> bool:
         if len(self.running) >= self._max_running:
@@ -243,3 +291,8 @@ class Scheduler:
         self.prefixes.end(sequence)
         self.pool.free(sequence.blocks)
         sequence.blocks = []
+
+
+def _steps_left(sequence: Sequence) -> int:
+    """After so many more tokens it ends at the latest."""
+    return sequence.request.stopping.max_tokens - sequence.num_generated

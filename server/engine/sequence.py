@@ -6,6 +6,9 @@ import random
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
+from weft.server.engine.constraints import Matcher
+from weft.server.engine.edits import RowEdits
+from weft.server.engine.lookup import Lookup
 from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
@@ -37,10 +40,17 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    matcher: Matcher | None = None
+    """How far the answer has come with its constraint; None without one."""
     num_cached: int | None = None
+    num_preemptions: int = 0
     num_published: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     awaited_key: bytes = b""
+    lookup: Lookup | None = None
+    """Guesses what comes next; speculation makes it."""
+    edits: RowEdits | None = None
+    """What the request changes about its logits; the sampler makes it."""
     prompt_report: list[Token] = field(default_factory=list)
     """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
     _num_reported: int = 0

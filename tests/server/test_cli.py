@@ -92,6 +92,23 @@ class TestServeOptions:
         assert (config.port, config.metrics_port) == (3, 2)
         assert (config.model.path, config.engine.block_tokens) == ("from-file", 32)
 
+    def test_weights_of_adapters_come_from_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        weights = (("a", 2.0), ("b=c", 0.5))
+        assert parse("--model", "m", "--adapter-weight", "a=2", "--adapter-weight", "b=c=0.5").engine == EngineConfig(
+            adapter_weights=weights
+        )
+        file = tmp_path / "weft.toml"
+        file.write_text('model = "m"\nadapter-weight = ["a=2", "b=c=0.5"]\n')
+        assert parse("--config", str(file)).engine.adapter_weights == weights
+        monkeypatch.setenv("WEFT_ADAPTER_WEIGHT", "a=2 b=c=0.5")
+        assert parse("--model", "m").engine.adapter_weights == weights
+
+    @pytest.mark.parametrize("text", ["a", "=2", "a=", "a=two", "a=nan"])
+    def test_a_weight_that_is_none_is_refused(self, run: Run, text: str) -> None:
+        ran = run("serve", "--model", "m", "--adapter-weight", text)
+        assert ran.exit_code == 2
+        assert f"{text!r} is not NAME=WEIGHT" in ran.error_line
+
     def test_source_roots_are_folders_and_prefixes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert parse("--model", "m", "--source-root", "hf:org/").source_prefixes == ("hf:org/",)
         monkeypatch.setenv("WEFT_SOURCE_ROOT", f"s3://bucket/loras/ {tmp_path}")

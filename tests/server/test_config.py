@@ -18,11 +18,15 @@ RANGES = [
     (EngineConfig, "max_batch_tokens", "--max-batch-tokens", 1, 1 << 20),
     (EngineConfig, "max_running_requests", "--max-running-requests", 1, 1 << 16),
     (EngineConfig, "max_queued_requests", "--max-queued-requests", 0, 1 << 20),
+    (EngineConfig, "max_queued_tokens", "--max-queued-tokens", 0, 1 << 40),
+    (EngineConfig, "max_queued_per_adapter", "--max-queued-per-adapter", 0, 1 << 20),
+    (EngineConfig, "target_step_ms", "--target-step-ms", 0, 3_600_000),
     (EngineConfig, "context_length", "--context-length", 2, 1 << 24),
     (EngineConfig, "kv_tokens", "--kv-tokens", 2, 1 << 40),
     (EngineConfig, "block_tokens", "--block-tokens", 1, 1024),
     (EngineConfig, "adapter_pages", "--adapter-pages", 0, 1 << 20),
     (EngineConfig, "adapter_host_bytes", "--adapter-host-bytes", 0, 1 << 50),
+    (EngineConfig, "speculative_tokens", "--speculative-tokens", 0, 64),
     (EngineConfig, "threads", "--threads", 1, 1024),
     (ServerConfig, "port", "--port", 0, 65535),
     (ServerConfig, "metrics_port", "--metrics-port", 0, 65535),
@@ -63,8 +67,16 @@ def test_seconds_are_finite(field: str, value: float) -> None:
 def test_every_number_has_a_range() -> None:
     tested = {(owner, field) for owner, field, *_ in RANGES}
     for owner in (EngineConfig, ServerConfig):
-        numbers = {field.name for field in dataclasses.fields(owner) if re.search("int|float", str(field.type))}
+        types = {field.name: str(field.type) for field in dataclasses.fields(owner)}
+        numbers = {name for name, kind in types.items() if re.search("int|float", kind) and "tuple" not in kind}
         assert numbers == {field for tested_owner, field in tested if tested_owner is owner}
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.009, 100.1, float("nan"), float("inf")])
+def test_a_weight_has_a_range_that_the_refusal_names_with_the_adapter(weight: float) -> None:
+    assert EngineConfig(adapter_weights=(("a", 0.01), ("b", 100))).adapter_weights == (("a", 0.01), ("b", 100))
+    with pytest.raises(InvalidConfig, match=f"--adapter-weight gold is {weight}; must be from 0.01 to 100"):
+        EngineConfig(adapter_weights=(("a", 1.0), ("gold", weight)))
 
 
 @pytest.mark.parametrize("field", ["context_length", "kv_tokens", "threads"])

@@ -21,6 +21,8 @@ from weft.server.api.inference import InferenceServicer
 from weft.server.api.prompts import Prompts
 from weft.server.api.translation import RequestLimits
 from weft.server.app import Server
+from weft.server.engine.constraint_cache import ConstraintCache
+from weft.server.engine.constraints import Compiler, make_vocabulary
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2_grpc
 
 ENDLESS = 60_000
@@ -91,7 +93,10 @@ class House:
             max_requests=MAX_RUNNING + MAX_QUEUED,
             has_chat_template=has_chat_template,
         )
-        servicer = InferenceServicer(self.frontend, Prompts(self.tokenizer), limits, engine.clock, max_request_s)
+        vocabulary = make_vocabulary(self.tokenizer, engine.limits.vocab_size, engine._eos_token_ids)
+        constraints = ConstraintCache(Compiler(vocabulary))
+        prompts = Prompts(self.tokenizer)
+        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, engine.clock, max_request_s)
 
         async def start() -> tuple[grpc.aio.Server, int]:
             edge = Edge(self.server._metrics.refused)

@@ -42,6 +42,8 @@ def house(root: Path) -> Iterator[House]:
             max_batch_tokens=64,
             max_running_requests=MAX_RUNNING,
             max_queued_requests=MAX_QUEUED,
+            max_queued_tokens=1 << 20,
+            max_queued_per_adapter=64,
             kv_tokens=(MAX_RUNNING + 1) * ENDLESS,
             adapter_pages=ADAPTER_PAGES,
         ),

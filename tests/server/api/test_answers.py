@@ -118,3 +118,21 @@ def test_priorities_and_salts_change_no_answer(house: House) -> None:
     plain = alone(house, 3)
     for fields in ({"priority": 100}, {"priority": -100}, {"cache_salt": "é" * 128}):
         assert same(alone(house, 3, **fields), plain)
+
+
+def test_usage_says_how_much_of_the_prompt_was_computed_before_under_the_same_salt(house: House) -> None:
+    prompt = {"token_ids": {"ids": list(range(5, 105))}}
+    request = {**prompt, "stopping": {"max_tokens": 1}, "adapter_id": "two"}
+
+    def cached(salt: str) -> int:
+        return int(house.inference.Generate(generate(cache_salt=salt, **request)).usage.cached_prompt_tokens)
+
+    assert [cached("a"), cached("a"), cached("b"), cached("b"), cached("")] == [0, 96, 0, 96, 0]
+
+
+def test_several_answers_compute_their_prompt_once(house: House) -> None:
+    prompt = {"token_ids": {"ids": list(range(105, 205))}}
+    before = house.metric("weft_prefix_cache_hits_total") or 0
+    assert alone(house, 1, n=4, **prompt).usage.cached_prompt_tokens == 0
+    assert (house.metric("weft_prefix_cache_hits_total") or 0) - before == 3 * 96
+    house.audit()

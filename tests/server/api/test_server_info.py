@@ -25,6 +25,7 @@ def test_get_server_info(house: House) -> None:
     assert (limits.adapter_pages, limits.adapter_page_rank_rows) == (ADAPTER_PAGES, 8)
     assert (limits.max_adapters_per_request, limits.max_stop_sequences) == (8, 64)
     assert (limits.max_top_logprobs, limits.max_logit_bias) == (20, 1024)
+    assert (limits.max_queued_tokens, limits.max_queued_requests_per_adapter) == (1 << 20, 64)
     assert limits.max_request_time.ToSeconds() == 600
     assert limits.kv_capacity_tokens >= 65536
     assert "stream" in info.capabilities

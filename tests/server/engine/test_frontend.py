@@ -16,9 +16,11 @@ from tiny import make_adapter, make_model, save_tokenizer
 from weft.adapters.records import AdapterState
 from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidRequest, OutOfCapacity, Unavailable
 from weft.server.engine.frontend import Frontend
+from weft.server.engine.queue_limits import QueueLimits
 from weft.server.engine.request import Delta, FinishReason, Request, Stopping
 
 PROMPT = (5, 6, 7)
+ROOMY = QueueLimits(max_running=2, max_requests=100)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,8 @@ def harness(folder: Path) -> Harness:
 
 
 @asynccontextmanager
-async def running(harness: Harness, max_requests: int = 100) -> AsyncIterator[Frontend]:
-    frontend = Frontend(harness.engine, harness.store, max_requests)
+async def running(harness: Harness, limits: QueueLimits = ROOMY) -> AsyncIterator[Frontend]:
+    frontend = Frontend(harness.engine, harness.store, limits)
     frontend.start()
     try:
         yield frontend
@@ -102,9 +104,9 @@ def test_a_cancelled_task_frees_everything(harness: Harness) -> None:
     asyncio.run(main())
 
 
-def refused(harness: Harness, request: Request, error: type[Exception], **how: int) -> None:
+def refused(harness: Harness, request: Request, error: type[Exception], limits: QueueLimits = ROOMY) -> None:
     async def main() -> None:
-        async with running(harness, **how) as frontend:
+        async with running(harness, limits) as frontend:
             with pytest.raises(error):
                 await collect(frontend, request)
 
@@ -114,7 +116,7 @@ def refused(harness: Harness, request: Request, error: type[Exception], **how: i
 def test_what_cannot_run_is_refused_before_it_holds_anything(harness: Harness) -> None:
     refused(harness, Request("empty", (), (("one", 1.0),)), InvalidRequest)
     refused(harness, ask(adapter="missing"), AdapterNotFound)
-    refused(harness, ask(), OutOfCapacity, max_requests=0)
+    refused(harness, ask(), OutOfCapacity, QueueLimits(0, 0))
 
 
 def test_draining_refuses_new_requests_and_finishes_those_in_flight(harness: Harness) -> None:
@@ -209,7 +211,7 @@ def test_a_lost_engine_answers_everybody_and_refuses_the_next(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        frontend = Frontend(harness.engine, harness.store, 10)
+        frontend = Frontend(harness.engine, harness.store, ROOMY)
         monkeypatch.setattr(harness.engine, "step", broken(harness.engine.step, after=3))
         frontend.start()
         with pytest.raises(Unavailable, match="stopped unexpectedly"):

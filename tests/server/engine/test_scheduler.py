@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.server.engine.kv_blocks import BlockPool
-from weft.server.engine.request import Request
+from weft.server.engine.pacing import Pace
+from weft.server.engine.request import Request, Stopping
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.text import OutputText
@@ -16,8 +17,8 @@ from weft.server.engine.text import OutputText
 BLOCK = 4
 
 
-def make(prompt: int, priority: int = 0, caller: str = "") -> Sequence:
-    request = Request("r", tuple(range(prompt)), priority=priority, caller=caller)
+def make(prompt: int, priority: int = 0, caller: str = "", first: int = 0) -> Sequence:
+    request = Request("r", tuple(range(first, first + prompt)), priority=priority, caller=caller)
     return Sequence(request, (), OutputText(lambda ids: ""), random.Random(0), 0.0)
 
 
@@ -141,6 +142,19 @@ def test_those_that_begin_alike_wait_for_the_first_if_that_saves_them_half() -> 
     assert advance(scheduler) == [(first, 1), (same, 1), (other, 3)]
 
 
+def test_the_one_that_computes_goes_on_in_the_turn_of_who_waits_for_it() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=10, max_running=8, prefix_cache=True)
+    hot = make(60, caller="hot")
+    scheduler.add(hot)
+    advance(scheduler)
+    for sequence in (waits := make(60, caller="one"), other := make(60, caller="two", first=100)):
+        scheduler.add(sequence)
+    while not waits.num_generated:
+        advance(scheduler)
+    assert waits.num_cached == 56
+    assert other.num_computed <= 20
+
+
 def test_when_the_one_that_computes_ends_early_the_next_computes() -> None:
     scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=16, max_running=8, prefix_cache=True)
     first, second, third = make(40), make(40), make(40)
@@ -204,3 +218,72 @@ def test_every_history_keeps_the_budgets_and_serves_everybody(
             break
     assert not alive, "somebody waits for ever"
     assert scheduler.pool.num_free == blocks
+
+
+class Ref:
+    """An adapter by name alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def make_for(adapter: str, prompt: int, max_tokens: int = 100) -> Sequence:
+    request = Request("r", tuple(range(prompt)), stopping=Stopping(max_tokens=max_tokens))
+    return Sequence(request, (Ref(adapter),), OutputText(lambda ids: ""), random.Random(0), 0.0)  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_has_begun_gives_way_to_one_whose_turn_it_is() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=8, max_running=4)
+    long, short = make_for("long", 40), make_for("short", 6)
+    scheduler.add(long)
+    assert advance(scheduler) == [(long, 8)]
+    assert advance(scheduler) == [(long, 8)]
+    scheduler.add(short)
+    scheduler.add(make_for("short", 6))
+    assert advance(scheduler) == [(long, 8)], "both have been served as much: who came first goes first"
+    assert advance(scheduler)[0] == (short, 6)
+
+
+def test_a_full_server_gives_a_place_to_who_has_none_but_not_to_who_has_most() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=32, max_running=4)
+    hot = [make_for("hot", 2) for _ in range(6)]
+    for sequence in hot:
+        scheduler.add(sequence)
+    for _ in range(10):
+        advance(scheduler)
+    assert scheduler.running == hot[:4]
+    assert scheduler.num_preemptions == 0
+    cold = make_for("cold", 2)
+    scheduler.add(cold)
+    for _ in range(3):
+        advance(scheduler)
+    assert scheduler.running == [*hot[:3], cold]
+    assert next(s for s in scheduler.waiting.in_turn() if s.adapter_label == "hot") is hot[3]
+    assert len(hot[3].tokens) > 2, "its tokens stay"
+
+
+def test_nobody_loses_a_place_that_comes_free_soon() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=32, max_running=2)
+    hot = [make_for("hot", 2, max_tokens=12) for _ in range(2)]
+    for sequence in hot:
+        scheduler.add(sequence)
+    for _ in range(9):
+        advance(scheduler)
+    scheduler.add(make_for("cold", 2))
+    for _ in range(3):
+        advance(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def test_chunks_beside_decodes_are_cut_to_the_time_of_a_step() -> None:
+    pace = Pace(target_s=0.1, floor_tokens=2)
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=64, max_running=4, pace=pace)
+    one, long = make(2), make(60)
+    scheduler.add(one)
+    advance(scheduler)
+    pace.observe(1, 0, 0.02)
+    pace.observe(1, 16, 0.18)
+    scheduler.add(long)
+    assert advance(scheduler) == [(one, 1), (long, 8)]
+    scheduler.remove(one)
+    assert advance(scheduler) == [(long, 52)], "nobody decodes beside it"

@@ -6,7 +6,9 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
+
+import grpc
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import WeftError
@@ -48,6 +50,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with aclosing(self._answer(request, context)) as messages:
             async for message in messages:
                 yield message
+
+    async def Score(self, request: pb2.ScoreRequest, context: Context) -> NoReturn:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not score continuations yet")
 
     async def Tokenize(self, request: pb2.TokenizeRequest, context: Context) -> pb2.TokenizeResponse:
         violations = Violations()

@@ -238,8 +238,12 @@ class Engine:
         return events
 
     def _give_up(self, now_s: float) -> list[Event]:
-        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
-        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
+        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate.
+
+        Where nothing runs there is none, only an old one.
+        """
+        is_due = now_s >= self._forecast_at_s + FORECAST_EVERY_S
+        if not (is_due and self._scheduler.running and self._scheduler.waiting):
             return []
         self._forecast_at_s = now_s
         late: list[tuple[Sequence, OutOfCapacity]] = []

@@ -10,7 +10,7 @@ from weft.server.engine.sequence import Sequence
 MEASURED_S = 1.0
 """Time with a queue after which its rate means something."""
 
-_MEMORY_S = 10.0
+_MEMORY_S = 30.0
 """Age at which a measurement counts 1/e."""
 
 _GAP_WEIGHT = 0.05

@@ -240,17 +240,17 @@ class Engine:
     def _give_up(self, now_s: float) -> list[Event]:
         """Refuse, now and then, those that wait and can't meet their deadlines at the current rate.
 
-        Where nothing runs there is none, only an old one.
+        The next one is not refused where nothing runs: the rate is an old one then, and only a request makes it new.
         """
-        is_due = now_s >= self._forecast_at_s + FORECAST_EVERY_S
-        if not (is_due and self._scheduler.running and self._scheduler.waiting):
+        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
             return []
         self._forecast_at_s = now_s
         late: list[tuple[Sequence, OutOfCapacity]] = []
         tokens_ahead = 0
         for sequence in self._scheduler.waiting.forecast():
             deadline_s = sequence.request.deadline_s
-            finish_s = self._forecast.finish_s(sequence, tokens_ahead) if deadline_s is not None else None
+            may_run_now = not (tokens_ahead or self._scheduler.running)
+            finish_s = None if may_run_now else self._forecast.finish_s(sequence, tokens_ahead)
             if deadline_s is None or finish_s is None or now_s + finish_s <= deadline_s:
                 tokens_ahead += sequence.num_pending
                 continue

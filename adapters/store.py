@@ -254,6 +254,13 @@ class AdapterStore:
             raise
         return tuple(refs)
 
+    def share(self, refs: Sequence[AdapterRef]) -> tuple[AdapterRef, ...]:
+        """Hold the same versions once more, for another request, whatever their names stand for by now."""
+        with self._lock:
+            for ref in refs:
+                ref.version.users += 1
+            return tuple(AdapterRef(ref.name, ref.version, ref.failures) for ref in refs)
+
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Tell a listener of every event from now on; what is returned ends that.
 

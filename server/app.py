@@ -34,6 +34,7 @@ from weft.server.api.prompts import Prompts
 from weft.server.api.server_info import ServerServicer
 from weft.server.api.translation import RequestLimits
 from weft.server.config import ServerConfig
+from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
 from weft.server.engine.queue_limits import QueueLimits
@@ -253,8 +254,16 @@ class Server:
     def _add_services(self, loaded: LoadedEngine, frontend: Frontend, loader: AdapterLoader) -> None:
         config = self._config
         prompts = Prompts(loaded.tokenizer)
-        limits = RequestLimits(loaded.info.vocab_size, config.max_prompt_bytes, prompts.has_chat_template)
-        inference = InferenceServicer(frontend, prompts, limits, loaded.engine.clock, config.max_request_s)
+        limits = RequestLimits(
+            vocab_size=loaded.info.vocab_size,
+            context_length=loaded.info.context_length,
+            max_prompt_bytes=config.max_prompt_bytes,
+            max_requests=config.engine.max_requests,
+            has_chat_template=prompts.has_chat_template,
+        )
+        constraints = ConstraintCache(loaded.compiler)
+        clock = loaded.engine.clock
+        inference = InferenceServicer(frontend, prompts, constraints, limits, clock, config.max_request_s)
         edge = cast("Any", self._edge)  # takes handlers as a server does
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, edge)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(loaded.store, loader), edge)

@@ -32,9 +32,11 @@ class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
-    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory. max_queued_tokens,
-    max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside decodes, 0 is no target.
-    adapter_weights: shares of adapters by name, 1 for those that are not named.
+    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep
+    what was computed for prompts that begin alike. speculative_tokens: how many tokens a step guesses ahead for a
+    request at most; 0 for none. max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that
+    compute prompts beside decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are
+    not named.
     """
 
     max_batch_tokens: int = 512
@@ -47,11 +49,13 @@ class EngineConfig:
     context_length: int | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
+    prefix_cache: bool = True
     adapter_pages: int = 256
     adapter_host_bytes: int = 1 << 30
     lora_backend: str = "torch"
     adapter_probe: bool = True
     allow_no_effect: bool = False
+    speculative_tokens: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,12 +72,18 @@ class EngineConfig:
         _between("--block-tokens", self.block_tokens, 1, 1024)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
+        _between("--speculative-tokens", self.speculative_tokens, 0, 64)
         _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:
             raise InvalidConfig(
                 f"--max-batch-tokens is {self.max_batch_tokens}, less than --max-running-requests "
                 f"({self.max_running_requests}): every running request needs a token a step"
             )
+
+    @property
+    def max_requests(self) -> int:
+        """That can be queued and running at once."""
+        return self.max_running_requests + self.max_queued_requests
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,9 @@ _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 
 _COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
+_QUERIED = "Prompt tokens looked up in the prefix cache."
+_HIT = "Prompt tokens found in the prefix cache."
+
 _VLLM_REASONS = {
     "stop_token": "stop",
     "stop_sequence": "stop",
@@ -115,6 +118,9 @@ class Metrics:
         self._refused = Counter(
             "weft_refused_requests", "Requests that the engine never had, by status code.", ["code"], registry=registry
         )
+        self._speculated = Counter(
+            "weft_speculative_tokens", "Tokens guessed ahead, by outcome.", ["outcome"], registry=registry
+        )
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
         registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
@@ -137,9 +143,19 @@ class Metrics:
         self._requests.inter_token(adapter, seconds)
         self._vllm.inter_token(seconds)
 
+    def speculated(self, accepted: int, rejected: int) -> None:
+        """So many tokens that were guessed were right, and so many were not."""
+        self._speculated.labels("accepted").inc(accepted)
+        self._speculated.labels("rejected").inc(rejected)
+
     def preempted(self) -> None:
         """A running request gave up its blocks."""
         self._steps.preemptions.inc()
+
+    def prefix_cache(self, num_queried: int, num_hit: int) -> None:
+        """A request ran for the first time: of its prompt's tokens, so many were computed before."""
+        self._steps.prefix_cache(num_queried, num_hit)
+        self._vllm.prefix_cache(num_queried, num_hit)
 
     def finished(self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int, e2e_s: float) -> None:
         """A request ended. outcome: a finish reason, "error" or "deadline"."""
@@ -332,6 +348,12 @@ class _StepMetrics:
             "weft_computed_tokens", "Tokens computed, repeats after preemption included.", ["phase"], registry=registry
         )
         self.preemptions = Counter("weft_preemptions", "Running requests that gave up their blocks.", registry=registry)
+        self._queried = Counter("weft_prefix_cache_queries", _QUERIED, registry=registry)
+        self._hit = Counter("weft_prefix_cache_hits", _HIT, registry=registry)
+
+    def prefix_cache(self, num_queried: int, num_hit: int) -> None:
+        self._queried.inc(num_queried)
+        self._hit.inc(num_hit)
 
     def observe(self, stats: StepStats) -> None:
         self._seconds.observe(stats.duration_s)
@@ -361,7 +383,13 @@ class _VllmMetrics:
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Time from arrival to end.", E2E_BUCKETS)
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of requests that ended.").labels(model_name)
         self._generated = counter("vllm:generation_tokens", "Tokens generated.").labels(model_name)
+        self._queried = counter("vllm:prefix_cache_queries", _QUERIED).labels(model_name)
+        self._hit = counter("vllm:prefix_cache_hits", _HIT).labels(model_name)
         self._ended = counter("vllm:request_success", "Requests that ended, by vLLM's reasons.", "finished_reason")
+
+    def prefix_cache(self, num_queried: int, num_hit: int) -> None:
+        self._queried.inc(num_queried)
+        self._hit.inc(num_hit)
 
     def first_token(self, ttft_s: float) -> None:
         self._generated.inc()

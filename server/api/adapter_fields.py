@@ -11,7 +11,7 @@ from weft.adapters.names import MAX_NAME_CHARACTERS
 from weft.adapters.records import AdapterChange, AdapterInfo, NewAdapter
 from weft.errors import InvalidRequest, Problem
 from weft.server.api.resources import STATES
-from weft.server.api.translation import Violations
+from weft.server.api.violations import Violations
 from weft.v1 import adapter_pb2 as pb2
 
 MAX_LABELS = 64

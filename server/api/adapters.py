@@ -21,7 +21,7 @@ from weft.server.api.edge import Context
 from weft.server.api.loading import AdapterLoader
 from weft.server.api.planning import to_plan, to_wanted
 from weft.server.api.resources import EVENT_KINDS, to_message, to_report
-from weft.server.api.translation import Range, Violations
+from weft.server.api.violations import Range, Violations
 from weft.server.api.watching import Watchers
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc

@@ -6,24 +6,26 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
-
-import grpc
+from typing import Any
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import WeftError
+from weft.errors import InvalidRequest, WeftError
+from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
-from weft.server.api.responses import add_opening, join, to_message
+from weft.server.api.responses import Reply, join, to_refs, to_score, to_usage
 from weft.server.api.translation import (
     GenerateRequest,
     RequestLimits,
-    Violations,
     check_prompt,
+    several,
     to_engine_request,
+    to_score_request,
 )
-from weft.server.engine.frontend import Frontend
-from weft.server.engine.request import Finish
+from weft.server.api.violations import Violations
+from weft.server.engine.constraint_cache import ConstraintCache
+from weft.server.engine.frontend import Frontend, Streams
+from weft.server.engine.request import Delta, Finish, Token
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 
@@ -36,6 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     frontend: Frontend
     prompts: Prompts
+    constraints: ConstraintCache
     limits: RequestLimits
     clock: Callable[[], float]
     max_request_s: float
@@ -51,8 +54,33 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async for message in messages:
                 yield message
 
-    async def Score(self, request: pb2.ScoreRequest, context: Context) -> NoReturn:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not score continuations yet")
+    async def Score(self, request: pb2.ScoreRequest, context: Context) -> pb2.ScoreResponse:
+        metadata = context.invocation_metadata() or ()
+        shared = to_score_request(request, metadata, self.limits, self._deadline_s(context))
+        prompt = await self.prompts.encode(request)
+        if not 1 <= len(prompt) <= self.limits.max_prompt_tokens:  # before it is tokenized again with each continuation
+            longest = self.limits.max_prompt_tokens
+            raise InvalidRequest.of("prompt", f"has {len(prompt)} tokens; must have from 1 to {longest}")
+        continuations = await self.prompts.encode_continuations(request, prompt)
+        wholes = [tuple(prompt + continuation) for continuation in continuations]
+        requests = [replace(shared, prompt=whole, prompt_logprobs_from=len(prompt)) for whole in wholes]
+        tokens: list[list[Token]] = [[] for _ in requests]
+        finishes: list[Finish] = []
+        async with self.frontend.streams(requests) as streams:
+            async for index, delta in _reporting(streams):
+                tokens[index] += delta.prompt
+                finishes += [delta.finish] if delta.finish is not None else []
+        _log.info(
+            "request %s: %d continuations scored, by %s", shared.request_id, len(tokens), _names(streams.adapters)
+        )
+        usage = to_usage(finishes)
+        usage.prompt_tokens = len(prompt) + sum(map(len, continuations))
+        return pb2.ScoreResponse(
+            scores=[to_score(scored) for scored in tokens],
+            usage=usage,
+            adapters=to_refs(streams.adapters),
+            request_id=shared.request_id,
+        )
 
     async def Tokenize(self, request: pb2.TokenizeRequest, context: Context) -> pb2.TokenizeResponse:
         violations = Violations()
@@ -63,7 +91,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Detokenize(self, request: pb2.DetokenizeRequest, context: Context) -> pb2.DetokenizeResponse:
         violations = Violations()
-        violations.token_ids(request.token_ids, "token_ids", self.limits.vocab_size)
+        if violations.fits(request.token_ids, "token_ids", self.limits.context_length):
+            violations.token_ids(request.token_ids, "token_ids", self.limits.vocab_size)
         violations.raise_any()
         text = await self.prompts.decode(request.token_ids, skip_special_tokens=request.skip_special_tokens)
         return pb2.DetokenizeResponse(text=text)
@@ -72,33 +101,53 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, message: GenerateRequest, context: Context
     ) -> AsyncGenerator[pb2.StreamGenerateResponse, None]:
         """The stream of one request. Closed or cancelled at any point, it leaves nothing behind."""
-        remaining_s: Any = context.time_remaining()  # None without a deadline, whatever the stubs say
-        deadline_s = self.clock() + (self.max_request_s if remaining_s is None else remaining_s)
-        checked = to_engine_request(message, context.invocation_metadata() or (), self.limits, deadline_s)
-        request = replace(checked, prompt=tuple(await self.prompts.encode(message)))
-        async with self.frontend.stream(request) as stream:
-            prompt = await self.prompts.show(message, request.prompt) if message.output.include_prompt else None
-            is_first = True
-            try:
-                async for delta in stream:
-                    response = to_message(delta, request.request_id)
-                    if is_first:
-                        add_opening(response, stream.adapters, prompt)
-                        is_first = False
-                    if delta.finish is not None:
-                        _log_finish(request.request_id, stream.adapters, delta.finish)
+        metadata = context.invocation_metadata() or ()
+        checked = to_engine_request(message, metadata, self.limits, self._deadline_s(context))
+        prompt = tuple(await self.prompts.encode(message))
+        spec = to_spec(message)
+        constraint = await self.constraints.get(spec) if spec is not None else None
+        requests = several(replace(checked, prompt=prompt, constraint=constraint), message.n or 1)
+        prompt_logprobs = message.output.prompt_logprobs and len(prompt) > 1
+        if prompt_logprobs:
+            requests[0] = replace(requests[0], prompt_logprobs_from=1)
+        async with self.frontend.streams(requests) as streams:
+            shown = await self.prompts.show(message, prompt) if message.output.include_prompt else None
+            reply = Reply(
+                *(checked.request_id, streams.adapters, shown),
+                num_answers=len(requests),
+                prompt_logprobs=prompt_logprobs,
+            )
+            async for index, delta in _reporting(streams):
+                if delta.finish is not None:
+                    _log_finish(checked.request_id, streams.adapters, delta.finish)
+                for response in reply.push(index, delta):
                     yield response
-            except WeftError as error:
-                raise EndedByEngine(error) from error
+
+    def _deadline_s(self, context: Context) -> float:
+        """On the engine's clock."""
+        remaining_s: Any = context.time_remaining()  # None without a deadline, whatever the stubs say
+        return self.clock() + (self.max_request_s if remaining_s is None else remaining_s)
+
+
+async def _reporting(streams: Streams) -> AsyncIterator[tuple[int, Delta]]:
+    """The deltas of requests that the engine has taken, whose errors it has counted."""
+    try:
+        async for item in streams:
+            yield item
+    except WeftError as error:
+        raise EndedByEngine(error) from error
 
 
 def _log_finish(request_id: str, adapters: Sequence[AdapterRef], finish: Finish) -> None:
-    names = ", ".join(f"{ref.name}@{ref.version.digest}" for ref in adapters) or "the base"
     _log.info(
         "request %s: %s after %d + %d tokens, by %s",
         request_id,
         finish.reason.value,
         finish.prompt_tokens,
         finish.completion_tokens,
-        names,
+        _names(adapters),
     )
+
+
+def _names(adapters: Sequence[AdapterRef]) -> str:
+    return ", ".join(f"{ref.name}@{ref.version.digest}" for ref in adapters) or "the base"

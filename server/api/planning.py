@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from weft.adapters.records import AdapterInfo, Capacity
 from weft.adapters.report import AdapterReport
 from weft.server.api.resources import to_problems
-from weft.server.api.translation import Range, Violations
+from weft.server.api.violations import Range, Violations
 from weft.v1 import adapter_pb2 as pb2
 
 MAX_SOURCES = 64

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -21,42 +23,107 @@ _REASONS = {
 }
 
 
-def to_message(delta: Delta, request_id: str) -> pb2.StreamGenerateResponse:
-    """One delta as a stream's message; the last one brings the finish reason, the usage and the timing."""
-    message = pb2.StreamGenerateResponse(
-        text=delta.text, tokens=[_token(token) for token in delta.tokens], request_id=request_id
-    )
-    if delta.finish is not None:
-        _add_finish(message, delta.finish)
-    return message
+class Reply:
+    """Deltas of the answers to one request -> the messages of its stream.
 
+    The first message of all brings the adapters, each answer's first one the prompt if it was asked for, each answer's
+    last one the finish reason, and the last of all the usage and the timing.
+    """
 
-def add_opening(message: pb2.StreamGenerateResponse, adapters: Sequence[AdapterRef], prompt: Shown | None) -> None:
-    """Add what only a stream's first message holds: the adapter versions, and the prompt if it was asked for."""
-    message.adapters.extend(pb2.AdapterRef(adapter_id=ref.name, digest=ref.version.digest) for ref in adapters)
-    if prompt is not None:
-        shown = [pb2.Token(id=token, text=text) for token, text in zip(prompt.ids, prompt.pieces, strict=True)]
-        new = list(message.tokens)
-        del message.tokens[:]
-        message.tokens.extend([*shown, *new])
-        message.text = prompt.text + message.text
+    def __init__(
+        self,
+        request_id: str,
+        adapters: Sequence[AdapterRef],
+        prompt: Shown | None,
+        *,
+        num_answers: int = 1,
+        prompt_logprobs: bool = False,
+    ) -> None:
+        """prompt_logprobs: the first answer's first delta brings those of the prompt, which other answers wait for."""
+        self._request_id = request_id
+        self._adapters = adapters
+        self._prompt = prompt
+        self._num_answers = num_answers
+        self._waits = prompt_logprobs
+        self._held: list[tuple[int, Delta]] = []
+        self._prompt_tokens: Sequence[pb2.Token] = []
+        self._opened: set[int] = set()
+        self._finishes: list[Finish] = []
+
+    def push(self, index: int, delta: Delta) -> list[pb2.StreamGenerateResponse]:
+        """The messages that one answer's next delta makes due."""
+        if self._waits and index != 0:
+            self._held.append((index, delta))
+            return []
+        if not self._opened and self._prompt is not None:
+            self._prompt_tokens = _prompt_tokens(self._prompt, delta.prompt)
+        self._waits = False
+        due = [(index, delta), *self._held]
+        self._held = []
+        return [self._message(*one) for one in due]
+
+    def _message(self, index: int, delta: Delta) -> pb2.StreamGenerateResponse:
+        message = pb2.StreamGenerateResponse(request_id=self._request_id, index=index)
+        if not self._opened:
+            message.adapters.extend(to_refs(self._adapters))
+        if index not in self._opened and self._prompt is not None:
+            message.text = self._prompt.text
+            message.tokens.extend(self._prompt_tokens)
+        self._opened.add(index)
+        message.text += delta.text
+        message.tokens.extend(_token(token) for token in delta.tokens)
+        if delta.finish is not None:
+            message.finish_reason = _REASONS[delta.finish.reason]
+            message.stop_sequence = delta.finish.stop_sequence
+            self._finishes.append(delta.finish)
+            if len(self._finishes) == self._num_answers:
+                message.usage.CopyFrom(to_usage(self._finishes))
+                message.timing.CopyFrom(_timing(self._finishes))
+        return message
 
 
 def join(messages: Sequence[pb2.StreamGenerateResponse]) -> pb2.GenerateResponse:
     """A whole stream, at least one message, as one response."""
     first, last = messages[0], messages[-1]
     response = pb2.GenerateResponse(
-        text="".join(message.text for message in messages),
-        finish_reason=last.finish_reason,
-        stop_sequence=last.stop_sequence,
-        usage=last.usage,
-        adapters=first.adapters,
-        timing=last.timing,
-        request_id=first.request_id,
+        usage=last.usage, adapters=first.adapters, timing=last.timing, request_id=first.request_id
     )
+    answers: list[pb2.GenerateResponse | pb2.Alternative] = [response]
+    answers += [response.alternatives.add() for _ in range(max(message.index for message in messages))]
+    texts: list[list[str]] = [[] for _ in answers]
     for message in messages:
-        response.tokens.extend(message.tokens)
+        answer = answers[message.index]
+        texts[message.index].append(message.text)
+        answer.tokens.extend(message.tokens)
+        if message.finish_reason:
+            answer.finish_reason = message.finish_reason
+            answer.stop_sequence = message.stop_sequence
+    for answer, parts in zip(answers, texts, strict=True):
+        answer.text = "".join(parts)
     return response
+
+
+def to_score(tokens: Sequence[Token]) -> pb2.ContinuationScore:
+    """The score of a continuation's tokens, each with its log-probability and rank."""
+    return pb2.ContinuationScore(
+        logprob=math.fsum(token.logprob for token in tokens if token.logprob is not None),
+        num_tokens=len(tokens),
+        is_greedy=all(token.rank == 1 for token in tokens),
+    )
+
+
+def to_usage(finishes: Sequence[Finish]) -> pb2.Usage:
+    """Of all answers to one prompt, which counts once; as cached counts what none of them computed."""
+    return pb2.Usage(
+        prompt_tokens=finishes[0].prompt_tokens,
+        completion_tokens=sum(finish.completion_tokens for finish in finishes),
+        cached_prompt_tokens=min(finish.cached_prompt_tokens for finish in finishes),
+    )
+
+
+def to_refs(adapters: Sequence[AdapterRef]) -> list[pb2.AdapterRef]:
+    """The adapter versions that were applied."""
+    return [pb2.AdapterRef(adapter_id=ref.name, digest=ref.version.digest) for ref in adapters]
 
 
 def to_duration(seconds: float) -> Duration:
@@ -66,15 +133,24 @@ def to_duration(seconds: float) -> Duration:
     return duration
 
 
-def _add_finish(message: pb2.StreamGenerateResponse, finish: Finish) -> None:
-    message.finish_reason = _REASONS[finish.reason]
-    message.stop_sequence = finish.stop_sequence
-    message.usage.prompt_tokens = finish.prompt_tokens
-    message.usage.completion_tokens = finish.completion_tokens
-    message.usage.cached_prompt_tokens = finish.cached_prompt_tokens
-    message.timing.queue.CopyFrom(to_duration(finish.queue_s))
-    message.timing.prefill.CopyFrom(to_duration(finish.prefill_s))
-    message.timing.decode.CopyFrom(to_duration(finish.decode_s))
+def _timing(finishes: Sequence[Finish]) -> pb2.Timing:
+    """Of all answers to one prompt: queued until the first began, decoding until the last ended."""
+    started_s = min(finish.queue_s for finish in finishes)
+    first_token_s = min(finish.queue_s + finish.prefill_s for finish in finishes)
+    ended_s = max(finish.queue_s + finish.prefill_s + finish.decode_s for finish in finishes)
+    return pb2.Timing(
+        queue=to_duration(started_s),
+        prefill=to_duration(first_token_s - started_s),
+        decode=to_duration(ended_s - first_token_s),
+    )
+
+
+def _prompt_tokens(prompt: Shown, reported: Sequence[Token]) -> list[pb2.Token]:
+    """The prompt's tokens; those that are reported, which the first never is, with their log-probabilities."""
+    tokens = [pb2.Token(id=token, text=text) for token, text in zip(prompt.ids, prompt.pieces, strict=True)]
+    for token, report in zip(tokens[1:], reported, strict=False):
+        token.MergeFrom(_token(replace(report, text="")))
+    return tokens
 
 
 def _token(token: Token) -> pb2.Token:

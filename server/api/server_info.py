@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft.server.api import translation
+from weft.server.api.constraint_fields import MAX_CONSTRAINT_BYTES
 from weft.server.api.edge import Context
 from weft.server.api.responses import to_duration
 from weft.server.config import ServerConfig
@@ -14,6 +15,8 @@ from weft.v1 import server_pb2_grpc
 
 CAPABILITIES = (
     *("generate", "stream", "chat", "logprobs"),
+    *("tools", "several-answers", "prompt-logprobs", "score", "priority", "cache-salt"),
+    *("json-schema", "regex", "grammar", "choice"),
     *("adapters", "adapter-mix", "adapter-update", "adapter-watch", "adapter-check", "capacity-plan"),
 )
 
@@ -53,5 +56,8 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             max_stop_sequences=translation.MAX_STOP_SEQUENCES,
             max_top_logprobs=translation.MAX_TOP_LOGPROBS,
             max_logit_bias=translation.MAX_LOGIT_BIAS,
+            max_answers=min(translation.MAX_ANSWERS, engine.max_requests),
+            max_continuations=min(translation.MAX_CONTINUATIONS, engine.max_requests),
+            max_constraint_bytes=MAX_CONSTRAINT_BYTES,
             max_request_time=to_duration(self.config.max_request_s),
         )

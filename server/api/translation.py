@@ -2,187 +2,170 @@
 
 from __future__ import annotations
 
-import math
 import uuid
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 
 from weft.adapters.names import MAX_NAME_CHARACTERS
-from weft.errors import InvalidRequest, Problem
+from weft.server.api.chat import check_chat
+from weft.server.api.constraint_fields import check_constraint
+from weft.server.api.violations import Number, Range, Violations
 from weft.server.engine.request import Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
 
 MAX_ADAPTERS = 8
 MAX_ADAPTER_ID_CHARACTERS = MAX_NAME_CHARACTERS + len("@sha256:") + 64
-MAX_CHAT_MESSAGES = 1024
 MAX_STOP_SEQUENCES = 64
 MAX_STOP_SEQUENCE_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
-MAX_PROBLEMS = 256
-"""Of one message that are kept; far more than fit in a status."""
-
+MAX_ANSWERS = 16
+MAX_CONTINUATIONS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_CACHE_SALT_CHARACTERS = 128
 ADAPTER_METADATA = ("x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite")
 
 GenerateRequest = pb2.GenerateRequest | pb2.StreamGenerateRequest
 Metadata = Iterable[tuple[str, str | bytes]]
-Number = TypeVar("Number", int, float)
+AnyRequest = GenerateRequest | pb2.ScoreRequest
+
+WEIGHTS = Range(-100, 100)
+BIASES = Range(-1000, 1000)
+PENALTIES = Range(-2, 2)
+REPETITION_PENALTIES = Range(0.001, 1000)
+PRIORITIES = Range(-100, 100)
+NUM_SEEDS = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What the loaded model and the configuration allow."""
+    """What the loaded model and the configuration allow.
+
+    max_requests: that can be queued and running at once, which several answers and continuations are, too.
+    """
 
     vocab_size: int
+    context_length: int
     max_prompt_bytes: int
+    max_requests: int
     has_chat_template: bool
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.context_length - 1
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """low ≤ value ≤ high, or low < value where `above`. No range holds NaN."""
+    @property
+    def max_answers(self) -> int:
+        return min(MAX_ANSWERS, self.max_requests)
 
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def holds(self, value: float) -> bool:
-        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {_digits(self.low)}"
-        return low if math.isinf(self.high) else f"{low} and at most {_digits(self.high)}"
-
-
-def _digits(value: float) -> str:
-    """An integer in all its digits, another number in those that a float32 has."""
-    return str(value) if isinstance(value, int) else f"{value:.7g}"
-
-
-WEIGHTS = Range(-100, 100)
-BIASES = Range(-1000, 1000)
-
-
-class Violations:
-    """What is wrong with a message, noted field by field."""
-
-    def __init__(self) -> None:
-        self._problems: list[Problem] = []
-
-    def add(self, path: str, description: str) -> None:
-        if len(self._problems) < MAX_PROBLEMS:
-            self._problems.append(Problem(path, description))
-
-    def fits(self, items: Sized, path: str, limit: int) -> bool:
-        """Whether a field has no more items than that; noted if not. Who gets False leaves the items alone."""
-        if len(items) > limit:
-            self.add(path, f"has {len(items)} entries; at most {limit} are taken")
-        return len(items) <= limit
-
-    def number(self, message: Message, path: str, default: Number, allowed: Range) -> Number:
-        """The field's value, or its default where it is not set; noted if out of range."""
-        name = path.rpartition(".")[2]
-        if not message.HasField(name):
-            return default
-        value: Number = getattr(message, name)
-        self.value(value, path, allowed)
-        return value
-
-    def value(self, value: float, path: str, allowed: Range) -> None:
-        """Note a number that is out of range."""
-        if not allowed.holds(value):
-            self.add(path, f"is {_digits(value)}; must be {'' if math.isfinite(value) else 'finite, '}{allowed}")
-
-    def token_ids(self, ids: Iterable[int], path: str, vocab_size: int) -> None:
-        """Note the first id that is outside of the vocabulary."""
-        for index, token in enumerate(ids):
-            if token >= vocab_size:
-                self.add(f"{path}[{index}]", f"is {token}; token ids end at {vocab_size - 1}")
-                return
-
-    def raise_any(self) -> None:
-        """Raises InvalidRequest if anything was noted."""
-        if self._problems:
-            raise InvalidRequest(self._problems)
+    @property
+    def max_continuations(self) -> int:
+        return min(MAX_CONTINUATIONS, self.max_requests)
 
 
 def to_engine_request(
     request: GenerateRequest, metadata: Metadata, limits: RequestLimits, deadline_s: float
 ) -> Request:
-    """The engine's request, still without its prompt's token ids.
+    """The engine's request, still without its prompt's token ids; with `several`, each of the answers' requests.
 
     deadline_s: on the engine's clock. Raises InvalidRequest with every violation.
     """
     violations = Violations()
-    check_prompt(request, limits, violations)
-    if request.WhichOneof("prompt") == "text" and not request.text:
-        violations.add("text", "is empty; give a prompt")
-    translated = Request(
-        request_id=_request_id(request.request_id, violations),
-        prompt=(),
-        adapters=_adapters(request, metadata, violations),
+    translated = replace(
+        _shared(request, metadata, limits, deadline_s, violations),
         sampling=_sampling(request.sampling, limits, violations),
         stopping=_stopping(request.stopping, limits, violations),
         logprobs=request.output.logprobs or request.output.top_logprobs > 0,
         top_logprobs=violations.number(request.output, "output.top_logprobs", 0, Range(0, MAX_TOP_LOGPROBS)),
-        deadline_s=deadline_s,
     )
+    if request.output.prompt_logprobs and not request.output.include_prompt:
+        violations.add("output.prompt_logprobs", "is true, but include_prompt, which lists the prompt's tokens, is not")
+    num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
+    if 1 < num_answers <= limits.max_answers and translated.sampling.temperature == 0:
+        violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
+    check_constraint(request, violations.add)
     violations.raise_any()
     return translated
 
 
-def check_prompt(request: GenerateRequest | pb2.TokenizeRequest, limits: RequestLimits, violations: Violations) -> None:
+def several(request: Request, count: int) -> list[Request]:
+    """The requests of several answers: where a seed was given, each takes the next one, in a ring."""
+    seed = request.sampling.seed
+    seeds = [None if seed is None else (seed + index) % NUM_SEEDS for index in range(count)]
+    return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+
+
+def to_score_request(
+    request: pb2.ScoreRequest, metadata: Metadata, limits: RequestLimits, deadline_s: float
+) -> Request:
+    """As `to_engine_request`: what the requests of all continuations share, which generate nothing."""
+    violations = Violations()
+    translated = _shared(request, metadata, limits, deadline_s, violations)
+    if not request.continuations:
+        violations.add("continuations", "is empty; give at least one")
+    elif violations.fits(request.continuations, "continuations", limits.max_continuations):
+        for index, continuation in enumerate(request.continuations):
+            if not continuation:
+                violations.add(f"continuations[{index}]", "is empty; give a text")
+        num_bytes = sum(len(continuation.encode()) for continuation in request.continuations)
+        violations.size(num_bytes, "continuations", limits.max_prompt_bytes)
+    violations.raise_any()
+    return replace(translated, stopping=Stopping(max_tokens=0))
+
+
+def _shared(
+    request: AnyRequest, metadata: Metadata, limits: RequestLimits, deadline_s: float, violations: Violations
+) -> Request:
+    """What every request has that runs the model on a prompt."""
+    check_prompt(request, limits, violations)
+    if request.WhichOneof("prompt") == "text" and not request.text:
+        violations.add("text", "is empty; give a prompt")
+    violations.length(request.cache_salt, "cache_salt", MAX_CACHE_SALT_CHARACTERS)
+    return Request(
+        request_id=_request_id(request.request_id, violations),
+        prompt=(),
+        adapters=_adapters(request, metadata, violations),
+        priority=violations.number(request, "priority", 0, PRIORITIES),
+        cache_salt=request.cache_salt,
+        deadline_s=deadline_s,
+    )
+
+
+def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimits, violations: Violations) -> None:
     """Note what is wrong with a prompt, before it is tokenized. An empty text is left to the caller."""
     match request.WhichOneof("prompt"):
         case "text":
-            _check_size(request.text, "text", limits, violations)
+            violations.size(len(request.text.encode()), "text", limits.max_prompt_bytes)
         case "chat":
-            _check_chat(request.chat, limits, violations)
+            if not limits.has_chat_template:
+                violations.add(
+                    "chat", "can't be laid out: this model's tokenizer has no chat template; send text or token_ids"
+                )
+            check_chat(request.chat, limits.max_prompt_bytes, violations)
         case "token_ids":
             assert not isinstance(request, pb2.TokenizeRequest)
-            if not request.token_ids.ids:
-                violations.add("token_ids.ids", "is empty; give at least one token")
-            violations.token_ids(request.token_ids.ids, "token_ids.ids", limits.vocab_size)
+            ids, path = request.token_ids.ids, "token_ids.ids"
+            if not ids:
+                violations.add(path, "is empty; give at least one token")
+            elif len(ids) > limits.max_prompt_tokens:
+                violations.add(path, f"has {len(ids)} tokens; at most {limits.max_prompt_tokens} fit")
+            else:
+                violations.token_ids(ids, path, limits.vocab_size)
         case _:
             violations.add("prompt", "is missing; set one of its fields")
 
 
-def _check_size(text: str, path: str, limits: RequestLimits, violations: Violations) -> None:
-    num_bytes = len(text.encode())
-    if num_bytes > limits.max_prompt_bytes:
-        violations.add(path, f"has {num_bytes} bytes; at most {limits.max_prompt_bytes} are taken")
-
-
-def _check_chat(chat: pb2.ChatPrompt, limits: RequestLimits, violations: Violations) -> None:
-    if not limits.has_chat_template:
-        violations.add("chat", "can't be laid out: this model's tokenizer has no chat template; send text or token_ids")
-    if not chat.messages:
-        violations.add("chat.messages", "is empty; give at least one")
-    if chat.add_generation_prompt and chat.continue_final_message:
-        violations.add("chat.continue_final_message", "is true, and so is add_generation_prompt; choose one")
-    if not violations.fits(chat.messages, "chat.messages", MAX_CHAT_MESSAGES):
-        return
-    for index, message in enumerate(chat.messages):
-        if not message.role:
-            violations.add(f"chat.messages[{index}].role", "is empty; name a role that the chat template knows")
-    _check_size("".join(message.content for message in chat.messages), "chat.messages", limits, violations)
-
-
 def _request_id(given: str, violations: Violations) -> str:
-    if len(given) > MAX_REQUEST_ID_CHARACTERS:
-        violations.add("request_id", f"has {len(given)} characters; at most {MAX_REQUEST_ID_CHARACTERS} are taken")
-    elif not given.isprintable():
+    violations.length(given, "request_id", MAX_REQUEST_ID_CHARACTERS)
+    if len(given) <= MAX_REQUEST_ID_CHARACTERS and not given.isprintable():
         violations.add("request_id", f"is {given!r}; must be printable")
     return given or uuid.uuid4().hex
 
 
-def _adapters(request: GenerateRequest, metadata: Metadata, violations: Violations) -> tuple[tuple[str, float], ...]:
+def _adapters(request: AnyRequest, metadata: Metadata, violations: Violations) -> tuple[tuple[str, float], ...]:
     """(id, weight) of each adapter; empty for the base."""
     adapter_id = _adapter_id(request.adapter_id, metadata, violations)
     if adapter_id and request.adapters:
@@ -237,9 +220,9 @@ def _sampling(sampling: pb2.Sampling, limits: RequestLimits, violations: Violati
         top_p=number("top_p", 1.0, Range(0, 1, above=True)),
         min_p=number("min_p", 0.0, Range(0, 1)),
         typical_p=number("typical_p", 1.0, Range(0, 1, above=True)),
-        repetition_penalty=number("repetition_penalty", 1.0, Range(0, above=True)),
-        presence_penalty=number("presence_penalty", 0.0, Range(-2, 2)),
-        frequency_penalty=number("frequency_penalty", 0.0, Range(-2, 2)),
+        repetition_penalty=number("repetition_penalty", 1.0, REPETITION_PENALTIES),
+        presence_penalty=number("presence_penalty", 0.0, PENALTIES),
+        frequency_penalty=number("frequency_penalty", 0.0, PENALTIES),
         seed=sampling.seed if sampling.HasField("seed") else None,
         logit_bias=_logit_bias(sampling, limits, violations),
     )

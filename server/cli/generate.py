@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -55,6 +56,10 @@ def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s:
 @_with_fields(_SAMPLING)
 @_with_fields(_STOPPING)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be given several times.")
+@click.option("--json-schema", metavar="TEXT|FILE", help="The answer is JSON that this schema holds for.")
+@click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression.")
+@click.option("--grammar", metavar="TEXT|FILE", help="The answer follows this grammar, in Lark's notation.")
+@click.option("--choice", multiple=True, metavar="TEXT", help="The answer is this; give it for each that it may be.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end.")
 @click.option("--timeout", type=float, callback=_check_timeout, metavar="SECONDS", help="Give up after that.")
 def generate(prompt: str, address: str, stream: bool, timeout: float | None, **options: Any) -> None:
@@ -69,6 +74,30 @@ def generate(prompt: str, address: str, stream: bool, timeout: float | None, **o
             click.echo()
         else:
             click.echo(stub.Generate(pb2.GenerateRequest(**fields), timeout=timeout).text)
+
+
+def _constraint(options: dict[str, Any]) -> dict[str, Any]:
+    """The field of the one constraint that was given, if one was."""
+    texts = {name: options[name] for name in ("json_schema", "regex", "grammar") if options[name] is not None}
+    fields = {name: text if name == "regex" else _text_or_file(text) for name, text in texts.items()}
+    if options["choice"]:
+        fields["choice"] = pb2.Choice(options=options["choice"])
+    if len(fields) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in fields)
+        raise click.UsageError(f"{names} are given; an answer can be held to one of them")
+    return fields
+
+
+def _text_or_file(given: str) -> str:
+    try:
+        if not Path(given).is_file():
+            return given
+    except OSError:  # too long for a name
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"{given} can't be read: {error}") from None
 
 
 def _request_fields(text: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -87,4 +116,5 @@ def _request_fields(text: str, options: dict[str, Any]) -> dict[str, Any]:
     prompt: dict[str, Any] = {"text": text}
     if options["chat"]:
         prompt = {"chat": pb2.ChatPrompt(messages=[pb2.ChatMessage(role="user", content=text)])}
-    return {"adapter_id": options["adapter"], "sampling": sampling, "stopping": stopping, **prompt}
+    constraint = _constraint(options)
+    return {**constraint, "adapter_id": options["adapter"], "sampling": sampling, "stopping": stopping, **prompt}

@@ -127,11 +127,15 @@ SETTINGS = (
     Setting("context-length", EngineConfig, "context_length", int, "Prompt and answer in tokens; else the model's."),
     Setting("kv-tokens", EngineConfig, "kv_tokens", int, "Tokens that the KV cache holds; else what memory allows."),
     Setting("block-tokens", EngineConfig, "block_tokens", int, "Tokens in a KV block."),
+    Setting("prefix-cache", EngineConfig, "prefix_cache", bool, "Compute what prompts begin with alike only once."),
     Setting("adapter-pages", EngineConfig, "adapter_pages", int, "Pages of rank rows for adapters on the device."),
     Setting("adapter-host-bytes", EngineConfig, "adapter_host_bytes", int, "For copies of adapters in host memory."),
     Setting("lora-backend", EngineConfig, "lora_backend", str, "What computes the adapters' part."),
     Setting("adapter-probe", EngineConfig, "adapter_probe", bool, "Compare each adapter with a plain reference."),
     Setting("allow-no-effect", EngineConfig, "allow_no_effect", bool, "Take adapters that change nothing."),
+    Setting(
+        "speculative-tokens", EngineConfig, "speculative_tokens", int, "The most tokens a step guesses for a request."
+    ),
     Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),

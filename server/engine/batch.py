@@ -39,20 +39,32 @@ class DecodeGroup:
     visible: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Logit rows from `first_row` on that say how likely the prompt's tokens at `positions` were."""
+
+    sequence: Sequence
+    first_row: int
+    positions: range
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Everything the forward pass needs.
 
     input_ids, positions: int64 [1, T]; slots: int64 [T], the place of each token in the KV cache
-    (block * block_tokens + offset); logit_rows: int64 [n], the rows whose logits are wanted; plan: the adapters' work,
-    None where every row is a base row; logit_plan: the same on the logit rows alone, for
-    the head, which has no rank rows; None where no adapter of the step has a patch.
+    (block * block_tokens + offset); logit_rows: int64 [n], the rows whose logits are wanted; sample_rows: those of
+    the n that tokens are sampled from, in order; prompt_rows: those that report on prompts; plan: the adapters' work,
+    None where every row is a base row; logit_plan: the same on the logit rows alone, for the head, which has no rank
+    rows; None where no adapter of the step has a patch.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     logit_rows: torch.Tensor
+    sample_rows: tuple[int, ...]
+    prompt_rows: tuple[PromptRows, ...]
     plan: Plan | None
     logit_plan: Plan | None
     chunks: tuple[Chunk, ...]
@@ -101,43 +113,76 @@ class Batch:
         )
 
 
-def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device, *, every_row: bool = False) -> Batch:
-    """Lay out the picked tokens in the scheduler's order.
+@dataclass(slots=True)
+class _LogitRows:
+    """The rows whose logits a step wants, as they are laid out."""
 
-    every_row asks for the logits of each row, not only those that a token is sampled from.
+    rows: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    prompts: list[PromptRows] = field(default_factory=list)
+
+    def add_all(self, sequence: Sequence, at: range, row: int) -> None:
+        """Those of every position of `at`, of which the first is this row of the step."""
+        self._add(sequence, at, row)
+
+    def add(self, item: Scheduled, at: range, row: int) -> None:
+        """Those that the item needs: before each token of its prompt that it reports, and where it samples."""
+        reported = item.sequence.unreported(at)
+        if reported:
+            positions = range(reported.start + 1, reported.stop + 1)
+            self.prompts.append(PromptRows(item.sequence, len(self.rows), positions))
+            self._add(item.sequence, reported, row + reported.start - at.start)
+        if item.completes:
+            sampled = at[item.num_tokens - 1 :]
+            self.sampled += range(len(self.rows), len(self.rows) + len(sampled))
+            self._add(item.sequence, sampled, row + item.num_tokens - 1)
+
+    def _add(self, sequence: Sequence, at: range, row: int) -> None:
+        self.rows += range(row, row + len(at))
+        self.spans += _spans(sequence, at)
+
+
+def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device, *, every_row: bool = False) -> Batch:
+    """Lay out the picked tokens in the scheduler's order, each sequence's drafts after its own.
+
+    every_row asks for the logits of each row, not only those that a token is sampled from or a prompt is reported by.
     """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    logit_rows: list[int] = []
     chunks: list[Chunk] = []
     decodes: list[tuple[int, int, list[int]]] = []
     spans: list[Span] = []
-    logit_spans: list[Span] = []
+    wanted = _LogitRows()
     for item in picked:
         sequence, start = item.sequence, len(ids)
-        at = range(sequence.num_computed, sequence.num_computed + item.num_tokens)
-        ids += sequence.tokens[at.start : at.stop]
+        end = sequence.num_computed + item.num_tokens
+        at = range(sequence.num_computed, end + len(item.drafts))
+        ids += sequence.tokens[at.start : end]
+        ids += item.drafts
         positions += at
         slots += [sequence.blocks[i // block_tokens] * block_tokens + i % block_tokens for i in at]
-        if item.num_tokens == 1:
+        if len(at) == 1:
             decodes.append((start, at.stop, sequence.blocks))
         else:
             used = sequence.blocks[: -(-at.stop // block_tokens)]
-            chunks.append(Chunk(start, item.num_tokens, at.stop, torch.tensor(used, device=device)))
+            chunks.append(Chunk(start, len(at), at.stop, torch.tensor(used, device=device)))
         spans += _spans(sequence, at)
-        if every_row or item.completes:
-            wanted = at if every_row else at[-1:]
-            logit_rows += range(len(ids) - len(wanted), len(ids))
-            logit_spans += _spans(sequence, wanted)
+        if every_row:
+            wanted.add_all(sequence, at, start)
+        else:
+            wanted.add(item, at, start)
     plan = build_plan(spans, device)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, device=device),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(wanted.rows, dtype=torch.int64, device=device),
+        sample_rows=tuple(wanted.sampled),
+        prompt_rows=tuple(wanted.prompts),
         plan=plan,
-        logit_plan=build_plan(logit_spans, device) if plan is not None and plan.patches else None,
+        logit_plan=build_plan(wanted.spans, device) if plan is not None and plan.patches else None,
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=block_tokens,

@@ -1,9 +1,252 @@
-"""What an answer must match: compiled once, then one matcher an answer says which tokens may come next."""
+"""What an answer must match: compiled once, then one matcher an answer says which tokens may come next.
+
+The compiler is llguidance's. Its own limits bound the time of compiling and of every step after it.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from weft.errors import InvalidRequest
+from weft.server.engine.grammars import check_grammar
+from weft.server.engine.json_schemas import check_schema, parse_schema
+
+WHITESPACE = r"[ \t\r\n]{1,40}"
+"""Between the parts of a JSON value, if any: enough to indent by, and not without an end."""
+
+_SAMPLES = ('{"name": "Ada", "tags": [1, -2.5e3, true, null]}', "two  words\n\tand lines", "é 日本 😀")
+_LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+_STACK_BYTES = 64 << 20
+_MAX_REASON_CHARACTERS = 300
 
 
-class Constraint(Protocol):
+class Kind(Enum):
+    """How a constraint is written; the values are the fields of a request."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A constraint as it was asked for: one text, or of a choice several."""
+
+    kind: Kind
+    texts: tuple[str, ...]
+
+
+class Matcher:
+    """How far one answer has come with its constraint."""
+
+    def __init__(self, matcher: LLMatcher, kind: Kind, num_words: int) -> None:
+        self._matcher = matcher
+        self._kind = kind
+        self.num_words = num_words
+        """Of 32 tokens each, that `fill` sets."""
+
+    @property
+    def error(self) -> InvalidRequest | None:
+        """Why no token can be told any more: the constraint turned out too large to follow, or led nowhere."""
+        if not self._matcher.is_error():
+            return None
+        return InvalidRequest.of(self._kind.value, f"can't be followed any further: {_reason(self._matcher)}")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer is complete and nothing but its end can follow."""
+        return self._matcher.is_stopped() and self._matcher.is_accepting()
+
+    def fill(self, bits: NDArray[numpy.int32]) -> None:
+        """Set the bits of the tokens that may come next: int32 [num_words], the first in the lowest bit.
+
+        The end of the answer is among them where the answer is complete. None is where there is an `error`.
+        """
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._matcher.is_error():
+            bits.fill(0)
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen."""
+        self._matcher.consume_token(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
     """A compiled constraint; may be shared by any number of answers."""
+
+    kind: Kind
+    _compiled: LLMatcher
+    _num_words: int
+
+    def matcher(self) -> Matcher:
+        """For one answer, at its beginning."""
+        return Matcher(self._compiled.deep_copy(), self.kind, self._num_words)
+
+
+class UnsupportedTokenizer(ValueError):
+    """A tokenizer whose tokens are not known byte by byte."""
+
+
+def make_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
+    """The bytes of every token, and which of them end an answer. vocab_size: of the model's logits.
+
+    Raises UnsupportedTokenizer.
+    """
+    ends = sorted(eos_token_ids)
+    if not ends:
+        raise UnsupportedTokenizer("it has no token that ends an answer")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedTokenizer(f"{type(tokenizer).__name__} is none of the tokenizers library")
+    try:
+        vocabulary = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=ends)
+    except ValueError as error:
+        raise UnsupportedTokenizer(_one_line(str(error))) from error
+    for text in _SAMPLES:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        shown = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = [token for token in ids if token not in tokenizer.all_special_ids]
+        if vocabulary.decode_bytes(ids).decode(errors="replace").strip(" ") != str(shown).strip(" "):
+            raise UnsupportedTokenizer(f"its tokens for {text!r} have other bytes than their text")
+    return vocabulary
+
+
+class Compiler:
+    """Compiles constraints for one vocabulary. May be used from several threads."""
+
+    def __init__(self, vocabulary: LLTokenizer | UnsupportedTokenizer) -> None:
+        """vocabulary: as `make_vocabulary` gives it; or why there is none, with which each is refused."""
+        self._vocabulary = vocabulary
+
+    def compile(self, spec: Spec) -> Constraint:
+        """Raises InvalidRequest, with the field and what is wrong with it."""
+        field, vocabulary = spec.kind.value, self._vocabulary
+        if isinstance(vocabulary, UnsupportedTokenizer):
+            raise InvalidRequest.of(field, f"can't be followed with this model's tokenizer: {vocabulary}")
+        try:
+            grammar = _GRAMMARS[spec.kind](spec.texts)
+        except ValueError as error:
+            raise InvalidRequest.of(field, _one_line(str(error))) from None
+        compiled = _on_a_large_stack(lambda: _compile(vocabulary, grammar))
+        if compiled.is_error():
+            raise InvalidRequest.of(field, _reason(compiled))
+        return Constraint(spec.kind, compiled, -(-vocabulary.vocab_size // 32))
+
+
+def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
+    """The compiled grammar, or a matcher in error where it can't be compiled or no token can begin it."""
+    compiled = LLMatcher(vocabulary, grammar, log_level=0, limits=_LIMITS)
+    first = compiled.deep_copy()
+    first.compute_bitmask()
+    return first if first.is_error() else compiled
+
+
+def constrain(scores: torch.Tensor, rows: Seq[int], matchers: Seq[Matcher]) -> None:
+    """Make every token impossible that may not come next, in place. scores: float [n, vocab]; a matcher a row."""
+    allowed = allowed_tokens(matchers, scores.shape[-1], scores.device)
+    scores[rows] = scores[rows].masked_fill_(~allowed, float("-inf"))
+
+
+def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
+    """Whether no other token than these, int64 [n], is possible. row: [vocab]."""
+    possible = row > float("-inf")
+    return int(possible.sum()) == int(possible[ids].sum())
+
+
+def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Which tokens may come next: bool [n, vocab_size], a row a matcher, all of one vocabulary."""
+    bits = numpy.empty((len(matchers), matchers[0].num_words), dtype=numpy.int32)
+    for row, matcher in zip(bits, matchers, strict=True):
+        matcher.fill(row)
+    allowed = numpy.unpackbits(bits.view(numpy.uint8), axis=1, count=vocab_size, bitorder="little")
+    return torch.from_numpy(allowed).to(device).bool()
+
+
+def _json_schema_grammar(texts: Seq[str]) -> str:
+    r"""One spelling for each key, or \u0061 would pass for a key other than "a"; so no \u escapes."""
+    (text,) = texts
+    check_schema(parse_schema(text))
+    return LLMatcher.grammar_from_json_schema(
+        text, overrides={"whitespace_pattern": WHITESPACE, "json_allowed_escapes": 'nrbtf\\"'}
+    )
+
+
+def _regex_grammar(texts: Seq[str]) -> str:
+    (text,) = texts
+    return LLMatcher.grammar_from_regex(text)
+
+
+def _lark_grammar(texts: Seq[str]) -> str:
+    (text,) = texts
+    check_grammar(text)
+    return LLMatcher.grammar_from_lark(text)
+
+
+def _choice_grammar(texts: Seq[str]) -> str:
+    """Every character by its number, so that none means anything to a regular expression."""
+    return LLMatcher.grammar_from_regex("|".join("".join(f"\\x{{{ord(c):x}}}" for c in text) for text in texts))
+
+
+_GRAMMARS: Mapping[Kind, Callable[[Seq[str]], str]] = {
+    Kind.JSON_SCHEMA: _json_schema_grammar,
+    Kind.REGEX: _regex_grammar,
+    Kind.GRAMMAR: _lark_grammar,
+    Kind.CHOICE: _choice_grammar,
+}
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What the compiler says, in one line without its own inner state."""
+    error = matcher.get_error()
+    if error.startswith("NoExtension"):
+        return "nothing can follow that would match"
+    text = error.partition("<non-verbose/>")[0]
+    if text.startswith("oneOf constraints"):
+        return "oneOf is supported only where the compiler can tell its options apart: use anyOf"
+    inner = re.search(r"^error: (.+)$", text, re.MULTILINE)
+    return _one_line(inner.group(1) if inner else re.split(r"\n *\d+ \| ", text)[0])
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_REASON_CHARACTERS else line[:_MAX_REASON_CHARACTERS] + " …"
+
+
+_STACK_LOCK = threading.Lock()
+
+
+def _on_a_large_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """Run on a thread of its own: the compiler follows references by recursion, and a full stack ends the process.
+
+    The size of a stack can only be set for all threads that start; others may start meanwhile, which does no harm.
+    """
+    made: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, name="weft-compile", daemon=True)
+    with _STACK_LOCK:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return made.result()

@@ -12,16 +12,22 @@ import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+import torch
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, OutOfCapacity, WeftError
-from weft.server.engine.batch import build_batch
+from weft.server.engine.batch import PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
+from weft.server.engine.reports import Report, report
 from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
 from weft.server.engine.sampler import Sample, sample
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
+from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode, OutputText
 from weft.server.metrics import Metrics, StepStats
 
@@ -34,16 +40,22 @@ Event = tuple[Request, Delta | WeftError]
 _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, FinishReason.TIME_LIMIT.value})
 """Outcomes that leave keys and values behind from which no finite logits were seen to come."""
 
+_MAX_TEXTS = 1 << 16
+"""Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
 FORECAST_EVERY_S = 0.25
 """How often the requests that wait are looked over for those that will miss their deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request must fit in. context_length: prompt and answer together, in tokens."""
+    """What a request must fit in. context_length: prompt and answer together, in tokens.
+
+    is_by_cache: whether that is what the KV cache holds, and the model could do more.
+    """
 
     context_length: int
     vocab_size: int
+    is_by_cache: bool = False
 
 
 class Engine:
@@ -59,6 +71,7 @@ class Engine:
         release: Callable[[AdapterRef], None],
         metrics: Metrics,
         clock: Callable[[], float],
+        speculation: Speculation | None = None,
     ) -> None:
         """release gives an adapter version back; clock is monotonic, in seconds."""
         self.limits = limits
@@ -66,9 +79,11 @@ class Engine:
         self._model = model
         self._scheduler = scheduler
         self._decode = decode
+        self._text_of = lru_cache(maxsize=_MAX_TEXTS)(lambda token: decode([token]))
         self._eos_token_ids = eos_token_ids
         self._release = release
         self._metrics = metrics
+        self._speculation = speculation
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
         self._forecast = Forecast(scheduler.pace)
@@ -99,9 +114,10 @@ class Engine:
         """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist."""
         if not request.prompt:
             raise InvalidRequest.of("prompt", "is empty: give at least one token")
-        longest = self.limits.context_length - 1
+        longest = self.limits.context_length - (request.stopping.max_tokens > 0)
         if len(request.prompt) > longest:
-            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit")
+            hint = " in the KV cache: see --kv-tokens" if self.limits.is_by_cache else ""
+            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit{hint}")
         if max(request.prompt) >= self.limits.vocab_size:
             raise InvalidRequest.of(
                 "prompt",
@@ -117,6 +133,7 @@ class Engine:
             text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
             arrived_s=self.clock(),
+            matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence
         self._scheduler.add(sequence)
@@ -154,6 +171,9 @@ class Engine:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
                 self.begun.append(item.sequence.request)
+                self._observe_prefix(item.sequence)
+        if self._speculation is not None:
+            picked = self._speculation.extend(picked)
         events += self._run(picked)
         self._measure(picked, num_decodes, self.clock() - started_s)
         return events
@@ -172,11 +192,12 @@ class Engine:
 
     def _run(self, picked: Seq[Scheduled]) -> list[Event]:
         """Forward, sample, commit. A step that fails is run again for each request alone: the guilty end, no other."""
+        complete = [item for item in picked if item.completes]
         try:
             batch = build_batch(picked, self._scheduler.pool.block_tokens, self._model.device)
             logits = self._model.forward(batch)
-            complete = [item.sequence for item in picked if item.completes]
-            samples = sample(logits, complete, self._eos_token_ids) if complete else []
+            reports = [self._report(rows, logits) for rows in batch.prompt_rows]
+            samples = self._sample(complete, logits[list(batch.sample_rows)] if reports else logits)
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
             if len(picked) > 1:
                 return [event for item in picked for event in self._run([item])]
@@ -187,28 +208,104 @@ class Engine:
         for item in picked:
             item.sequence.num_computed += item.num_tokens
         now_s = self.clock()
-        return [self._commit(sequence, made, now_s) for sequence, made in zip(complete, samples, strict=True)]
+        events = self._take_reports(batch.prompt_rows, reports)
+        for item, made in zip(complete, samples, strict=True):
+            if item.sequence.request in self._sequences:
+                events += self._commit(item, made, now_s)
+        return events
 
-    def _commit(self, sequence: Sequence, made: Sample, now_s: float) -> Event:
-        """Append one token; publish it; end the sequence if it is the last."""
-        if not made.finite:
-            names = sequence.adapter_label or "the base model"
-            return self._fail(sequence, GenerationFailed(f"{names} gave logits that are not finite"))
+    def _sample(self, complete: Seq[Scheduled], logits: torch.Tensor) -> list[Seq[Sample]]:
+        """What is sampled after each sequence's last token and after each of its drafts. logits: a row for each."""
+        if not complete:
+            return []
+        sequences = [item.sequence for item in complete for _ in range(1 + len(item.drafts))]
+        ahead = [at for item in complete for at in range(1 + len(item.drafts))]
+        made = iter(sample(logits, sequences, self._eos_token_ids, ahead))
+        return [list(islice(made, 1 + len(item.drafts))) for item in complete]
+
+    def _report(self, rows: PromptRows, logits: torch.Tensor) -> list[Report]:
+        """How likely some tokens of a prompt were."""
+        request = rows.sequence.request
+        tokens = request.prompt[rows.positions.start : rows.positions.stop]
+        return report(logits[rows.first_row : rows.first_row + len(tokens)], tokens, request.top_logprobs)
+
+    def _take_reports(self, reported: Seq[PromptRows], reports: Seq[Seq[Report]]) -> list[Event]:
+        """Keep them for the first delta of each; a prompt whose logits are not finite fails."""
+        events: list[Event] = []
+        for rows, made in zip(reported, reports, strict=True):
+            sequence, prompt = rows.sequence, rows.sequence.request.prompt
+            sequence.report_prompt(
+                [
+                    Token(prompt[at], self._text_of(prompt[at]), one.logprob, one.rank, self._top(one.top))
+                    for at, one in zip(rows.positions, made, strict=True)
+                ]
+            )
+            if any(math.isnan(one.logprob) for one in made):
+                events.append(self._fail(sequence, _not_finite(sequence)))
+        return events
+
+    def _commit(self, item: Scheduled, made: Seq[Sample], now_s: float) -> list[Event]:
+        """Append what was sampled, up to the first draft that is wrong; publish it; end the sequence if it is complete.
+
+        made: what was sampled after the last token, and after each draft.
+        """
+        sequence = item.sequence
+        if item.drafts and not all(one.finite for one in made):
+            self._undraft(sequence)
+            return []
+        if not made[0].finite:
+            return [self._fail(sequence, _not_finite(sequence))]
+        self._scheduler.prefixes.publish(sequence)
+        if sequence.request.stopping.max_tokens == 0:
+            return [self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())]
+        token, text, reason = self._append(sequence, made[0])
+        tokens = [token]
+        for draft, one in zip(item.drafts, made[1:], strict=True):
+            if reason is not None or tokens[-1].id != draft:
+                break
+            token, new, reason = self._append(sequence, one)
+            tokens.append(token)
+            text += new
+        sequence.num_computed = len(sequence.tokens) - 1
+        self._learn(item, len(tokens) - 1)
+        self._observe_tokens(sequence, len(tokens), now_s)
+        if reason is not None:
+            return [self._finish(sequence, reason, now_s, text, tuple(tokens))]
+        return [(sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report()))]
+
+    def _learn(self, item: Scheduled, num_accepted: int) -> None:
+        if item.drafts and item.sequence.lookup is not None:
+            item.sequence.lookup.learn(len(item.drafts), num_accepted)
+            self._metrics.speculated(num_accepted, len(item.drafts) - num_accepted)
+
+    def _undraft(self, sequence: Sequence) -> None:
+        """Take back a step whose drafts gave values that are not finite: masked out, they still spoil the other rows.
+
+        The block they begin in is computed again, without any.
+        """
+        block_tokens = self._scheduler.pool.block_tokens
+        first = (len(sequence.tokens) - 1) // block_tokens
+        self._model.scrub(sequence.blocks[first:])
+        sequence.num_computed = first * block_tokens
+        if sequence.lookup is not None:
+            sequence.lookup.stop()
+
+    def _append(self, sequence: Sequence, made: Sample) -> tuple[Token, str, FinishReason | None]:
+        """One more token: as it is published, the text that became final with it, and why it is the last, if it is."""
         sequence.tokens.append(made.token)
-        self._observe_token(sequence, now_s)
         reason = self._stop_reason(sequence, made.token)
         piece, text = "", ""
         if reason is not FinishReason.STOP_TOKEN:
             may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
             piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(made.token)
+                reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
-        token = Token(made.token, piece, made.logprob, made.rank, self._top(made))
-        if reason is None:
-            return sequence.request, Delta(text, (token,))
-        if reason is not FinishReason.STOP_SEQUENCE:
+        elif reason is not None:
             text += sequence.text.flush()
-        return self._finish(sequence, reason, now_s, text, (token,))
+        return Token(made.token, piece, made.logprob, made.rank, self._top(made.top)), text, reason
 
     def _stop_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         stopping = sequence.request.stopping
@@ -220,8 +317,8 @@ class Engine:
             return FinishReason.CONTEXT_LENGTH
         return None
 
-    def _top(self, made: Sample) -> tuple[TopLogprob, ...]:
-        return tuple(TopLogprob(token, self._decode([token]), logprob) for token, logprob in made.top)
+    def _top(self, top: Iterable[tuple[int, float]]) -> tuple[TopLogprob, ...]:
+        return tuple(TopLogprob(token, self._text_of(token), logprob) for token, logprob in top)
 
     def _expire(self, now_s: float) -> list[Event]:
         """End what ran out of time: deadlines with an error, time limits with what there is."""
@@ -267,7 +364,7 @@ class Engine:
     ) -> Event:
         finish = sequence.finish(reason, now_s)
         self._retire(sequence, reason.value)
-        return sequence.request, Delta(text, tokens, finish)
+        return sequence.request, Delta(text, tokens, finish, sequence.take_prompt_report())
 
     def _fail(self, sequence: Sequence, error: WeftError) -> Event:
         self._retire(sequence, "deadline" if isinstance(error, DeadlineExceeded) else "error")
@@ -278,7 +375,7 @@ class Engine:
         request = sequence.request
         del self._sequences[request]
         if outcome in _UNVERIFIED:
-            self._model.scrub(sequence.blocks)
+            self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)
@@ -290,15 +387,22 @@ class Engine:
             e2e_s=self.clock() - sequence.arrived_s,
         )
 
-    def _observe_token(self, sequence: Sequence, now_s: float) -> None:
+    def _observe_prefix(self, sequence: Sequence) -> None:
+        if sequence.num_cached is not None:
+            self._metrics.prefix_cache(len(sequence.request.prompt), sequence.num_cached)
+
+    def _observe_tokens(self, sequence: Sequence, count: int, now_s: float) -> None:
+        """Several tokens that come at once share the time since the one before them."""
         label = sequence.adapter_label
-        if sequence.first_token_s is None or sequence.last_token_s is None or sequence.started_s is None:
-            sequence.first_token_s = now_s
+        last_s = sequence.last_token_s
+        if last_s is None or sequence.started_s is None:
+            last_s = sequence.first_token_s = now_s
             queue_s = (sequence.started_s or now_s) - sequence.arrived_s
             self._metrics.first_token(label, queue_s, now_s - sequence.arrived_s)
-        else:
-            self._metrics.inter_token(label, now_s - sequence.last_token_s)
-            self._forecast.token(now_s - sequence.last_token_s)
+            count -= 1
+        for _ in range(count):
+            self._metrics.inter_token(label, (now_s - last_s) / count)
+            self._forecast.token((now_s - last_s) / count)
         sequence.last_token_s = now_s
 
     def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:
@@ -316,6 +420,14 @@ class Engine:
             kv_blocks_used=pool.capacity - pool.num_free,
             kv_blocks_total=pool.capacity,
         )
+
+
+def _not_finite(sequence: Sequence) -> WeftError:
+    """Why no token can be chosen: a constraint that can't be followed any further, or the model."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return sequence.matcher.error
+    names = sequence.adapter_label or "the base model"
+    return GenerationFailed(f"{names} gave logits that are not finite")
 
 
 def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

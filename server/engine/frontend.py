@@ -46,21 +46,47 @@ class _Stop:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One answer on its way: iterate it for deltas; the last one has `finish` set."""
+    """One answer on its way: iterate it for deltas; the last one has `finish` set.
+
+    index: its place among the answers that share its queue of events.
+    """
 
     adapters: tuple[AdapterRef, ...]
-    events: asyncio.Queue[Delta | WeftError] = field(default_factory=asyncio.Queue)
+    index: int = 0
+    events: asyncio.Queue[tuple[int, Delta | WeftError]] = field(default_factory=asyncio.Queue)
     ended: bool = False
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Raises the WeftError that ended the request, if one did."""
-        while True:
-            event = await self.events.get()
-            if isinstance(event, WeftError):
-                raise event
-            yield event
-            if event.finish is not None:
-                return
+        async for _, delta in _follow(self.events, 1):
+            yield delta
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Answers that belong together: iterate for deltas of all as they come, each with its answer's index."""
+
+    members: Seq[Stream]
+
+    @property
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        return self.members[0].adapters
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Raises the WeftError that ended one of the requests first, if one did."""
+        return _follow(self.members[0].events, len(self.members))
+
+
+async def _follow(
+    events: asyncio.Queue[tuple[int, Delta | WeftError]], num_answers: int
+) -> AsyncIterator[tuple[int, Delta]]:
+    """What comes until so many answers are complete."""
+    while num_answers:
+        index, event = await events.get()
+        if isinstance(event, WeftError):
+            raise event
+        num_answers -= event.finish is not None
+        yield index, event
 
 
 class Frontend:
@@ -94,13 +120,22 @@ class Frontend:
 
         Raises Unavailable, OutOfCapacity, InvalidRequest or AdapterNotFound before anything is held.
         """
-        stream = self._submit(request)
+        async with self.streams([request]) as streams:
+            yield streams.members[0]
+
+    @asynccontextmanager
+    async def streams(self, requests: Seq[Request]) -> AsyncIterator[Streams]:
+        """As `stream`, for requests with the same adapters: all or none, and all on the same versions of them."""
+        members: list[Stream] = []
         try:
-            yield stream
+            for request in requests:
+                members.append(self._submit(request, members))
+            yield Streams(members)
         finally:
-            if not stream.ended:
-                self._inbox.put(_Cancel(request))
-                self._end(request)
+            for request, stream in zip(requests, members, strict=False):
+                if not stream.ended:
+                    self._inbox.put(_Cancel(request))
+                    self._end(request)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, let those in flight finish for up to `grace_s`, then end the thread."""
@@ -113,17 +148,20 @@ class Frontend:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _submit(self, request: Request) -> Stream:
+    def _submit(self, request: Request, others: Seq[Stream]) -> Stream:
+        """others: the streams that the new one belongs to."""
         if self._refusal is not None:
             raise Unavailable(self._refusal)
         self._gate.check(request)
         self._engine.check(request)
-        adapters = self._store.acquire_all(request.adapters)
-        stream = Stream(adapters)
+        if others:
+            stream = Stream(self._store.share(others[0].adapters), len(others), others[0].events)
+        else:
+            stream = Stream(self._store.acquire_all(request.adapters))
         self._streams[request] = stream
         self._gate.enter(request)
         self._idle.clear()
-        self._inbox.put(_Add(request, adapters))
+        self._inbox.put(_Add(request, stream.adapters))
         return stream
 
     def _end(self, request: Request) -> None:
@@ -141,7 +179,7 @@ class Frontend:
             stream = self._streams.get(request)
             if stream is None:  # cancelled meanwhile
                 continue
-            stream.events.put_nowait(event)
+            stream.events.put_nowait((stream.index, event))
             if isinstance(event, WeftError) or event.finish is not None:
                 self._end(request)
 

@@ -23,6 +23,7 @@ from weft.kernels.lora import BACKENDS
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
+from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
@@ -31,6 +32,7 @@ from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import expect, probe
 from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
 
@@ -38,6 +40,9 @@ _log = logging.getLogger(__name__)
 
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free after loading that the KV cache may take when nobody says how much."""
+
+_REPORTED_LOGITS = 1 << 25
+"""Logits that a step computes for the sake of prompts' log-probabilities: 128 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class LoadedEngine:
     store: AdapterStore
     tokenizer: PreTrainedTokenizerBase
     info: EngineInfo
+    compiler: Compiler
 
 
 def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
@@ -98,7 +104,8 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics, policy)
     kv_tokens = pool.capacity * pool.block_tokens
-    limits = Limits(_context_length(model, settings, kv_tokens), model.vocab_size)
+    context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
+    limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
@@ -111,6 +118,8 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             store.residency,
             FairQueue(dict(settings.adapter_weights)),
             Pace(settings.target_step_ms / 1000, FLOOR_BLOCKS * settings.block_tokens),
+            prefix_cache=settings.prefix_cache,
+            max_reported=max(1, _REPORTED_LOGITS // model.vocab_size),
         ),
         limits=limits,
         decode=_decoder(tokenizer),
@@ -118,6 +127,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         release=store.release,
         metrics=metrics,
         clock=time.monotonic,
+        speculation=Speculation(pool, settings.speculative_tokens, limits.context_length),
     )
     dtype = str(model.dtype).removeprefix("torch.")
     info = EngineInfo(
@@ -137,7 +147,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             f"({_mib(pages.page_bytes)} each) over {len(pages.sites)} modules"
         ),
     )
-    return LoadedEngine(engine, store, tokenizer, info)
+    return LoadedEngine(engine, store, tokenizer, info, _compiler(tokenizer, model.vocab_size, eos_token_ids))
 
 
 def _sources(config: ServerConfig) -> Sources:
@@ -151,6 +161,14 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # as in load_model: one line, whatever the files hold
         raise InvalidModel(f"{path} has no tokenizer that transformers can load: {one_line(error)}") from error
     return tokenizer
+
+
+def _compiler(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> Compiler:
+    try:
+        return Compiler(make_vocabulary(tokenizer, vocab_size, eos_token_ids))
+    except UnsupportedTokenizer as error:
+        _log.warning("answers can't be constrained with this model's tokenizer: %s", error)
+        return Compiler(error)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

@@ -14,6 +14,7 @@ from weft.errors import WeftError
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.pacing import Pace
+from weft.server.engine.prefix_cache import PrefixCache
 from weft.server.engine.sequence import Sequence
 
 PREFETCHED = 32
@@ -59,10 +60,14 @@ class AlwaysResident:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's share of one step: its next `num_tokens` pending tokens."""
+    """A sequence's share of one step: its next `num_tokens` pending tokens, and after the last of them `drafts`.
+
+    Drafts are guesses of what is sampled next: where they are right, one step gives several tokens.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def completes(self) -> bool:
@@ -74,10 +79,13 @@ class Scheduler:
     """Continuous batching under four budgets: tokens a step, running requests, KV blocks, adapters on the device.
 
     Decodes come first, then prompts in fair turns (see `fairness.py`), those already begun before those that wait, but
-    that those whose adapters are not there yet are passed by. A prompt gets all its blocks when it is admitted and is
-    computed in chunks of what the decodes leave of the token budget, and of the step's time (see `pacing.py`). When a
-    decode finds no free block, the youngest running sequence gives up its own and is computed again later: its tokens
-    stay, so its answer does too. So does one of the share that holds the most, when another's turn finds no room.
+    that those whose adapters are not there yet are passed by, and those that begin as a running one does which is about
+    to publish it. A prompt gets all its blocks when it is admitted and is computed in chunks of what the decodes leave
+    of the token budget, and of the step's time (see `pacing.py`). When a decode finds no free block, the youngest
+    running sequence of the lowest priority gives up its own and is computed again later: its tokens stay, so its answer
+    does too, and what it has published is found again if nobody needed the blocks meanwhile. So does one of the share
+    that holds the most, when another's turn finds no room. Nothing is swapped out: on a CPU the cache is host memory
+    already, and more of it serves better.
     """
 
     def __init__(
@@ -89,9 +97,16 @@ class Scheduler:
         residency: Residency | None = None,
         queue: FairQueue | None = None,
         pace: Pace | None = None,
+        *,
+        prefix_cache: bool = False,
+        max_reported: int = 1 << 30,
     ) -> None:
-        """scrub wipes the content of blocks that are given up in mid-computation. pace None: chunks as large as fit."""
+        """scrub wipes the content of blocks that are given up in mid-computation. pace None: chunks as large as fit.
+
+        max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
+        """
         self.pool = pool
+        self.prefixes = PrefixCache(pool, enabled=prefix_cache)
         self._scrub = scrub
         self._residency = residency or AlwaysResident()
         self.waiting = FairQueue() if queue is None else queue
@@ -102,6 +117,8 @@ class Scheduler:
         """Who can't be run, found while picking the last step, and why: theirs is to be removed."""
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
+        self._max_reported = max_reported
+        self._num_reported = 0
         self._turned_away: Sequence | None = None
 
     def add(self, sequence: Sequence) -> None:
@@ -114,6 +131,7 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
+        self._num_reported = 0
         self._make_way()
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
@@ -138,9 +156,10 @@ class Scheduler:
             self._turned_away = None
 
     def check(self) -> None:
-        """Audit the block pool against the sequences. Raises AssertionError."""
+        """Audit the block pool and the prefix cache against the sequences. Raises AssertionError."""
         self.pool.check(sequence.blocks for sequence in self.sequences())
         self.waiting.check()
+        self.prefixes.check(self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _make_way(self) -> None:
@@ -155,24 +174,25 @@ class Scheduler:
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
-        for sequence in list(self.running):
+        ranked = sorted(self.running, key=lambda sequence: -sequence.request.priority)
+        for sequence in tuple(ranked):
             holds_blocks = bool(sequence.blocks)  # not preempted a moment ago, for one before it
-            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence):
+            if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence, ranked):
                 self._pick(picked, sequence, 1)
         return picked
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decode its block, preempting from the youngest on; False where it was itself preempted."""
+    def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
+        """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""
         missing = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         while not self.pool.can_allocate(missing):
-            if self._preempt(self.running[-1]) is sequence:
+            if self._preempt(ranked.pop()) is sequence:
                 return False
         sequence.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         self._stop_running(sequence)
-        self._scrub(sequence.blocks)
+        self._scrub(self.pool.unpublished(sequence.blocks))
         self._release_blocks(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
@@ -199,9 +219,10 @@ class Scheduler:
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
+                ready = ready and not is_full and not self.prefixes.is_coming(sequence)
                 while begun and budget > 0 and self.waiting.turn_of(begun[0]) <= self.waiting.turn_of(sequence):
                     budget -= self._pick(picked, begun.popleft(), budget)
-                if ready and not is_full and budget > 0 and not self._fits(sequence):
+                if ready and budget > 0 and not self._fits(sequence):
                     self._turned_away = sequence
                 is_full = is_full or budget <= 0 or self._turned_away is not None
                 if ready and not is_full:
@@ -212,21 +233,33 @@ class Scheduler:
     def _fits(self, sequence: Sequence) -> bool:
         if len(self.running) >= self._max_running:
             return False
-        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)))
+        hits = self.prefixes.hits(sequence)
+        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)) - len(hits), beside=hits)
 
     def _admit(self, sequence: Sequence) -> Sequence:
         self.waiting.remove(sequence)
-        sequence.blocks = self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)))
+        self.prefixes.begin(sequence)
+        sequence.blocks += self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks))
         self.running.append(sequence)
         return sequence
 
     def _pick(self, picked: list[Scheduled], sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_pending, budget)
-        self.waiting.charge(sequence, num_tokens)
-        picked.append(Scheduled(sequence, num_tokens))
+        num_tokens = self._within_reports(sequence, min(sequence.num_pending, budget))
+        if num_tokens:
+            self.waiting.charge(sequence, num_tokens)
+            picked.append(Scheduled(sequence, num_tokens))
         return num_tokens
 
+    def _within_reports(self, sequence: Sequence, num_tokens: int) -> int:
+        """As many of the tokens as there is room to report on."""
+        start = sequence.num_computed
+        wanted = sequence.unreported(range(start, start + num_tokens))
+        fitting = wanted[: self._max_reported - self._num_reported]
+        self._num_reported += len(fitting)
+        return num_tokens if len(fitting) == len(wanted) else fitting.stop - start
+
     def _release_blocks(self, sequence: Sequence) -> None:
+        self.prefixes.end(sequence)
         self.pool.free(sequence.blocks)
         sequence.blocks = []
 

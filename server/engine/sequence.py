@@ -6,7 +6,10 @@ import random
 from dataclasses import dataclass, field
 
 from weft.adapters.residency import AdapterRef
-from weft.server.engine.request import Finish, FinishReason, Request
+from weft.server.engine.constraints import Matcher
+from weft.server.engine.edits import RowEdits
+from weft.server.engine.lookup import Lookup
+from weft.server.engine.request import Finish, FinishReason, Request, Token
 from weft.server.engine.text import OutputText
 
 NEVER = 1 << 62
@@ -19,7 +22,11 @@ class Sequence:
 
     There is no prefill and no decode state: a sequence has *pending* tokens, a step computes some of them, and when
     none is left the next token is sampled. A decoding sequence has one pending token; a preempted one has all of them
-    again.
+    again. What a prefix cache had is not pending.
+
+    num_cached: tokens that were not pending when it first ran; None before that, and without a prefix cache. For
+    `prefix_cache.py`: block_keys, of the full blocks; num_published, how many of those others may use; awaited_key, of
+    the block that another sequence is to compute first.
     """
 
     request: Request
@@ -33,6 +40,21 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    matcher: Matcher | None = None
+    """How far the answer has come with its constraint; None without one."""
+    num_cached: int | None = None
+    num_published: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    awaited_key: bytes = b""
+    lookup: Lookup | None = None
+    """Guesses what comes next; speculation makes it."""
+    edits: RowEdits | None = None
+    """What the request changes about its logits; the sampler makes it."""
+    prompt_report: list[Token] = field(default_factory=list)
+    """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
+    _num_reported: int = 0
+    _uniforms: list[float] = field(default_factory=list)
+    _first_uniform: int = 0
     _starts: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,8 +66,47 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def first_wanted(self) -> int:
+        """The first position whose logits are still wanted."""
+        reported_from = self.request.prompt_logprobs_from
+        if reported_from is None or self.num_generated:
+            return len(self.tokens) - 1
+        return min(reported_from, len(self.tokens)) - 1
+
+    @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def unreported(self, at: range) -> range:
+        """Positions of `at` whose logits say how likely the next token of the prompt was, where that is wanted."""
+        first = self.request.prompt_logprobs_from
+        if first is None:
+            return range(0)
+        start = max(at.start, first - 1 + self._num_reported)
+        return range(start, max(start, min(at.stop, len(self.request.prompt) - 1)))
+
+    def report_prompt(self, tokens: list[Token]) -> None:
+        """The next of the prompt's tokens that are wanted."""
+        self.prompt_report += tokens
+        self._num_reported += len(tokens)
+
+    def take_prompt_report(self) -> tuple[Token, ...]:
+        """What there is, to be given out: once."""
+        taken = tuple(self.prompt_report)
+        self.prompt_report.clear()
+        return taken
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) that picks a token: the next one, or one so many after it.
+
+        One number belongs to one place in the answer, however often it is asked for.
+        """
+        at = self.num_generated + ahead
+        del self._uniforms[: max(0, self.num_generated - self._first_uniform)]
+        self._first_uniform = self.num_generated
+        while self._first_uniform + len(self._uniforms) <= at:
+            self._uniforms.append(self.rng.random())
+        return self._uniforms[ahead]
 
     def start_of(self, invocation: tuple[int, ...]) -> int:
         """Where an adapter begins: at the last occurrence of its invocation in the prompt, never without one.
@@ -84,4 +145,5 @@ class Sequence:
             prefill_s=first - started,
             decode_s=now_s - first,
             stop_sequence=self.text.stop_sequence,
+            cached_prompt_tokens=self.num_cached or 0,
         )

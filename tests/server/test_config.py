@@ -26,6 +26,7 @@ RANGES = [
     (EngineConfig, "block_tokens", "--block-tokens", 1, 1024),
     (EngineConfig, "adapter_pages", "--adapter-pages", 0, 1 << 20),
     (EngineConfig, "adapter_host_bytes", "--adapter-host-bytes", 0, 1 << 50),
+    (EngineConfig, "speculative_tokens", "--speculative-tokens", 0, 64),
     (EngineConfig, "threads", "--threads", 1, 1024),
     (ServerConfig, "port", "--port", 0, 65535),
     (ServerConfig, "metrics_port", "--metrics-port", 0, 65535),

@@ -90,6 +90,8 @@ def test_every_name_that_routers_and_dashboards_read_is_there_before_the_first_r
         'vllm:e2e_request_latency_seconds_count{model_name="tiny"} 0.0',
         'vllm:prompt_tokens_total{model_name="tiny"} 0.0',
         'vllm:generation_tokens_total{model_name="tiny"} 0.0',
+        'vllm:prefix_cache_queries_total{model_name="tiny"} 0.0',
+        'vllm:prefix_cache_hits_total{model_name="tiny"} 0.0',
         "# TYPE vllm:request_success_total counter",
         'vllm:lora_requests_info{max_lora="0",running_lora_adapters="",waiting_lora_adapters=""} 1234.5',
         'weft_build_info{device="cpu",dtype="float32",model="tiny",version="1"} 1.0',
@@ -103,6 +105,15 @@ def test_refusals_are_counted_by_code(scraped: Scraped) -> None:
         scraped.metrics.refused(code)
     assert scraped.value("weft_refused_requests_total", code="not_found") == 2
     assert scraped.value("weft_refused_requests_total", code="invalid_argument") == 1
+
+
+def test_the_prefix_cache_is_counted_in_tokens(scraped: Scraped) -> None:
+    for queried, hit in ((20, 0), (30, 16)):
+        scraped.metrics.prefix_cache(queried, hit)
+    for prefix, labels in (("weft", {}), ("vllm:", MODEL)):
+        name = f"{prefix}{'' if prefix.endswith(':') else '_'}prefix_cache"
+        assert scraped.value(f"{name}_queries_total", **labels) == 50
+        assert scraped.value(f"{name}_hits_total", **labels) == 16
 
 
 def test_a_step_says_what_it_held(scraped: Scraped) -> None:

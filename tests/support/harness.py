@@ -33,6 +33,7 @@ class Answer:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    prompt: list[Token] = field(default_factory=list)
     finish: Finish | None = None
     error: WeftError | None = None
 
@@ -50,7 +51,9 @@ class Answer:
             self.error = event
         else:
             self.text += event.text
+            assert not (event.prompt and self.tokens), "the prompt comes with the first delta"
             self.tokens += event.tokens
+            self.prompt += event.prompt
             self.finish = event.finish
 
 

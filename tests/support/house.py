@@ -21,6 +21,8 @@ from weft.server.api.inference import InferenceServicer
 from weft.server.api.prompts import Prompts
 from weft.server.api.translation import RequestLimits
 from weft.server.app import Server
+from weft.server.engine.constraint_cache import ConstraintCache
+from weft.server.engine.constraints import Compiler, make_vocabulary
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2_grpc
 
 ENDLESS = 60_000
@@ -32,9 +34,12 @@ MAX_PROMPT_BYTES = 4096
 ADAPTER_PAGES = 16
 
 CHAT_TEMPLATE = (
+    "{% if mood %}({{ mood }}){% endif %}{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
     "{% for m in messages %}"
     "{% if m.role == 'villain' %}{{ raise_exception('villains are not served') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% if not loop.last or not continue_final_message %}</>{% endif %}"
+    "<{{ m.role }}{% if m.name %}:{{ m.name }}{% endif %}{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}>"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}!{{ call.name }}{% endfor %}"
+    "{% if not loop.last or not continue_final_message %}</>{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -81,8 +86,17 @@ class House:
     def variant(self, *, max_request_s: float = 600.0, has_chat_template: bool = True) -> Iterator[Any]:
         """A stub to a second port of the same engine, where InferenceService is set up in another way."""
         engine = self.frontend._engine
-        limits = RequestLimits(engine.limits.vocab_size, MAX_PROMPT_BYTES, has_chat_template)
-        servicer = InferenceServicer(self.frontend, Prompts(self.tokenizer), limits, engine.clock, max_request_s)
+        limits = RequestLimits(
+            vocab_size=engine.limits.vocab_size,
+            context_length=engine.limits.context_length,
+            max_prompt_bytes=MAX_PROMPT_BYTES,
+            max_requests=MAX_RUNNING + MAX_QUEUED,
+            has_chat_template=has_chat_template,
+        )
+        vocabulary = make_vocabulary(self.tokenizer, engine.limits.vocab_size, engine._eos_token_ids)
+        constraints = ConstraintCache(Compiler(vocabulary))
+        prompts = Prompts(self.tokenizer)
+        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, engine.clock, max_request_s)
 
         async def start() -> tuple[grpc.aio.Server, int]:
             edge = Edge(self.server._metrics.refused)

@@ -14,8 +14,9 @@ from google.rpc import error_details_pb2 as details_pb2
 from house import House, Refusal, generate, refusal, refusal_of
 
 from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
+from weft.server.api.chat import MAX_CHAT_MESSAGES
 from weft.server.api.edge import MAX_ITEMS, MAX_UNKNOWN_BYTES, Edge, EndedByEngine
-from weft.server.api.translation import MAX_ADAPTERS, MAX_CHAT_MESSAGES
+from weft.server.api.translation import MAX_ADAPTERS
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 

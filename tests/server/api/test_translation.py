@@ -43,7 +43,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (chat(), "chat.messages", "is empty"),
     (chat({"content": "hi"}), "chat.messages[0].role", "is empty"),
     (chat(USER, add_generation_prompt=True, continue_final_message=True), "chat.continue_final_message", "choose one"),
-    (chat({**USER, "content": "x" * 5000}), "chat.messages", f"has 5000 bytes; at most {MAX_PROMPT_BYTES}"),
+    (chat({**USER, "content": "x" * 5000}), "chat", f"has 5004 bytes; at most {MAX_PROMPT_BYTES}"),
     (chat(VILLAIN), "chat", "villains are not served"),
     (sampling(temperature=-0.1), "sampling.temperature", "is -0.1; must be at least 0 and at most 100"),
     (sampling(temperature=100.1), "sampling.temperature", "at most 100"),
@@ -59,8 +59,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (sampling(typical_p=0), "sampling.typical_p", "is 0"),
     (sampling(typical_p=1.01), "sampling.typical_p", "is 1.01"),
     (sampling(typical_p=NAN), "sampling.typical_p", "is nan"),
-    (sampling(repetition_penalty=0), "sampling.repetition_penalty", "is 0; must be above 0"),
-    (sampling(repetition_penalty=INF), "sampling.repetition_penalty", "is inf; must be finite, above 0"),
+    (sampling(repetition_penalty=0), "sampling.repetition_penalty", "is 0; must be at least 0.001 and at most 1000"),
+    (sampling(repetition_penalty=INF), "sampling.repetition_penalty", "is inf; must be finite, at least 0.001"),
     (sampling(repetition_penalty=NAN), "sampling.repetition_penalty", "is nan"),
     (sampling(presence_penalty=-2.1), "sampling.presence_penalty", "is -2.1; must be at least -2 and at most 2"),
     (sampling(presence_penalty=NAN), "sampling.presence_penalty", "is nan"),
@@ -171,7 +171,7 @@ def test_hundreds_of_violations_still_fit_in_the_trailers(house: House) -> None:
 def test_a_prompt_past_the_context_is_refused_with_the_numbers(house: House) -> None:
     prompt = {"token_ids": {"ids": [5] * 65536}}
     refused = refusal(lambda: house.inference.Generate(generate(**prompt)))
-    assert_bad_field(refused, "prompt", "has 65536 tokens; at most 65535 fit")
+    assert_bad_field(refused, "token_ids.ids", "has 65536 tokens; at most 65535 fit")
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,15 @@
-"""The sampler against transformers' own processors and warpers, row by row in a mixed batch."""
+"""What the sampler gives for a batch: tokens by each row's own rules and generator, and reports on them."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
+from weft.server.engine import sampler
 from weft.server.engine.request import Request, Sampling, Stopping
-from weft.server.engine.sampler import _draw, _process, sample
+from weft.server.engine.sampler import sample
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.text import OutputText
 
@@ -39,56 +29,6 @@ def logits(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def allowed(sampling: Sampling, row: torch.Tensor) -> set[int]:
-    """The tokens that can be drawn, found by sweeping the uniform number."""
-
-    class Sweep(random.Random):
-        at = 0
-
-        def random(self) -> float:
-            self.at += 1
-            return (self.at - 0.5) / 4000
-
-    sequence = make(sampling)
-    sequence.rng = Sweep()
-    return set(_draw(row.expand(4000, -1), [sequence] * 4000).tolist())
-
-
-@pytest.mark.parametrize(
-    ("sampling", "warpers"),
-    [
-        (Sampling(temperature=1.5, top_k=5), [TemperatureLogitsWarper(1.5), TopKLogitsWarper(5)]),
-        (Sampling(temperature=2.0, top_k=500), [TemperatureLogitsWarper(2.0)]),
-        (Sampling(temperature=2.0, top_p=0.8), [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.8)]),
-        (Sampling(temperature=2.0, min_p=0.05), [TemperatureLogitsWarper(2.0), MinPLogitsWarper(0.05)]),
-        (Sampling(temperature=1.7, typical_p=0.7), [TemperatureLogitsWarper(1.7), TypicalLogitsWarper(0.7)]),
-        (
-            Sampling(temperature=2.5, top_k=20, top_p=0.9, min_p=0.02),
-            [TemperatureLogitsWarper(2.5), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)],
-        ),
-    ],
-)
-def test_truncation_keeps_what_transformers_keeps(sampling: Sampling, warpers: list[object]) -> None:
-    for seed in range(5):
-        row = logits(1, seed)
-        kept = LogitsProcessorList(warpers)(torch.tensor([[1]]), row.clone())[0].softmax(-1)
-        likely = set((kept > 1 / 2000).nonzero().flatten().tolist())
-        possible = set((kept > 0).nonzero().flatten().tolist())
-        assert likely <= allowed(sampling, row) <= possible
-
-
-def test_penalties_equal_transformers_and_the_fields_formula() -> None:
-    row = logits(1)
-    ids = torch.tensor([list(PROMPT) + OUTPUT])
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, row.clone())
-    assert torch.allclose(_process(row, [make(Sampling(repetition_penalty=1.3))], EOS), expected)
-    expected = row.clone()
-    for token, times in Counter(OUTPUT).items():
-        expected[0, token] -= 0.5 + 0.25 * times
-    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    assert torch.allclose(_process(row, [make(sampling)], EOS), expected)
-
-
 def test_logit_bias_is_added() -> None:
     row = logits(1)
     assert sample(row, [make(Sampling(logit_bias={9: 100.0}))], EOS)[0].token == 9
@@ -99,8 +39,7 @@ def test_no_end_before_min_tokens() -> None:
     row = logits(1)
     row[0, 2] = row[0, 30] = 50.0
     stopping = Stopping(min_tokens=4, stop_token_ids=frozenset([30]))
-    expected = MinNewTokensLengthLogitsProcessor(0, 4, [2, 30], device="cpu")(torch.zeros(1, 3, dtype=torch.int64), row)
-    assert torch.equal(_process(row, [make(stopping=stopping)], EOS), expected)
+    assert sample(row, [make(stopping=stopping)], EOS)[0].token not in (2, 30)
     assert sample(row, [make(stopping=Stopping(min_tokens=3))], EOS)[0].token in (2, 30)
 
 
@@ -119,17 +58,41 @@ def test_a_row_samples_the_same_whatever_shares_the_batch() -> None:
     assert mixed[0].token == int(raw[0].argmax())
 
 
-def test_draws_follow_the_distribution() -> None:
-    row = logits(1)
-    sequence = make(Sampling(temperature=1.0, seed=3))
-    counts = torch.bincount(_draw(row.expand(20000, -1), [sequence] * 20000), minlength=VOCAB) / 20000
-    assert (counts - row[0].softmax(-1)).abs().max() < 0.015
+def test_a_batch_that_is_worked_on_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = logits(9)
+
+    def rows() -> list[Sequence]:
+        how = [Sampling(), Sampling(1.0, seed=1), Sampling(2.0, top_p=0.8, repetition_penalty=1.5, seed=2)]
+        return [make(how[i % 3], logprobs=True, top_logprobs=i) for i in range(9)]
+
+    whole = sample(raw, rows(), EOS)
+    monkeypatch.setattr(sampler, "_NUMBERS_AT_ONCE", 2 * VOCAB)
+    assert sample(raw, rows(), EOS) == whole
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
-    row = logits(1)
-    draws = [[_draw(row, [s]).item() for _ in range(20)] for s in (make(Sampling(1.0, seed=n)) for n in (5, 5, 6))]
-    assert draws[0] == draws[1] != draws[2]
+def draws(seed: int, ahead: int = 1) -> list[int]:
+    """Twenty tokens of one sequence, as many at a time as are asked for."""
+    sequence, made = make(Sampling(1.0, seed=seed)), []
+    while len(made) < 20:
+        drawn = sample(logits(1).expand(ahead, -1), [sequence] * ahead, EOS, range(ahead))
+        made += [one.token for one in drawn]
+        sequence.tokens += made[-ahead:]
+    return made[:20]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_the_same_seed_draws_the_same_and_another_does_not(seed: int) -> None:
+    assert draws(seed) == draws(seed) == draws(seed, ahead=3) != draws(seed + 1)
+
+
+def test_what_was_drawn_ahead_in_vain_is_drawn_again() -> None:
+    sequence = make(Sampling(1.0, seed=5))
+    made = []
+    for taken in (2, 1, 4, 3):
+        drawn = sample(logits(1).expand(4, -1), [sequence] * 4, EOS, range(4))
+        made += [one.token for one in drawn[:taken]]
+        sequence.tokens += made[-taken:]
+    assert made == draws(5)[:10]
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:

@@ -17,8 +17,9 @@ from weft.server.engine.text import OutputText
 BLOCK = 4
 
 
-def make(prompt: int) -> Sequence:
-    return Sequence(Request("r", tuple(range(prompt))), (), OutputText(lambda ids: ""), random.Random(0), 0.0)
+def make(prompt: int, priority: int = 0) -> Sequence:
+    request = Request("r", tuple(range(prompt)), priority=priority)
+    return Sequence(request, (), OutputText(lambda ids: ""), random.Random(0), 0.0)
 
 
 def advance(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
@@ -29,7 +30,9 @@ def advance(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
     for item in picked:
         item.sequence.num_computed += item.num_tokens
     for sequence in complete:
+        scheduler.prefixes.publish(sequence)
         sequence.tokens.append(7)
+    scheduler.check()
     return [(item.sequence, item.num_tokens) for item in picked]
 
 
@@ -70,6 +73,61 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back_with_its_toke
     assert advance(scheduler) == [(young, 9)]
 
 
+def test_a_low_priority_gives_way_before_a_young_one() -> None:
+    scheduler = Scheduler(BlockPool(1 + 6, BLOCK), max_batch_tokens=32, max_running=4)
+    low, old, young = make(7, priority=-1), make(7), make(7, priority=1)
+    for sequence in (low, old, young):
+        scheduler.add(sequence)
+    for _ in range(2):
+        advance(scheduler)
+    assert advance(scheduler) == [(young, 1), (old, 1)]
+    assert list(scheduler.waiting) == [low]
+
+
+def test_what_a_preempted_sequence_published_is_not_computed_again() -> None:
+    scheduler = Scheduler(BlockPool(1 + 4, BLOCK), max_batch_tokens=32, max_running=4, prefix_cache=True)
+    old, young = make(7), make(6, priority=-1)
+    scheduler.add(old)
+    advance(scheduler)
+    scheduler.add(young)
+    assert advance(scheduler) == [(old, 1), (young, 2)], "both begin alike"
+    while young in scheduler.running:
+        advance(scheduler)
+    assert (scheduler.num_preemptions, len(young.tokens)) == (1, 9)
+    for needed in range(2):
+        while needed and len(old.tokens) < 14:  # so that the old one needs another block
+            advance(scheduler)
+        assert len(scheduler.prefixes.hits(young)) == 2 - needed
+    scheduler.remove(old)
+    assert advance(scheduler) == [(young, 9 - BLOCK)]
+
+
+def test_those_that_begin_alike_wait_for_the_first_if_that_saves_them_half() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=16, max_running=8, prefix_cache=True)
+    first, same, longer, other = make(21), make(21), make(60), make(3)
+    for sequence in (first, same, longer, other):
+        scheduler.add(sequence)
+    assert advance(scheduler) == [(first, 16)]
+    assert advance(scheduler) == [(first, 5), (longer, 11)], "it has most to compute by itself"
+    assert advance(scheduler) == [(first, 1), (longer, 15)]
+    assert advance(scheduler)[2:] == []
+    scheduler.remove(longer)
+    assert advance(scheduler) == [(first, 1), (same, 1), (other, 3)]
+
+
+def test_when_the_one_that_computes_ends_early_the_next_computes() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=16, max_running=8, prefix_cache=True)
+    first, second, third = make(40), make(40), make(40)
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+    assert advance(scheduler) == [(first, 16)]
+    scheduler.remove(first)
+    assert advance(scheduler) == [(second, 16)]
+    assert advance(scheduler) == [(second, 16)]
+    assert advance(scheduler) == [(second, 8)]
+    assert advance(scheduler) == [(second, 1), (third, 4)]
+
+
 def test_a_prompt_waits_for_blocks_without_taking_any_from_a_running_sequence() -> None:
     scheduler = Scheduler(BlockPool(1 + 3, BLOCK), max_batch_tokens=32, max_running=4)
     running, waiting = make(8), make(8)
@@ -82,20 +140,27 @@ def test_a_prompt_waits_for_blocks_without_taking_any_from_a_running_sequence() 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    arrivals=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=14),
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 12), st.integers(0, 1)),
+        min_size=1,
+        max_size=14,
+    ),
     cancels=st.sets(st.integers(0, 13), max_size=4),
     blocks=st.integers(8, 20),
     budget=st.integers(4, 24),
+    prefix_cache=st.booleans(),
 )
 def test_every_history_keeps_the_budgets_and_serves_everybody(
-    arrivals: list[tuple[int, int, int]], cancels: set[int], blocks: int, budget: int
+    arrivals: list[tuple[int, int, int, int]], cancels: set[int], blocks: int, budget: int, prefix_cache: bool
 ) -> None:
-    scheduler = Scheduler(BlockPool(1 + blocks, BLOCK), max_batch_tokens=budget, max_running=4)
-    sequences = {i: make(prompt) for i, (_, prompt, _) in enumerate(arrivals)}
-    wanted = {i: tokens for i, (_, _, tokens) in enumerate(arrivals)}
+    scheduler = Scheduler(
+        BlockPool(1 + blocks, BLOCK), max_batch_tokens=budget, max_running=4, prefix_cache=prefix_cache
+    )
+    sequences = {i: make(prompt, priority) for i, (_, prompt, _, priority) in enumerate(arrivals)}
+    wanted = {i: tokens for i, (_, _, tokens, _) in enumerate(arrivals)}
     alive: set[int] = set()
     for at in range(2000):
-        arrived = {i for i, (step, _, _) in enumerate(arrivals) if step == at}
+        arrived = {i for i, (step, *_) in enumerate(arrivals) if step == at}
         for i in arrived:
             scheduler.add(sequences[i])
         alive |= arrived

@@ -1,4 +1,7 @@
-"""Anything that can be done to adapters, in any order, while requests run on few pages: no wrong token, no leak."""
+"""Anything that can be done to adapters, in any order, while requests run on few pages: no wrong token, no leak.
+
+All prompts begin alike, so that the prefix cache is at work in all of it.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,10 @@ from weft.errors import AdapterExists, AdapterNotFound, InvalidRequest, OutOfCap
 from weft.server.engine.request import Request, Stopping
 
 CONTENTS = {"c0": 8, "c1": 8, "c2": 4, "c3": 12, "c4": 16, "c5": 24}
+ACTIVATED = "c1"
+INVOCATION = (9, 8)
+SALTS = ["", "salt"]
+BLOCK = 4
 NAMES = ["x", "y", "z", "u", "v"]
 PAGES = 4
 PAGE_ROWS = 8
@@ -27,6 +34,9 @@ NUM_TOKENS = 10
 
 Expect = Callable[[tuple[str, ...], int], list[int]]
 """What a mix of contents answers to the prompt of a seed, alone and with room for everything."""
+
+Prefix = tuple[str, tuple[tuple[object, ...], ...]]
+"""A salt, and for each token what its keys and values depend on."""
 
 names = st.sampled_from(NAMES)
 contents = st.sampled_from(list(CONTENTS))
@@ -42,24 +52,45 @@ class Asked:
     seed: int
     was_pinned_against: bool = False
 
+    def prefix(self, num_tokens: int) -> Prefix:
+        """Its first tokens, prompt and answer, each with the contents at work in it and their weights."""
+        prompt = self.request.prompt
+        invoked = prompt.index(INVOCATION[0]) if INVOCATION[0] in prompt else None
+        mix = [(name, weight) for name, (_, weight) in zip(self.contents, self.request.adapters, strict=True)]
+        return self.request.cache_salt, tuple(
+            (token, *(part for part in mix if part[0] != ACTIVATED or (invoked is not None and at >= invoked)))
+            for at, token in enumerate([*prompt, *self.answer.ids][:num_tokens])
+        )
+
+    def prefixes(self) -> set[Prefix]:
+        """In full blocks, of what was computed."""
+        num_tokens = len(self.request.prompt) + len(self.answer.ids) - 1 if self.answer.ids else 0
+        return {self.prefix(end) for end in range(BLOCK, num_tokens + 1, BLOCK)}
+
 
 def pages(mix: set[str]) -> int:
     return sum(-(-CONTENTS[content] // PAGE_ROWS) for content in mix)
 
 
-def ask(mix: tuple[str, ...], seed: int) -> Request:
-    rng = random.Random(seed)
-    prompt = tuple(rng.randrange(3, VOCAB) for _ in range(1 + 5 * seed))
+def ask(mix: tuple[str, ...], seed: int, salt: str = "", priority: int = 0) -> Request:
+    """The prompts of all seeds begin alike; every other ends with an invocation and some tokens more."""
+    rng = random.Random(0)
+    prompt = tuple(rng.randrange(20, VOCAB) for _ in range(1 + 5 * seed)) + (*INVOCATION, 30, 31, 32) * (seed % 2)
     weights = tuple((name, 1.0 - 0.5 * i) for i, name in enumerate(mix))
-    return Request("+".join(mix), prompt, weights, stopping=Stopping(max_tokens=NUM_TOKENS, ignore_eos=True))
+    stopping = Stopping(max_tokens=NUM_TOKENS, ignore_eos=True)
+    return Request("+".join(mix), prompt, weights, stopping=stopping, cache_salt=salt, priority=priority)
 
 
 class Adapters(RuleBasedStateMachine):
-    """held: what each name stands for; pinned: which are. The harness is shared: each run leaves it empty."""
+    """held: what each name stands for; pinned: which are. The harness is shared: each run leaves it empty.
 
-    def __init__(self, harness: Harness, folder: Path, expect: Expect) -> None:
+    computed: the prefixes in full blocks that were computed so far, in earlier runs too.
+    """
+
+    def __init__(self, harness: Harness, folder: Path, expect: Expect, computed: set[Prefix]) -> None:
         super().__init__()
         self.harness, self.store, self.folder, self.expect = harness, harness.store, folder, expect
+        self.computed = computed
         self.held: dict[str, str] = {}
         self.pinned: set[str] = set()
         self.asked: list[Asked] = []
@@ -123,13 +154,18 @@ class Adapters(RuleBasedStateMachine):
                 assert tiers.make_room(tiers.num_free_pages + version.num_pages, [version])
 
     @precondition(lambda self: self.held)
-    @rule(picks=st.lists(st.integers(0, 10), max_size=3), seed=st.integers(0, 3))
-    def ask(self, picks: list[int], seed: int) -> None:
+    @rule(
+        picks=st.lists(st.integers(0, 10), max_size=3),
+        seed=st.integers(0, 3),
+        salt=st.sampled_from(SALTS),
+        priority=st.integers(0, 1),
+    )
+    def ask(self, picks: list[int], seed: int, salt: str, priority: int) -> None:
         known = sorted(self.held)
         mix = tuple(known[pick % len(known)] for pick in picks)
         wanted = {self.held[name] for name in mix}
         others = {self.held[name] for name in self.pinned} - wanted
-        request = ask(mix, seed)
+        request = ask(mix, seed, salt, priority)
         if pages(wanted) > PAGES - pages(others):
             with pytest.raises((InvalidRequest, OutOfCapacity), match="pages"):
                 self.harness.submit(request)
@@ -163,7 +199,17 @@ class Adapters(RuleBasedStateMachine):
             else:
                 expected = self.expect(asked.contents, asked.seed)
                 assert asked.answer.ids == expected[: len(asked.answer.ids)]
+        self.every_prefix_was_computed_by_an_equal()
         self.asked = [asked for asked in self.asked if not asked.answer.ended]
+
+    def every_prefix_was_computed_by_an_equal(self) -> None:
+        for asked in self.asked:
+            finish = asked.answer.finish
+            if finish is not None and finish.cached_prompt_tokens:
+                others = {prefix for other in self.asked if other is not asked for prefix in other.prefixes()}
+                assert asked.prefix(finish.cached_prompt_tokens) in self.computed | others
+        for asked in self.asked:
+            self.computed |= asked.prefixes()
 
     def set_pinned(self, name: str, pinned: bool) -> None:
         if pinned:
@@ -191,13 +237,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model("llama", root / "base", num_hidden_layers=1)
     save_tokenizer(root / "base")
     for seed, (name, rank) in enumerate(CONTENTS.items()):
-        make_adapter(model, root / "adapters" / name, seed, r=rank, target_modules=["q_proj", "v_proj", "down_proj"])
+        invocation = {"alora_invocation_tokens": list(INVOCATION)} if name == ACTIVATED else {}
+        modules = ["q_proj", "v_proj", "down_proj"]
+        make_adapter(model, root / "adapters" / name, seed, r=rank, target_modules=modules, **invocation)
     return root
 
 
 @pytest.mark.parametrize("host_bytes", [0, 30_000, 1 << 30])
 def test_whatever_happens_to_adapters_no_request_gets_a_wrong_token(folder: Path, host_bytes: int) -> None:
-    roomy = Harness(folder / "base", {name: folder / "adapters" / name for name in CONTENTS})
+    adapters = {name: folder / "adapters" / name for name in CONTENTS}
+    roomy = Harness(folder / "base", adapters, prefix_cache=False)
 
     @cache
     def expect(mix: tuple[str, ...], seed: int) -> list[int]:
@@ -209,14 +258,15 @@ def test_whatever_happens_to_adapters_no_request_gets_a_wrong_token(folder: Path
         {"c0": folder / "adapters" / "c0"},
         adapter_pages=PAGES,
         kv_tokens=128,
-        block_tokens=4,
+        block_tokens=BLOCK,
         max_running_requests=6,
         adapter_host_bytes=host_bytes,
     )
     harness.store.delete("c0")
     run_state_machine_as_test(
-        partial(Adapters, harness, folder / "adapters", expect),
+        partial(Adapters, harness, folder / "adapters", expect, set()),
         settings=settings(
             max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert harness.registry.get_sample_value("weft_prefix_cache_hits_total"), "no prefix was ever found"

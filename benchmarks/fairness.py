@@ -27,6 +27,7 @@ from rich.progress import Progress
 from shapes import SHAPES, make_base, write_adapters
 
 import weft
+from weft.server.config import EngineConfig
 
 ROOT = Path(weft.__file__).parents[2]
 OTHERS = [f"a{i:02d}" for i in range(19)]
@@ -36,6 +37,7 @@ TIMES = 50
 
 LONG_PROMPT = 8192
 NUM_DECODES = 40
+DEFAULT_TARGET_MS = EngineConfig().target_step_ms
 
 Tell = Callable[[str], None]
 
@@ -233,7 +235,7 @@ def main(quick: bool, output: Path, samples: Path | None) -> None:
         base = Path(scratch) / "base"
         make_base(effort.shape, base, max_position_embeddings=16384)
         crowding = measure_crowding(effort, base, Path(scratch) / "adapters", tell)
-        beside = measure_beside(effort, (0, 200), base, tell)
+        beside = measure_beside(effort, (0, DEFAULT_TARGET_MS), base, tell)
         tell(f"{effort.num_running} running requests")
         overhead = measure_overhead(base, SHAPES[effort.shape]["vocab_size"], effort.num_running)
     report = "\n".join(

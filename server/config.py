@@ -44,7 +44,7 @@ class EngineConfig:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 0
     max_queued_per_adapter: int = 0
-    target_step_ms: int = 200
+    target_step_ms: int = 100
     adapter_weights: tuple[tuple[str, float], ...] = ()
     context_length: int | None = None
     kv_tokens: int | None = None

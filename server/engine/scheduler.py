@@ -126,6 +126,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
+    def num_cached(self, sequence: Sequence) -> int:
+        """Tokens of one that waits which would not have to be computed if it began now."""
+        return len(self.prefixes.hits(sequence)) * self.pool.block_tokens
+
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that is running or waiting."""
         yield from self.running

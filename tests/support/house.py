@@ -28,6 +28,9 @@ from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_
 ENDLESS = 60_000
 """More tokens than the tiny model makes in any test's time: a request for so many runs until it is stopped."""
 
+MAX_REQUEST_S = 7 * 86400.0
+"""Enough for an endless request on any machine: one that can't be done in time at the current rate is refused."""
+
 MAX_RUNNING = 4
 MAX_QUEUED = 8
 MAX_PROMPT_BYTES = 4096
@@ -83,7 +86,7 @@ class House:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
     @contextmanager
-    def variant(self, *, max_request_s: float = 600.0, has_chat_template: bool = True) -> Iterator[Any]:
+    def variant(self, *, max_request_s: float = MAX_REQUEST_S, has_chat_template: bool = True) -> Iterator[Any]:
         """A stub to a second port of the same engine, where InferenceService is set up in another way."""
         engine = self.frontend._engine
         limits = RequestLimits(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from house import ADAPTER_PAGES, CHAT_TEMPLATE, ENDLESS, MAX_PROMPT_BYTES, MAX_QUEUED, MAX_RUNNING, House
+from house import ADAPTER_PAGES, CHAT_TEMPLATE, ENDLESS, MAX_PROMPT_BYTES, MAX_QUEUED, MAX_REQUEST_S, MAX_RUNNING, House
 from tiny import make_adapter, make_model, save_tokenizer
 from transformers import AutoTokenizer
 
@@ -51,6 +51,7 @@ def house(root: Path) -> Iterator[House]:
         metrics_port=0,
         source_roots=(root / "adapters",),
         drain_grace_s=0.0,
+        max_request_s=MAX_REQUEST_S,
         max_prompt_bytes=MAX_PROMPT_BYTES,
     )
     loop = asyncio.new_event_loop()

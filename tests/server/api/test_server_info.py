@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from house import ADAPTER_PAGES, MAX_QUEUED, MAX_RUNNING, House
+from house import ADAPTER_PAGES, MAX_QUEUED, MAX_REQUEST_S, MAX_RUNNING, House
 
 from weft.v1 import server_pb2 as pb2
 
@@ -28,7 +28,7 @@ def test_get_server_info(house: House) -> None:
     assert (limits.max_queued_tokens, limits.max_queued_requests_per_adapter) == (1 << 20, 64)
     assert limits.max_answers == limits.max_continuations == MAX_RUNNING + MAX_QUEUED
     assert limits.max_constraint_bytes == 65536
-    assert limits.max_request_time.ToSeconds() == 600
+    assert limits.max_request_time.ToSeconds() == MAX_REQUEST_S
     assert limits.kv_capacity_tokens >= 65536
     assert "stream" in info.capabilities
 

@@ -21,6 +21,8 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/prefixes.py
 	$(BIN)/python benchmarks/fairness.py
 

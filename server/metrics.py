@@ -118,9 +118,10 @@ class Metrics:
         self._refused = Counter(
             "weft_refused_requests", "Requests that the engine never had, by status code.", ["code"], registry=registry
         )
-        self._speculated = Counter(
+        speculated = Counter(
             "weft_speculative_tokens", "Tokens guessed ahead, by outcome.", ["outcome"], registry=registry
         )
+        self._accepted, self._rejected = speculated.labels("accepted"), speculated.labels("rejected")
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
         registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
@@ -145,8 +146,8 @@ class Metrics:
 
     def speculated(self, accepted: int, rejected: int) -> None:
         """So many tokens that were guessed were right, and so many were not."""
-        self._speculated.labels("accepted").inc(accepted)
-        self._speculated.labels("rejected").inc(rejected)
+        self._accepted.inc(accepted)
+        self._rejected.inc(rejected)
 
     def preempted(self) -> None:
         """A running request gave up its blocks."""

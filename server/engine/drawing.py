@@ -1,8 +1,8 @@
 """Logits to draws: temperature, truncation, and one uniform number a row.
 
 Names and meaning follow transformers' warpers, in their order: temperature, top-k, top-p, min-p, typical-p. None of
-them needs a vocabulary in order, only the place where to cut it, so hardly anything is ever sorted in full. Where
-several tokens are exactly as likely as the last one that is kept, all of them are.
+them needs a vocabulary in order, only the place where to cut it. Where several tokens are exactly as likely as the last
+one that is kept, all of them are.
 
 A row is z = (logits - the largest) / temperature, and weights = exp(z): 1 for the likeliest token, 0 for what is cut.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import TypeVar
 
-import numpy
 import torch
 
 from weft.server.engine.request import Sampling
+from weft.server.engine.selecting import largest, reach
 
 _SMALLEST_TEMPERATURE = 1e-30
 """Below it float32 has no full precision left; it is as good as greedy long before."""
@@ -93,70 +93,40 @@ def _keep(weights: torch.Tensor, values: torch.Tensor, lowest: torch.Tensor) -> 
 
 def _top_k(z: torch.Tensor, k: Seq[int]) -> torch.Tensor:
     """The k-th largest of each row, [n, 1]."""
-    return _largest(z, max(k)).gather(-1, torch.tensor(k, device=z.device)[:, None] - 1)
+    return largest(z, max(k)).gather(-1, torch.tensor(k, device=z.device)[:, None] - 1)
 
 
 def _top_p(z: torch.Tensor, weights: torch.Tensor, lowest: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """The smallest z of the fewest tokens whose probability reaches p, [n, 1] (Holtzman et al. 2020, nucleus)."""
-    wanted = p.double() * _mass(weights)
-    ends, reached = _nucleus(z, lowest, wanted, _CANDIDATES)
-    beyond = (~reached).flatten().nonzero().flatten()
+    wanted = _share(weights, p)
+    candidates = largest(z, _CANDIDATES)
+    mass = candidates.exp() * (candidates >= lowest)
+    upto = mass.cumsum(-1, dtype=torch.float64)
+    last = (upto < wanted).sum(-1, keepdim=True).clamp_(max=candidates.shape[-1] - 1)
+    ends = torch.maximum(candidates.gather(-1, last), lowest)
+    beyond = (upto[:, -1] < wanted[:, 0]).nonzero().flatten()
     if len(beyond):
-        ends[beyond], _ = _nucleus(z[beyond], lowest[beyond], wanted[beyond], z.shape[-1])
-    return ends
-
-
-def _nucleus(
-    z: torch.Tensor, lowest: torch.Tensor, wanted: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the nucleus ends, looked for among the `count` likeliest; and whether their mass reaches what is wanted."""
-    candidates = _largest(z, count)
-    mass = (candidates.exp() * (candidates >= lowest)).double()
-    upto = mass.cumsum(-1)
-    num_kept = (upto - mass < wanted).sum(-1, keepdim=True).clamp_(min=1)
-    reached = (upto[:, -1:] >= wanted) | (candidates[:, -1:] < lowest)
-    return torch.maximum(candidates.gather(-1, num_kept - 1), lowest), reached
+        ends[beyond] = -reach(z[beyond].abs(), weights[beyond], wanted[beyond])
+    return torch.maximum(ends, lowest)
 
 
 def _typical_p(z: torch.Tensor, weights: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """The weights of the tokens whose surprise is nearest to the entropy, up to mass p (Meister et al. 2022)."""
     mass = _mass(weights)
-    log_mass = mass.log().float()
-    surprise = log_mass - z
+    surprise = mass.log().float() - z
     entropy = (weights.double() * surprise.clamp(max=1e4)).sum(-1, keepdim=True) / mass
-    distance = (surprise - entropy.float()).abs_().masked_fill_(weights == 0, float("inf"))
-    nearest, theirs = _sorted_pairs(distance, weights)
-    last = (theirs.double().cumsum(-1) < p.double() * mass).sum(-1, keepdim=True).clamp_(max=z.shape[-1] - 1)
-    return weights * (distance <= nearest.gather(-1, last))
+    distance = (surprise - entropy.float()).abs_()
+    return weights * (distance <= reach(distance, weights, _share(weights, p)))
+
+
+def _share(weights: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """So much of the sum of each row, float64 [n, 1], and more than nothing."""
+    return (p.double() * _mass(weights)).clamp_(min=1e-300)
 
 
 def _mass(weights: torch.Tensor) -> torch.Tensor:
     """The sum of each row as float64 [n, 1]."""
     return weights.sum(-1, keepdim=True, dtype=torch.float64)
-
-
-def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` largest of each row, or all, from the largest down."""
-    count = min(count, values.shape[-1])
-    if values.device.type != "cpu":
-        return values.topk(count, dim=-1).values
-    rest = values.shape[-1] - count
-    largest = numpy.partition(values.numpy(), rest, axis=-1)[:, rest:] if rest else values.numpy().copy()
-    largest.sort(axis=-1)  # numpy's are ten times faster than torch's where the processor has AVX-512 or AVX2
-    return torch.from_numpy(largest[:, ::-1].copy())
-
-
-def _sorted_pairs(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's keys in ascending order, and the values that go with them: float32 that are not negative.
-
-    The bits of such numbers are in the order of the numbers, so that a pair is one integer.
-    """
-    packed = (keys.view(torch.int32).long() << 32) | values.view(torch.int32).long()
-    if packed.device.type == "cpu":
-        packed = torch.from_numpy(numpy.sort(packed.numpy(), axis=-1))
-    else:
-        packed = packed.sort(dim=-1).values
-    return (packed >> 32).int().view(torch.float32), packed.int().view(torch.float32)
 
 
 def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

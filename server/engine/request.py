@@ -93,10 +93,11 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One token of an answer, or of a prompt.
 
-    logprob and rank (1 = likeliest) are under the model's own distribution, before temperature, penalties and
-    truncation; None unless asked for.
+    text: what it completed of the answer; of a prompt's token, its own, apart from the others. logprob and rank
+    (1 = likeliest) are under the model's own distribution, before temperature, penalties and truncation; None unless
+    asked for.
     """
 
     id: int
@@ -124,7 +125,8 @@ class Finish:
 class Delta:
     """What one step added to an answer: text that is final, the tokens, and at the end how it finished.
 
-    prompt: with the first delta, the prompt's tokens that were asked for with their log-probabilities.
+    prompt: with the first delta, the prompt's tokens that were asked for with their log-probabilities; only the first
+    of them where the time limit came before the rest.
     """
 
     text: str

@@ -20,6 +20,9 @@ from weft.server.engine.sequence import Sequence
 _NUMBERS_AT_ONCE = 1 << 20
 """Logits that are worked on at a time, so that what is made of them stays in the processor's cache."""
 
+_ROWS_AT_ONCE = 64
+"""For small vocabularies: what is made of a row has a size of its own, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -46,7 +49,7 @@ def sample(
     a row ahead must need neither.
     """
     ahead = ahead or [0] * len(sequences)
-    rows = max(1, _NUMBERS_AT_ONCE // logits.shape[-1])
+    rows = min(max(1, _NUMBERS_AT_ONCE // logits.shape[-1]), _ROWS_AT_ONCE)
     return [
         made
         for at in range(0, len(sequences), rows)

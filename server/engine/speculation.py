@@ -21,7 +21,7 @@ SMALL_STEP = 16
 class Speculation:
     """Adds drafts to the decodes of a step as long as it is small, has the blocks, and they were right of late."""
 
-    def __init__(self, pool: BlockPool, num_drafts: int, context_length: int, small_step: int = SMALL_STEP) -> None:
+    def __init__(self, pool: BlockPool, num_drafts: int, context_length: int, small_step: int) -> None:
         """num_drafts: the most a sequence a step; small_step: the most tokens of a step that holds drafts."""
         self._pool = pool
         self._num_drafts = num_drafts

@@ -107,6 +107,13 @@ def test_refusals_are_counted_by_code(scraped: Scraped) -> None:
     assert scraped.value("weft_refused_requests_total", code="invalid_argument") == 1
 
 
+def test_guesses_are_counted_by_outcome(scraped: Scraped) -> None:
+    for accepted, rejected in ((3, 1), (0, 4)):
+        scraped.metrics.speculated(accepted, rejected)
+    assert scraped.value("weft_speculative_tokens_total", outcome="accepted") == 3
+    assert scraped.value("weft_speculative_tokens_total", outcome="rejected") == 5
+
+
 def test_the_prefix_cache_is_counted_in_tokens(scraped: Scraped) -> None:
     for queried, hit in ((20, 0), (30, 16)):
         scraped.metrics.prefix_cache(queried, hit)

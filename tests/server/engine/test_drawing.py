@@ -72,6 +72,7 @@ ALONE = [
     Sampling(temperature=1.7, typical_p=0.7),
     Sampling(temperature=1.0, typical_p=1e-12),
     Sampling(temperature=1.0, typical_p=1 - 1e-12),
+    Sampling(temperature=1.0, typical_p=1e-50, top_p=1e-50),
     Sampling(temperature=2.5, top_k=20, top_p=0.9, min_p=0.02, typical_p=0.9),
 ]
 

@@ -10,6 +10,7 @@ from features import make_all
 from harness import Harness
 from tiny import linear_names, make_adapter, make_model, save_tokenizer
 
+from weft.server.engine.drawing import draw, truncate
 from weft.server.engine.request import Request, Sampling, Stopping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -50,3 +51,20 @@ def test_everything_an_adapter_can_hold_gives_the_logits_of_the_cpu(name: str, t
     )
     for mine, theirs in zip(on_gpu, on_cpu, strict=True):
         assert ((mine.cpu() - theirs).norm() / theirs.norm()).item() < 1e-3
+
+
+def test_rows_are_drawn_as_on_the_cpu() -> None:
+    rows = torch.randn(6, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    params = [
+        Sampling(1.0),
+        Sampling(0.7, top_k=40),
+        Sampling(2.0, top_p=0.9),
+        Sampling(1.0, min_p=0.05),
+        Sampling(1.5, typical_p=0.8),
+        Sampling(1.3, top_k=100, top_p=0.95, min_p=0.01, typical_p=0.9),
+    ]
+    on_cpu, on_gpu = (truncate(each, each.amax(-1), params).cpu().double() for each in (rows, rows.cuda()))
+    assert torch.allclose(on_gpu / on_gpu.sum(-1, keepdim=True), on_cpu / on_cpu.sum(-1, keepdim=True), atol=1e-5)
+    uniforms = [(i + 0.5) / 6 for i in range(6)]
+    drawn = [draw(each, each.amax(-1), params, uniforms).tolist() for each in (rows, rows.cuda())]
+    assert drawn[0] == drawn[1]

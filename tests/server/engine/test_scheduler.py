@@ -178,7 +178,7 @@ def test_a_prompt_waits_for_blocks_without_taking_any_from_a_running_sequence() 
     assert waiting.blocks == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     arrivals=st.lists(
         st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 12), st.integers(0, 1)),

@@ -24,6 +24,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/prefixes.py
+	$(BIN)/python benchmarks/fairness.py
 
 check: $(READY) $(STUBS)/.ready
 	$(BIN)/ruff format --check

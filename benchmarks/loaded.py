@@ -99,6 +99,12 @@ class Client:
         answer = await self._stub.Generate(inference_pb2.GenerateRequest(**self._load.fields(adapter, seed)))
         assert len(answer.tokens) == self._load.new_tokens, "tokens are missing"
 
+    async def watch(self, adapter: str, seed: int, came_s: list[float]) -> None:
+        """Note when each message of tokens comes, until cancelled or answered."""
+        request = inference_pb2.StreamGenerateRequest(**self._load.fields(adapter, seed))
+        async for message in self._stub.StreamGenerate(request):
+            came_s += [time.perf_counter()] * bool(message.tokens)
+
     async def stream(self, adapter: str, seed: int = 0) -> Seen:
         request = inference_pb2.StreamGenerateRequest(**self._load.fields(adapter, seed))
         asked_s, came_s, count = time.perf_counter(), [], 0

@@ -35,9 +35,9 @@ from weft.v1 import inference_pb2, inference_pb2_grpc
 
 ROOT = Path(weft.__file__).parents[2]
 ADAPTER = "rank16"
-TURNS, OPENING, QUESTION, ANSWER = 8, 128, 64, 64
+TURNS, OPENING, QUESTION, ANSWER = 8, 128, 112, 16
 CROWD, SYSTEM, OWN = 16, 512, 32
-TIGHT, TIGHT_PROMPT, TIGHT_ANSWERS = 8, 192, (32, 64, 96, 128, 160, 192, 224, 256)
+TIGHT, TIGHT_PROMPT, TIGHT_ANSWERS = 8, 192, (16, 32, 48, 64, 80, 96, 112, 128)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,15 @@ RANKS = (8, 16, 32)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_base(shape: str, folder: Path) -> LlamaForCausalLM:
+def make_base(shape: str, folder: Path, max_position_embeddings: int = 2048) -> LlamaForCausalLM:
     """A float32 Llama with random weights and a byte tokenizer, saved as a Hugging Face folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.05, eos_token_id=0
+        **SHAPES[shape],
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        eos_token_id=0,
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)

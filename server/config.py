@@ -32,11 +32,11 @@ class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
-    machine runs best on one. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep
-    what was computed for prompts that begin alike. speculative_tokens: how many tokens a step guesses ahead for a
-    request at most; 0 for none. max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that
-    compute prompts beside decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are
-    not named.
+    machine runs best on one. memory_share: of what is left in the end, for the KV cache. adapter_host_bytes: what
+    copies of adapters may take in host memory. prefix_cache: keep what was computed for prompts that begin alike.
+    speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
+    max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
+    decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
     """
 
     max_batch_tokens: int = 512
@@ -44,14 +44,15 @@ class EngineConfig:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 0
     max_queued_per_adapter: int = 0
-    target_step_ms: int = 200
+    target_step_ms: int = 100
     adapter_weights: tuple[tuple[str, float], ...] = ()
     context_length: int | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
     prefix_cache: bool = True
-    adapter_pages: int = 256
-    adapter_host_bytes: int = 1 << 30
+    memory_share: float | None = None
+    adapter_pages: int | None = None
+    adapter_host_bytes: int | None = None
     lora_backend: str = "torch"
     adapter_probe: bool = True
     allow_no_effect: bool = False
@@ -70,6 +71,7 @@ class EngineConfig:
         _between("--context-length", self.context_length, 2, 1 << 24)
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)
+        _between("--memory-share", self.memory_share, 0.01, 1)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
         _between("--speculative-tokens", self.speculative_tokens, 0, 64)
@@ -82,8 +84,9 @@ class EngineConfig:
 
     @property
     def max_requests(self) -> int:
-        """That can be queued and running at once."""
-        return self.max_running_requests + self.max_queued_requests
+        """To one adapter that can be queued and running at once: as many as one request can ask answers for."""
+        queued = min(self.max_queued_requests, self.max_queued_per_adapter or self.max_queued_requests)
+        return self.max_running_requests + queued
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ MAX_ANSWERS = 16
 MAX_CONTINUATIONS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_CACHE_SALT_CHARACTERS = 128
+MAX_CALLER_CHARACTERS = 256
+CALLER_METADATA = ("x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id")
 ADAPTER_METADATA = ("x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite")
 
 GenerateRequest = pb2.GenerateRequest | pb2.StreamGenerateRequest
@@ -39,12 +41,15 @@ REPETITION_PENALTIES = Range(0.001, 1000)
 PRIORITIES = Range(-100, 100)
 NUM_SEEDS = 1 << 64
 
+MAX_REPEATS = 16
+"""How many times the longest text the prompts of a score's continuations may be together."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
     """What the loaded model and the configuration allow.
 
-    max_requests: that can be queued and running at once, which several answers and continuations are, too.
+    max_requests: to one adapter that can be queued and running at once, as several answers and continuations are.
     """
 
     vocab_size: int
@@ -104,16 +109,26 @@ def to_score_request(
     """As `to_engine_request`: what the requests of all continuations share, which generate nothing."""
     violations = Violations()
     translated = _shared(request, metadata, limits, deadline_s, violations)
-    if not request.continuations:
-        violations.add("continuations", "is empty; give at least one")
-    elif violations.fits(request.continuations, "continuations", limits.max_continuations):
-        for index, continuation in enumerate(request.continuations):
-            if not continuation:
-                violations.add(f"continuations[{index}]", "is empty; give a text")
-        num_bytes = sum(len(continuation.encode()) for continuation in request.continuations)
-        violations.size(num_bytes, "continuations", limits.max_prompt_bytes)
+    _check_continuations(request, limits, violations)
     violations.raise_any()
     return replace(translated, stopping=Stopping(max_tokens=0))
+
+
+def _check_continuations(request: pb2.ScoreRequest, limits: RequestLimits, violations: Violations) -> None:
+    path, continuations = "continuations", request.continuations
+    if not continuations:
+        violations.add(path, "is empty; give at least one")
+    elif violations.fits(continuations, path, limits.max_continuations):
+        for index, continuation in enumerate(continuations):
+            if not continuation:
+                violations.add(f"{path}[{index}]", "is empty; give a text")
+        num_bytes = sum(len(continuation.encode()) for continuation in continuations)
+        violations.size(num_bytes, path, limits.max_prompt_bytes)
+        before, most = len(request.text.encode()) * len(continuations), MAX_REPEATS * limits.max_prompt_bytes
+        if before > most:
+            violations.add(
+                path, f"has {len(continuations)} entries, before each the text: {before} bytes; at most {most}"
+            )
 
 
 def _shared(
@@ -129,6 +144,7 @@ def _shared(
         prompt=(),
         adapters=_adapters(request, metadata, violations),
         priority=violations.number(request, "priority", 0, PRIORITIES),
+        caller=_caller(metadata, violations),
         cache_salt=request.cache_salt,
         deadline_s=deadline_s,
     )
@@ -163,6 +179,16 @@ def _request_id(given: str, violations: Violations) -> str:
     if len(given) <= MAX_REQUEST_ID_CHARACTERS and not given.isprintable():
         violations.add("request_id", f"is {given!r}; must be printable")
     return given or uuid.uuid4().hex
+
+
+def _caller(metadata: Metadata, violations: Violations) -> str:
+    """Who asks, by the word of the gateway in front; empty where it says nothing."""
+    said = {str(value): key for key, value in metadata if key in CALLER_METADATA and value}
+    if len(said) > 1:
+        violations.add(f"metadata {max(said.values())}", f"names callers that disagree: {', '.join(map(repr, said))}")
+    for caller, key in said.items():
+        violations.length(caller, f"metadata {key}", MAX_CALLER_CHARACTERS)
+    return next(iter(said), "")
 
 
 def _adapters(request: AnyRequest, metadata: Metadata, violations: Violations) -> tuple[tuple[str, float], ...]:

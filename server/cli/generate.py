@@ -30,6 +30,11 @@ _STOPPING: Mapping[str, tuple[Any, str]] = {
     "max_tokens": (int, "The longest answer."),
     "min_tokens": (int, "The shortest answer."),
 }
+_REQUEST: Mapping[str, tuple[Any, str]] = {
+    "n": (int, "So many answers, each by a seed of its own; needs a temperature."),
+    "priority": (int, "Higher goes first."),
+    "cache_salt": (str, "Share what is computed for prompts that begin alike only where this is the same."),
+}
 
 
 def _with_fields(fields: Mapping[str, tuple[Any, str]]) -> Callable[[Any], Callable[..., Any]]:
@@ -55,6 +60,7 @@ def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s:
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message.")
 @_with_fields(_SAMPLING)
 @_with_fields(_STOPPING)
+@_with_fields(_REQUEST)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be given several times.")
 @click.option("--json-schema", metavar="TEXT|FILE", help="The answer is JSON that this schema holds for.")
 @click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression.")
@@ -64,16 +70,29 @@ def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s:
 @click.option("--timeout", type=float, callback=_check_timeout, metavar="SECONDS", help="Give up after that.")
 def generate(prompt: str, address: str, stream: bool, timeout: float | None, **options: Any) -> None:
     """Answer PROMPT (`-` reads it from standard input)."""
+    if stream and (options["n"] or 1) > 1:
+        raise click.UsageError("--stream shows one answer as it comes; --n asks for several")
     text = sys.stdin.read() if prompt == "-" else prompt
-    fields = _request_fields(text, options)
+    request = _request(text, options)
     with connected(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         if stream:
-            for message in stub.StreamGenerate(pb2.StreamGenerateRequest(**fields), timeout=timeout):
+            twin = pb2.StreamGenerateRequest()
+            twin.ParseFromString(request.SerializeToString())
+            for message in stub.StreamGenerate(twin, timeout=timeout):
                 click.echo(message.text, nl=False)
             click.echo()
         else:
-            click.echo(stub.Generate(pb2.GenerateRequest(**fields), timeout=timeout).text)
+            _show(stub.Generate(request, timeout=timeout))
+
+
+def _show(response: pb2.GenerateResponse) -> None:
+    """The answer; of several, each under a line that numbers it."""
+    answers: list[pb2.GenerateResponse | pb2.Alternative] = [response, *response.alternatives]
+    for number, answer in enumerate(answers, 1):
+        if len(answers) > 1:
+            click.echo(f"--- {number} of {len(answers)}")
+        click.echo(answer.text)
 
 
 def _constraint(options: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +119,12 @@ def _text_or_file(given: str) -> str:
         raise click.UsageError(f"{given} can't be read: {error}") from None
 
 
-def _request_fields(text: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a request; ranges are the server's to check, and what is not given is not set."""
+def _request(text: str, options: dict[str, Any]) -> pb2.GenerateRequest:
+    """The request; ranges are the server's to check, and what is not given is not set."""
+    prompt: dict[str, Any] = {"text": text}
+    if options["chat"]:
+        prompt = {"chat": pb2.ChatPrompt(messages=[pb2.ChatMessage(role="user", content=text)])}
+    constraint = _constraint(options)
     try:
         sampling = pb2.Sampling(**{name: options[name] for name in _SAMPLING})
         stopping = pb2.Stopping(
@@ -109,12 +132,15 @@ def _request_fields(text: str, options: dict[str, Any]) -> dict[str, Any]:
             stop_sequences=options["stop"],
             ignore_eos=options["ignore_eos"],
         )
+        return pb2.GenerateRequest(
+            adapter_id=options["adapter"],
+            sampling=sampling,
+            stopping=stopping,
+            **{name: options[name] for name in _REQUEST},
+            **constraint,
+            **prompt,
+        )
     except UnicodeError:
         raise
     except ValueError as error:
         raise click.UsageError(f"a number is too large or too small to be sent ({error})") from None
-    prompt: dict[str, Any] = {"text": text}
-    if options["chat"]:
-        prompt = {"chat": pb2.ChatPrompt(messages=[pb2.ChatMessage(role="user", content=text)])}
-    constraint = _constraint(options)
-    return {**constraint, "adapter_id": options["adapter"], "sampling": sampling, "stopping": stopping, **prompt}

@@ -126,6 +126,7 @@ SETTINGS = (
     ),
     Setting("context-length", EngineConfig, "context_length", int, "Prompt and answer in tokens; else the model's."),
     Setting("kv-tokens", EngineConfig, "kv_tokens", int, "Tokens that the KV cache holds; else what memory allows."),
+    Setting("memory-share", EngineConfig, "memory_share", float, "Of what is left in the end, for the KV cache."),
     Setting("block-tokens", EngineConfig, "block_tokens", int, "Tokens in a KV block."),
     Setting("prefix-cache", EngineConfig, "prefix_cache", bool, "Compute what prompts begin with alike only once."),
     Setting("adapter-pages", EngineConfig, "adapter_pages", int, "Pages of rank rows for adapters on the device."),

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from weft.errors import InvalidRequest
 from weft.server.engine.grammars import check_grammar
-from weft.server.engine.json_schemas import check_schema, parse_schema
+from weft.server.engine.json_schemas import InvalidSchema, check_schema, parse_schema
 
 WHITESPACE = r"[ \t\r\n]{1,40}"
 """Between the parts of a JSON value, if any: enough to indent by, and not without an end."""
@@ -179,9 +179,13 @@ def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device
 def _json_schema_grammar(texts: Seq[str]) -> str:
     r"""One spelling for each key, or \u0061 would pass for a key other than "a"; so no \u escapes."""
     (text,) = texts
-    check_schema(parse_schema(text))
+    schema = parse_schema(text)
+    check_schema(schema)
+    if schema is False:
+        raise InvalidSchema("", "is false: no value matches it")
     return LLMatcher.grammar_from_json_schema(
-        text, overrides={"whitespace_pattern": WHITESPACE, "json_allowed_escapes": 'nrbtf\\"'}
+        "{}" if schema is True else text,
+        overrides={"whitespace_pattern": WHITESPACE, "json_allowed_escapes": 'nrbtf\\"'},
     )
 
 

@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, OutOfCapacity, WeftError
+from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
 from weft.server.engine.batch import PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
@@ -42,8 +42,6 @@ _UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, Fini
 
 _MAX_TEXTS = 1 << 16
 """Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
-FORECAST_EVERY_S = 0.25
-"""How often the requests that wait are looked over for those that will miss their deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,6 @@ class Engine:
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
         self._forecast = Forecast(scheduler.pace)
-        self._forecast_at_s = -math.inf
         self.begun: list[Request] = []
         """Who ran for the first time in the last step."""
 
@@ -336,23 +333,8 @@ class Engine:
 
     def _give_up(self, now_s: float) -> list[Event]:
         """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
-        if not self._scheduler.waiting or now_s < self._forecast_at_s + FORECAST_EVERY_S:
-            return []
-        self._forecast_at_s = now_s
-        late: list[tuple[Sequence, OutOfCapacity]] = []
-        tokens_ahead = 0
-        for sequence in self._scheduler.waiting.forecast():
-            deadline_s = sequence.request.deadline_s
-            finish_s = self._forecast.finish_s(sequence, tokens_ahead) if deadline_s is not None else None
-            if deadline_s is None or finish_s is None or now_s + finish_s <= deadline_s:
-                tokens_ahead += sequence.num_pending
-                continue
-            left_s = deadline_s - now_s
-            message = (
-                f"at the current rate the answer takes another {finish_s:.1f} s at least, after {tokens_ahead} prompt "
-                f"tokens that go before it; its deadline is in {left_s:.1f} s"
-            )
-            late.append((sequence, OutOfCapacity(message, retry_after_s=finish_s - left_s)))
+        scheduler = self._scheduler
+        late = self._forecast.late(scheduler.waiting, scheduler.num_cached, now_s, is_idle=not scheduler.running)
         return [self._fail(sequence, error) for sequence, error in late]
 
     def _finish(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from weft.errors import OutOfCapacity
+from weft.server.engine.fairness import FairQueue
 from weft.server.engine.pacing import Pace
 from weft.server.engine.sequence import Sequence
 
 MEASURED_S = 1.0
 """Time with a queue after which its rate means something."""
 
-_MEMORY_S = 10.0
+EVERY_S = 0.25
+"""How often the requests that wait are looked over."""
+
+_MEMORY_S = 30.0
 """Age at which a measurement counts 1/e."""
 
 _GAP_WEIGHT = 0.05
@@ -25,6 +31,7 @@ class Forecast:
         self._waited_s = 0.0
         self._started_tokens = 0.0
         self._gap_s: float | None = None
+        self._looked_s = -math.inf
 
     @property
     def queued_token_s(self) -> float | None:
@@ -43,15 +50,45 @@ class Forecast:
         """A running request got a token, so long after the one before."""
         self._gap_s = gap_s if self._gap_s is None else self._gap_s + _GAP_WEIGHT * (gap_s - self._gap_s)
 
-    def finish_s(self, sequence: Sequence, tokens_ahead: int) -> float | None:
+    def late(
+        self, waiting: FairQueue, num_cached: Callable[[Sequence], int], now_s: float, *, is_idle: bool
+    ) -> list[tuple[Sequence, OutOfCapacity]]:
+        """Who waits and can't meet its deadline at the current rate, looked for every EVERY_S; the errors say why.
+
+        num_cached: tokens of one that need not be computed. is_idle: nothing runs. Then the rate is an old one, and the
+        next request is not refused, since only one that runs makes it new.
+        """
+        if not waiting or now_s < self._looked_s + EVERY_S:
+            return []
+        self._looked_s = now_s
+        found: list[tuple[Sequence, OutOfCapacity]] = []
+        tokens_ahead = 0
+        for sequence in waiting.forecast():
+            deadline_s = sequence.request.deadline_s
+            may_run_now = is_idle and not tokens_ahead
+            finish_s = None if may_run_now else self.finish_s(sequence, tokens_ahead)
+            if finish_s is not None and deadline_s is not None and now_s + finish_s > deadline_s:
+                finish_s = self.finish_s(sequence, tokens_ahead, num_cached(sequence))
+            if finish_s is None or deadline_s is None or now_s + finish_s <= deadline_s:
+                tokens_ahead += sequence.num_pending
+                continue
+            left_s = deadline_s - now_s
+            message = (
+                f"at the current rate the answer takes another {finish_s:.1f} s at least, after {tokens_ahead} prompt "
+                f"tokens that go before it; its deadline is in {left_s:.1f} s"
+            )
+            found.append((sequence, OutOfCapacity(message, retry_after_s=finish_s - left_s)))
+        return found
+
+    def finish_s(self, sequence: Sequence, tokens_ahead: int, num_cached: int = 0) -> float | None:
         """Seconds until one that waits is done, if its answer is as short as it can be; None: not known.
 
-        tokens_ahead: of the prompts that will begin before.
+        tokens_ahead: of the prompts that will begin before; num_cached: of its own, that need not be computed.
         """
         per_token_s = self.queued_token_s
         if per_token_s is None or self._gap_s is None or self._pace.prompt_token_s is None:
             return None
-        own_s = sequence.num_pending * min(self._pace.prompt_token_s, per_token_s)
+        own_s = (sequence.num_pending - num_cached) * min(self._pace.prompt_token_s, per_token_s)
         return tokens_ahead * per_token_s + own_s + certain_tokens(sequence) * self._gap_s
 
 

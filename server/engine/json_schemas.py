@@ -154,9 +154,9 @@ def _check_keywords(node: Schema, pointer: str) -> None:
             raise InvalidSchema(f"{pointer}/{key}", "must be an array")
         known = key in _ONE or key in _MANY or key in _NAMED or key in _PLAIN or key in _ANNOTATIONS
         if not known and (not key.startswith("x-") or key == "x-guidance"):
-            raise InvalidSchema(pointer or "/", f"has the keyword {key!r}, which is not supported")
+            raise InvalidSchema(pointer, f"has the keyword {key!r}, which is not supported")
     if "additionalItems" in node and not isinstance(node.get("items"), list):
-        raise InvalidSchema(pointer or "/", "has additionalItems without an array of items, where it means nothing")
+        raise InvalidSchema(pointer, "has additionalItems without an array of items, where it means nothing")
     _check_min_properties(node, pointer)
     _check_characters(node, pointer)
 
@@ -179,7 +179,7 @@ def _check_characters(node: Schema, pointer: str) -> None:
     if any(_CONTROL.search(text) for text in texts) or any(
         _CONTROL_ESCAPE.search(_CONTROL_RANGE.sub("", text)) for text in patterns if isinstance(text, str)
     ):
-        raise InvalidSchema(pointer or "/", "names a control character that JSON can't write without a \\u escape")
+        raise InvalidSchema(pointer, "names a control character that JSON can't write without a \\u escape")
 
 
 def _texts(value: Any) -> Iterator[str]:

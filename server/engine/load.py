@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from weft.adapters.base import ModuleKind
 from weft.adapters.downloads import Limits as DownloadLimits
 from weft.adapters.downloads import ProgressLog
 from weft.adapters.pages import PageConfig, PagePool
@@ -27,19 +25,19 @@ from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
-from weft.server.engine.probe import expect, probe
+from weft.server.engine.probe import Expectation, expect, probe
 from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.sequence import NEVER
+from weft.server.engine.sizing import AdapterRoom, Trial, adapter_room, describe_pages, fit_kv_tokens, mask_bytes, mib
 from weft.server.engine.speculation import SMALL_STEP, Speculation
 from weft.server.engine.text import Decode
 from weft.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-
-_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
-"""Share of the memory that is free after loading that the KV cache may take when nobody says how much."""
 
 _REPORTED_LOGITS = 1 << 25
 """Logits that a step computes for the sake of prompts' log-probabilities: 128 MiB in float32."""
@@ -87,23 +85,13 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model)
     expected = expect(model)
-    page_config = PageConfig(settings.adapter_pages + 1, model.dtype, model.device)
-    _check_pages(model, page_config)
-    pages = PagePool(model.base, page_config)
-    pool = BlockPool(_num_blocks(model, settings), settings.block_tokens)
-    least = sum(map(pool.blocks_for, map(len, expected.prompts))) * pool.block_tokens
-    if pool.capacity * pool.block_tokens < least:
-        raise InvalidConfig(f"--kv-tokens is {settings.kv_tokens}; must be at least {least}")
-    model.attach(
-        KvCache(model.kv_shapes, pool.num_blocks, pool.block_tokens, model.dtype, model.device),
-        pages.sites,
-        settings.lora_backend,
-    )
-    error = probe(model, pool, expected)
+    room = adapter_room(model, settings, memory_of(model.device), host_memory())
+    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device))
+    fitted = _fit(model, settings, pages, room, expected)
+    pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens
     adapter_probe = AdapterProbe(model, settings.lora_backend) if settings.adapter_probe else None
     policy = Policy(settings.allow_no_effect, adapter_probe)
-    store = AdapterStore(pages, sources, time.time, settings.adapter_host_bytes, metrics, policy)
-    kv_tokens = pool.capacity * pool.block_tokens
+    store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
     limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
@@ -119,7 +107,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             FairQueue(dict(settings.adapter_weights)),
             Pace(settings.target_step_ms / 1000, FLOOR_BLOCKS * settings.block_tokens),
             prefix_cache=settings.prefix_cache,
-            max_reported=max(1, _REPORTED_LOGITS // model.vocab_size),
+            max_reported=_max_reported(model),
         ),
         limits=limits,
         decode=_decoder(tokenizer),
@@ -139,17 +127,55 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         context_length=limits.context_length,
         vocab_size=limits.vocab_size,
         kv_tokens=kv_tokens,
-        adapter_pages=settings.adapter_pages,
+        adapter_pages=room.pages,
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
         startup_line=(
-            f"{type(model.model).__name__} in {dtype} on {model.device}, {error:.1e} from transformers' own; "
-            f"fits {kv_tokens:,} tokens of KV cache ({_mib(kv_tokens * model.token_bytes)}), contexts up to "
-            f"{limits.context_length:,}, and {settings.adapter_pages} adapter pages of {PAGE_ROWS} rank rows "
-            f"({_mib(pages.page_bytes)} each) over {len(pages.sites)} modules"
+            f"{type(model.model).__name__} in {dtype} on {model.device}, {fitted.error:.1e} from transformers' own; "
+            f"fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "
+            f"{limits.context_length:,}, and {describe_pages(room.pages)} of {PAGE_ROWS} rank rows "
+            f"({mib(pages.page_bytes)} each) over {len(pages.sites)} modules; a step takes up to "
+            f"{mib(fitted.step_bytes)}"
         ),
     )
     return LoadedEngine(engine, store, tokenizer, info, _compiler(tokenizer, model.vocab_size, eos_token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """pool: of the cache that the model has. step_bytes: what a step takes beside it. error: of the model's probe."""
+
+    pool: BlockPool
+    step_bytes: int
+    error: float
+
+
+def _fit(
+    model: PagedModel, settings: EngineConfig, pages: PagePool, room: AdapterRoom, expected: Expectation
+) -> _Fitted:
+    """Prove on a small cache that the model is served right, measure a step, and make the cache of what is left."""
+    blocks = [-(-len(prompt) // settings.block_tokens) for prompt in expected.prompts]
+    least = sum(blocks) * settings.block_tokens
+    if settings.kv_tokens is not None and settings.kv_tokens <= least - settings.block_tokens:
+        raise InvalidConfig(f"--kv-tokens is {settings.kv_tokens}; must be at least {least}")
+    longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
+    trial = Trial.of(settings, model.device, longest, _max_reported(model))
+    small = trial.pool(least)
+    model.attach(_cache(model, small), pages.sites, settings.lora_backend)
+    error = probe(model, small, expected)
+    step_bytes = trial.run(model, small)
+    if longest < NEVER - 1:
+        step_bytes += mask_bytes(min(settings.max_batch_tokens, longest), longest, model.dtype.itemsize)
+    owed_bytes = room.on_host_bytes if model.device.type == "cpu" else 0
+    num_tokens = fit_kv_tokens(model, settings, memory_of(model.device), step_bytes, owed_bytes)
+    pool = BlockPool(1 + -(-max(num_tokens, least) // settings.block_tokens), settings.block_tokens)
+    model.use(_cache(model, pool))
+    return _Fitted(pool, step_bytes, error)
+
+
+def _max_reported(model: PagedModel) -> int:
+    """Tokens of prompts that a step reports on."""
+    return max(1, _REPORTED_LOGITS // model.vocab_size)
 
 
 def _sources(config: ServerConfig) -> Sources:
@@ -192,44 +218,8 @@ def _eos_token_ids(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> fro
     return frozenset()
 
 
-def _num_blocks(model: PagedModel, settings: EngineConfig) -> int:
-    """Blocks of the KV cache, the zero block included."""
-    free_bytes, total_bytes = _memory(model.device)
-    if settings.kv_tokens is not None:
-        wanted_bytes = settings.kv_tokens * model.token_bytes
-        if wanted_bytes > total_bytes:
-            raise InvalidConfig(
-                f"--kv-tokens is {settings.kv_tokens}, which takes {_mib(wanted_bytes)} of this model; "
-                f"there are {_mib(total_bytes)}"
-            )
-        return 1 + -(-settings.kv_tokens // settings.block_tokens)
-    fits = int(free_bytes * _KV_SHARE[model.device.type]) // model.token_bytes
-    context = settings.context_length or model.context_length or fits
-    wanted = min(fits, context * settings.max_running_requests)
-    if wanted < settings.block_tokens:
-        raise InvalidConfig(f"no memory is left for the KV cache ({_mib(free_bytes)} are free): use a smaller model")
-    return 1 + -(-wanted // settings.block_tokens)
-
-
-def _check_pages(model: PagedModel, config: PageConfig) -> None:
-    """Raises InvalidConfig where the adapter pages alone are more than all memory."""
-    sites = model.base.of_kind(ModuleKind.LINEAR).values()
-    rank_row = sum(module.d_in + module.d_out for module in sites) * config.dtype.itemsize
-    num_bytes = config.num_pages * PAGE_ROWS * rank_row
-    _, total_bytes = _memory(model.device)
-    if num_bytes > total_bytes:
-        raise InvalidConfig(
-            f"--adapter-pages is {config.num_pages - 1}, which takes {_mib(num_bytes)} with this model; "
-            f"there are {_mib(total_bytes)}"
-        )
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free, and bytes that there are."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+def _cache(model: PagedModel, pool: BlockPool) -> KvCache:
+    return KvCache(model.kv_shapes, pool.num_blocks, pool.block_tokens, model.dtype, model.device)
 
 
 def _context_length(model: PagedModel, settings: EngineConfig, kv_tokens: int) -> int:
@@ -237,7 +227,3 @@ def _context_length(model: PagedModel, settings: EngineConfig, kv_tokens: int) -
     if settings.context_length is not None and made_for is not None and settings.context_length > made_for:
         raise InvalidConfig(f"--context-length is {settings.context_length}; this model is exact up to {made_for}")
     return min(length for length in (settings.context_length, made_for, kv_tokens) if length is not None)
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"

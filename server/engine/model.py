@@ -78,6 +78,10 @@ class PagedModel:
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
 
+    def use(self, cache: KvCache) -> None:
+        """Take another KV cache in place of the attached one, which is let go."""
+        self.cache = cache
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run one step: writes the new keys and values, returns logits [len(batch.logit_rows), vocab]."""

@@ -34,12 +34,10 @@ class PrefixCache:
             return []
         return self._pool.match(self._keys(sequence)[: self._num_reusable(sequence)])
 
-    def is_coming(self, sequence: Sequence) -> bool:
-        """Whether a sequence that waits should let another compute what both need."""
-        if not self._coming:
-            return False
-        if sequence.awaited_key in self._coming:
-            return True
+    def comes_from(self, sequence: Sequence) -> Sequence | None:
+        """The running sequence that one which waits should let compute what both need."""
+        if not self._coming or sequence.awaited_key in self._coming:
+            return self._coming.get(sequence.awaited_key)
         keys, end = self._keys(sequence), self._num_reusable(sequence)
         first = len(self._pool.match(keys[:end]))
         at = first
@@ -48,7 +46,7 @@ class PrefixCache:
         block_tokens = self._pool.block_tokens
         is_worth_it = at > first and 2 * (at - first) * block_tokens >= len(sequence.tokens) - first * block_tokens
         sequence.awaited_key = keys[first] if is_worth_it else b""
-        return is_worth_it
+        return self._coming.get(sequence.awaited_key)
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence that holds no blocks starts to run: it gets the blocks that it can begin with."""

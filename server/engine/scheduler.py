@@ -82,10 +82,10 @@ class Scheduler:
     that those whose adapters are not there yet are passed by, and those that begin as a running one does which is about
     to publish it. A prompt gets all its blocks when it is admitted and is computed in chunks of what the decodes leave
     of the token budget, and of the step's time (see `pacing.py`). When a decode finds no free block, the youngest
-    running sequence of the lowest priority gives up its own and is computed again later: its tokens stay, so its answer
-    does too, and what it has published is found again if nobody needed the blocks meanwhile. So does one of the share
-    that holds the most, when another's turn finds no room. Nothing is swapped out: on a CPU the cache is host memory
-    already, and more of it serves better.
+    running sequence, or its caller's of the lowest priority, gives up its own and is computed again later: its tokens
+    stay, so its answer does too, and what it has published is found again if nobody needed the blocks meanwhile. So
+    does one of the share that holds the most, when another's turn finds no room. Nothing is swapped out: on a CPU the
+    cache is host memory already, and more of it serves better.
     """
 
     def __init__(
@@ -120,9 +120,15 @@ class Scheduler:
         self._max_reported = max_reported
         self._num_reported = 0
         self._turned_away: Sequence | None = None
+        self._awaited: dict[Sequence, tuple[float, float]] = {}
+        """Turns of those that wait for what a running one computes; it goes on in theirs if that is earlier."""
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+
+    def num_cached(self, sequence: Sequence) -> int:
+        """Tokens of one that waits which would not have to be computed if it began now."""
+        return len(self.prefixes.hits(sequence)) * self.pool.block_tokens
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that is running or waiting."""
@@ -138,10 +144,12 @@ class Scheduler:
         paced = self.pace.prompt_tokens(len(picked))
         if paced is not None:
             budget = min(budget, paced)
-        begun = deque(sorted((s for s in self.running if s.num_pending > 1), key=self.waiting.turn_of))
+        begun = deque(sorted((s for s in self.running if s.num_pending > 1), key=self._turn_of))
         self.hopeless = []
         if self.waiting:
             budget = self._admit_waiting(picked, begun, budget)
+        else:
+            self._awaited = {}
         while begun and budget > 0:
             budget -= self._pick(picked, begun.popleft(), budget)
         return picked
@@ -174,12 +182,26 @@ class Scheduler:
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
-        ranked = sorted(self.running, key=lambda sequence: -sequence.request.priority)
+        ranked = self._ranked()
         for sequence in tuple(ranked):
             holds_blocks = bool(sequence.blocks)  # not preempted a moment ago, for one before it
             if holds_blocks and sequence.num_pending == 1 and self._make_room(sequence, ranked):
                 self._pick(picked, sequence, 1)
         return picked
+
+    def _ranked(self) -> list[Sequence]:
+        """Who runs, those that give way first at the end: the youngest, but each caller's own by their priority.
+
+        Having given way counts as a step of priority each time, so that nobody does for ever.
+        """
+        by_caller: dict[str, list[Sequence]] = {}
+        for sequence in self.running:
+            by_caller.setdefault(sequence.request.caller, []).append(sequence)
+        ranks = {
+            caller: iter(sorted(own, key=lambda sequence: -sequence.request.priority - sequence.num_preemptions))
+            for caller, own in by_caller.items()
+        }
+        return [next(ranks[sequence.request.caller]) for sequence in self.running]
 
     def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
         """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""
@@ -195,6 +217,7 @@ class Scheduler:
         self._scrub(self.pool.unpublished(sequence.blocks))
         self._release_blocks(sequence)
         sequence.num_computed = 0
+        sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
         return sequence
@@ -209,6 +232,7 @@ class Scheduler:
         begun: prompts in turn that go on before those whose turn is later. Returns what is left of the budget.
         """
         is_full, num_prefetched = False, 0
+        awaited: dict[Sequence, tuple[float, float]] = {}
         with self._residency.round() as adapters:
             for sequence in self.waiting.in_turn():
                 if is_full and num_prefetched == PREFETCHED:
@@ -219,8 +243,11 @@ class Scheduler:
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
-                ready = ready and not is_full and not self.prefixes.is_coming(sequence)
-                while begun and budget > 0 and self.waiting.turn_of(begun[0]) <= self.waiting.turn_of(sequence):
+                ready = ready and not is_full
+                if ready and (first := self.prefixes.comes_from(sequence)) is not None:
+                    awaited.setdefault(first, self.waiting.turn_of(sequence))
+                    ready = False
+                while begun and budget > 0 and self._turn_of(begun[0]) <= self.waiting.turn_of(sequence):
                     budget -= self._pick(picked, begun.popleft(), budget)
                 if ready and budget > 0 and not self._fits(sequence):
                     self._turned_away = sequence
@@ -228,7 +255,13 @@ class Scheduler:
                 if ready and not is_full:
                     adapters.hold(sequence.adapters)
                     budget -= self._pick(picked, self._admit(sequence), budget)
+        self._awaited = awaited
         return budget
+
+    def _turn_of(self, sequence: Sequence) -> tuple[float, float]:
+        """Of a prompt that was begun: its own turn, or the earliest of those that wait for it."""
+        turn = self.waiting.turn_of(sequence)
+        return min(turn, self._awaited.get(sequence, turn))
 
     def _fits(self, sequence: Sequence) -> bool:
         if len(self.running) >= self._max_running:

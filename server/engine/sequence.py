@@ -43,6 +43,7 @@ class Sequence:
     matcher: Matcher | None = None
     """How far the answer has come with its constraint; None without one."""
     num_cached: int | None = None
+    num_preemptions: int = 0
     num_published: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     awaited_key: bytes = b""

@@ -334,6 +334,24 @@ def test_an_update_swaps_the_content_and_keeps_the_rest(store: AdapterStore, fol
     store.check()
 
 
+def test_requests_that_belong_together_share_a_version_that_its_name_has_left(
+    store: AdapterStore, folders: Path
+) -> None:
+    store.create(NewAdapter("x", f"file:{folders / 'r8'}"))
+    first = store.acquire_all([("x", 1.0)])
+    store.update("x", AdapterChange(source=f"file:{folders / 'r4'}"))
+    second = store.share(first)
+    assert [ref.version for ref in second] == [ref.version for ref in first]
+    assert store.get("x").digest != first[0].version.digest
+    for ref in first:
+        store.release(ref)
+    assert store.num_pages[0] == 2, "the second still holds it"
+    for ref in second:
+        store.release(ref)
+    assert store.num_pages[0] == 1
+    store.check()
+
+
 def test_an_update_that_fails_changes_nothing(store: AdapterStore, folders: Path) -> None:
     before = store.create(new(folders, "r8"))
     for source, error in ((f"file:{folders / 'broken'}", InvalidAdapter), ("nonsense", InvalidRequest)):

@@ -10,8 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from crowds import Crowd, Edge
+from fairness import Crowding, arrivals
 from memory import measure_memory
 from moves import Timed
+from overhead import Overhead
 from report import Samples, write_section
 
 
@@ -50,3 +52,23 @@ def test_a_section_of_a_document_is_replaced(tmp_path: Path) -> None:
     page.write_text("before\n<!-- it: begin -->\nold\n<!-- it: end -->\nafter\n")
     write_section(page, "it", "new\n")
     assert page.read_text() == "before\n<!-- it: begin -->\nnew\n<!-- it: end -->\nafter\n"
+
+
+def test_the_others_are_held_against_what_they_see_without_the_hot_one() -> None:
+    alone, beside = Samples([1.0] * 19 + [2.0]), Samples([1.5] * 18 + [3.0, 9.0])
+    crowding = Crowding(1.0, {"alone": alone, "beside": beside}, {"alone": 0, "beside": 7})
+    assert (crowding.ratio("beside", 50), crowding.ratio("beside", 95)) == (1.5, 3.0)
+    assert crowding.show().splitlines()[-1] == "| beside | 20 | 7 | 1500; 1.50x | 3000; 3.00x |"
+
+
+def test_the_hot_adapter_comes_fifty_times_as_often_and_leaves_the_others_as_they_are() -> None:
+    without, beside = (arrivals(1.0, 100.0, 3, hot=hot) for hot in (False, True))
+    assert [due for due in beside if due[1] != "hot"] == without
+    assert beside == sorted(beside)
+    assert 1700 <= len(without) <= 2100
+    assert 4700 <= len(beside) - len(without) <= 5300
+
+
+def test_the_rest_of_a_step_is_what_neither_the_model_nor_sampling_takes() -> None:
+    parts = {"step": Samples([2.0]), "forward": Samples([1.5]), "sample": Samples([0.3])}
+    assert Overhead(parts).rest == pytest.approx(0.1)

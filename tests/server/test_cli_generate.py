@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -55,6 +57,22 @@ def test_chat_sends_a_users_message(run: Run, address: str) -> None:
     assert ran.output == answer(address, chat=chat, stopping={"max_tokens": 3}) + "\n"
 
 
+def test_several_answers_are_numbered(run: Run, address: str) -> None:
+    args = ("generate", "hello", "--address", address, "--max-tokens", "4", "--temperature", "3")
+    ran = run(*args, "--n", "2", "--seed", "8", "--priority", "5", "--cache-salt", "mine")
+    texts = [
+        answer(address, text="hello", sampling={"temperature": 3, "seed": seed}, stopping={"max_tokens": 4})
+        for seed in (8, 9)
+    ]
+    assert ran.output == f"--- 1 of 2\n{texts[0]}\n--- 2 of 2\n{texts[1]}\n"
+
+
+def test_several_answers_are_not_streamed(run: Run) -> None:
+    ran = run("generate", "x", "--stream", "--n", "2")
+    assert ran.exit_code == 2
+    assert "--n asks for several" in ran.error_line
+
+
 def test_an_unknown_adapter_is_named(run: Run, address: str) -> None:
     ran = run("generate", "x", "--address", address, "--adapter", "onne")
     assert ran.exit_code == 1
@@ -68,8 +86,9 @@ def test_every_bad_field_is_named(run: Run, address: str) -> None:
     assert "sampling.top_p is 2; " in ran.error_line
 
 
-def test_a_number_that_no_message_can_hold_is_wrong_usage(run: Run) -> None:
-    ran = run("generate", "x", "--top-k", str(1 << 40))
+@pytest.mark.parametrize("option", ["--top-k", "--n", "--priority"])
+def test_a_number_that_no_message_can_hold_is_wrong_usage(run: Run, option: str) -> None:
+    ran = run("generate", "x", option, str(1 << 40))
     assert ran.exit_code == 2
     assert str(1 << 40) in ran.error_line
 
@@ -119,3 +138,30 @@ def test_an_interrupt_is_quiet() -> None:
                 _, error = process.communicate()
     assert process.returncode == 130
     assert error.strip() == ""
+
+
+def test_an_answer_is_held_to_a_constraint(run: Run, address: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["from a file"]}', encoding="utf-8")
+    for options, expected in (
+        (("--json-schema", '{"const": {"a": [1]}}'), '{"a":[1]}'),
+        (("--json-schema", str(schema)), '"from a file"'),
+        (("--regex", "ab{2}"), "abb"),
+        (("--grammar", 'start: "x" "y"'), "xy"),
+        (("--choice", "only this"), "only this"),
+    ):
+        ran = run("generate", "hello", "--address", address, *options)
+        assert ran.exit_code == 0
+        assert re.sub(r"\s+(?=[^a-z])", "", ran.output.rstrip("\n")) == expected
+
+
+def test_only_one_constraint_is_taken(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--regex", "a", "--choice", "b")
+    assert ran.exit_code == 2
+    assert "--regex and --choice are given; an answer can be held to one of them" in ran.error
+
+
+def test_a_bad_constraint_is_one_line(run: Run, address: str) -> None:
+    ran = run("generate", "x", "--address", address, "--json-schema", '{"not": {}}')
+    assert ran.exit_code == 1
+    assert ran.error_line == "INVALID_ARGUMENT: json_schema has the keyword 'not', which is not supported"

@@ -24,6 +24,7 @@ RANGES = [
     (EngineConfig, "context_length", "--context-length", 2, 1 << 24),
     (EngineConfig, "kv_tokens", "--kv-tokens", 2, 1 << 40),
     (EngineConfig, "block_tokens", "--block-tokens", 1, 1024),
+    (EngineConfig, "memory_share", "--memory-share", 0.01, 1),
     (EngineConfig, "adapter_pages", "--adapter-pages", 0, 1 << 20),
     (EngineConfig, "adapter_host_bytes", "--adapter-host-bytes", 0, 1 << 50),
     (EngineConfig, "speculative_tokens", "--speculative-tokens", 0, 64),
@@ -79,7 +80,9 @@ def test_a_weight_has_a_range_that_the_refusal_names_with_the_adapter(weight: fl
         EngineConfig(adapter_weights=(("a", 1.0), ("gold", weight)))
 
 
-@pytest.mark.parametrize("field", ["context_length", "kv_tokens", "threads"])
+@pytest.mark.parametrize(
+    "field", ["context_length", "kv_tokens", "memory_share", "adapter_pages", "adapter_host_bytes", "threads"]
+)
 def test_numbers_without_a_value_are_left_to_the_model_and_the_machine(field: str) -> None:
     assert getattr(EngineConfig(**{field: None}), field) is None
 
@@ -140,3 +143,9 @@ def test_a_source_root_may_be_a_prefix_of_remote_sources(tmp_path: Path) -> None
 def test_nothing_changes_it() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ServerConfig(MODEL).port = 1  # type: ignore[misc]
+
+
+def test_one_request_can_ask_for_as_many_answers_as_may_wait_and_run() -> None:
+    assert EngineConfig(max_running_requests=4, max_queued_requests=8).max_requests == 12
+    assert EngineConfig(max_running_requests=4, max_queued_requests=8, max_queued_per_adapter=2).max_requests == 6
+    assert EngineConfig(max_running_requests=4, max_queued_requests=8, max_queued_per_adapter=9).max_requests == 12

@@ -87,6 +87,8 @@ class Harness:
         self.engine: Engine = loaded.engine
         self.store: AdapterStore = loaded.store
         self.info = loaded.info
+        self.tokenizer = loaded.tokenizer
+        self.compiler = loaded.compiler
         if sources is not None:
             self.store._reader._sources = sources
         self.answers: dict[Request, Answer] = {}

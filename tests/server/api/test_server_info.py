@@ -26,6 +26,8 @@ def test_get_server_info(house: House) -> None:
     assert (limits.max_adapters_per_request, limits.max_stop_sequences) == (8, 64)
     assert (limits.max_top_logprobs, limits.max_logit_bias) == (20, 1024)
     assert (limits.max_queued_tokens, limits.max_queued_requests_per_adapter) == (1 << 20, 64)
+    assert limits.max_answers == limits.max_continuations == MAX_RUNNING + MAX_QUEUED
+    assert limits.max_constraint_bytes == 65536
     assert limits.max_request_time.ToSeconds() == 600
     assert limits.kv_capacity_tokens >= 65536
     assert "stream" in info.capabilities

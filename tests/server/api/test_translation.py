@@ -9,6 +9,8 @@ import pytest
 from google.rpc import error_details_pb2 as details_pb2
 from house import MAX_PROMPT_BYTES, House, Refusal, generate, refusal, stream
 
+from weft.errors import InvalidRequest
+from weft.server.api.translation import RequestLimits, to_engine_request, to_score_request
 from weft.v1 import inference_pb2 as pb2
 
 VOCAB = 260
@@ -192,6 +194,27 @@ def test_names_of_the_adapter_that_disagree_are_refused(
     assert_bad_field(refused, "adapter_id", "disagree")
 
 
+@pytest.mark.parametrize("key", ["x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id"])
+def test_the_caller_comes_as_metadata(key: str) -> None:
+    def caller(*metadata: tuple[str, str]) -> str:
+        limits = RequestLimits(
+            vocab_size=VOCAB, context_length=64, max_prompt_bytes=100, max_requests=9, has_chat_template=True
+        )
+        score = pb2.ScoreRequest(text="x", continuations=["y"])
+        callers = {
+            to_engine_request(generate(text="x"), metadata, limits, 0.0).caller,
+            to_score_request(score, metadata, limits, 0.0).caller,
+        }
+        return callers.pop()
+
+    assert caller() == caller(("other", "team"), (key, "")) == ""
+    assert caller((key, "team a"), ("x-gateway-inference-fairness-id", "team a")) == "team a"
+    with pytest.raises(InvalidRequest, match=r"metadata x-.*: names callers that disagree: 'a', 'b'"):
+        caller((key, "a"), (key, "b"))
+    with pytest.raises(InvalidRequest, match="has 257 characters; at most 256"):
+        caller((key, "a" * 257))
+
+
 def test_metadata_is_exclusive_with_a_mix(house: House) -> None:
     request = generate(**terms({"adapter_id": "two"}))
     metadata = (("x-llm-d-model-name-rewrite", "one"),)
@@ -239,3 +262,16 @@ def test_an_adapter_that_is_not_there_is_not_found(house: House, adapter_id: str
 
 def test_nothing_refused_holds_anything(house: House) -> None:
     house.audit()
+
+
+def test_a_prompt_is_not_tokenized_again_and_again_without_a_bound() -> None:
+    limits = RequestLimits(
+        vocab_size=VOCAB, context_length=64, max_prompt_bytes=100, max_requests=1000, has_chat_template=True
+    )
+    for count, wanted in ((16, ""), (17, "before each the text: 1700 bytes; at most 1600")):
+        request = pb2.ScoreRequest(text="x" * 100, continuations=["y"] * count)
+        if wanted:
+            with pytest.raises(InvalidRequest, match=wanted):
+                to_score_request(request, (), limits, 0.0)
+        else:
+            assert to_score_request(request, (), limits, 0.0).stopping.max_tokens == 0

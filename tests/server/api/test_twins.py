@@ -53,14 +53,21 @@ outputs = st.fixed_dictionaries(
     {"prompt": st.sampled_from([{}, {"include_prompt": True}, {"include_prompt": True, "prompt_logprobs": True}])},
     optional={"top_logprobs": st.integers(0, 3), "logprobs": st.booleans()},
 )
+constraints = st.sampled_from(
+    [{}, {}, {"choice": {"options": ["aé", "b€"]}}, {"regex": "[ab€]{3,9}"}, {"json_schema": '{"type": "integer"}'}]
+)
 requests = st.fixed_dictionaries(
-    {"prompt": prompts, "adapters": adapters, "stopping": stoppings, "output": outputs},
+    {"prompt": prompts, "adapters": adapters, "stopping": stoppings, "output": outputs, "constraint": constraints},
     optional={"sampling": samplings, "priority": st.integers(-100, 100), "n": st.integers(1, 4)},
 )
 
 
 def fields_of(drawn: dict[str, Any]) -> dict[str, Any]:
     fields = {**drawn.pop("prompt"), **drawn.pop("adapters"), **drawn, "request_id": "twin"}
+    constraint = fields.pop("constraint")
+    if constraint:
+        fields["stopping"].pop("ignore_eos", None)
+    fields.update(constraint)
     fields["output"] = {**fields["output"].pop("prompt"), **fields["output"]}
     if "sampling" not in fields:
         fields.pop("n", None)

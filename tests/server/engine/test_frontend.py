@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,3 +233,26 @@ def broken(step: Callable[[], list], after: int) -> Callable[[], list]:
         return step()
 
     return breaking
+
+
+def test_what_waits_is_bounded_by_tokens_and_by_adapter_and_begins_to_count_when_it_waits(harness: Harness) -> None:
+    limits = QueueLimits(max_running=2, max_requests=100, max_tokens=4 * len(PROMPT), max_per_adapter=2)
+
+    async def main() -> None:
+        async with running(harness, limits) as frontend:
+            async with AsyncExitStack() as held:
+                for i in range(2):
+                    stream = await held.enter_async_context(frontend.stream(ask(f"r{i}", 250)))
+                    await anext(stream.__aiter__())
+                waiting = [asyncio.create_task(collect(frontend, ask(f"w{i}"))) for i in range(2)]
+                await asyncio.sleep(0)
+                with pytest.raises(OutOfCapacity, match="2 requests to adapter 'one' are queued"):
+                    await collect(frontend, ask())
+                waiting += [asyncio.create_task(collect(frontend, ask(f"b{i}", adapter=""))) for i in range(2)]
+                await asyncio.sleep(0)
+                with pytest.raises(OutOfCapacity, match="12 prompt tokens are queued, and with this request's 3"):
+                    await collect(frontend, ask(adapter=""))
+            assert [len(deltas) for deltas in await asyncio.gather(*waiting)] == [10] * 4
+            assert len(await collect(frontend, ask())) == 10
+
+    asyncio.run(main())

@@ -17,8 +17,8 @@ from weft.server.engine.text import OutputText
 BLOCK = 4
 
 
-def make(prompt: int, priority: int = 0) -> Sequence:
-    request = Request("r", tuple(range(prompt)), priority=priority)
+def make(prompt: int, priority: int = 0, caller: str = "", first: int = 0) -> Sequence:
+    request = Request("r", tuple(range(first, first + prompt)), priority=priority, caller=caller)
     return Sequence(request, (), OutputText(lambda ids: ""), random.Random(0), 0.0)
 
 
@@ -84,6 +84,33 @@ def test_a_low_priority_gives_way_before_a_young_one() -> None:
     assert list(scheduler.waiting) == [low]
 
 
+def test_a_priority_is_worth_nothing_against_another_caller() -> None:
+    scheduler = Scheduler(BlockPool(1 + 4, BLOCK), max_batch_tokens=32, max_running=4)
+    old, young = make(7, caller="a"), make(7, priority=100, caller="b")
+    scheduler.add(old)
+    scheduler.add(young)
+    for _ in range(3):
+        advance(scheduler)
+    assert list(scheduler.waiting) == [young]
+
+
+def test_a_low_priority_does_not_give_way_for_ever() -> None:
+    scheduler = Scheduler(BlockPool(1 + 9, BLOCK), max_batch_tokens=4, max_running=3)
+    low, rivals = make(20, priority=-1), [make(3, priority=1) for _ in range(2)]
+    for sequence in (*rivals, low):
+        scheduler.add(sequence)
+    for _ in range(400):
+        advance(scheduler)
+        for rival in [rival for rival in rivals if rival.num_generated >= 12]:
+            scheduler.remove(rival)
+            rivals.remove(rival)
+            rivals.append(make(3, priority=1))
+            scheduler.add(rivals[-1])
+        if low.num_generated >= 10:
+            return
+    raise AssertionError("it starved")
+
+
 def test_what_a_preempted_sequence_published_is_not_computed_again() -> None:
     scheduler = Scheduler(BlockPool(1 + 4, BLOCK), max_batch_tokens=32, max_running=4, prefix_cache=True)
     old, young = make(7), make(6, priority=-1)
@@ -113,6 +140,19 @@ def test_those_that_begin_alike_wait_for_the_first_if_that_saves_them_half() -> 
     assert advance(scheduler)[2:] == []
     scheduler.remove(longer)
     assert advance(scheduler) == [(first, 1), (same, 1), (other, 3)]
+
+
+def test_the_one_that_computes_goes_on_in_the_turn_of_who_waits_for_it() -> None:
+    scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=10, max_running=8, prefix_cache=True)
+    hot = make(60, caller="hot")
+    scheduler.add(hot)
+    advance(scheduler)
+    for sequence in (waits := make(60, caller="one"), other := make(60, caller="two", first=100)):
+        scheduler.add(sequence)
+    while not waits.num_generated:
+        advance(scheduler)
+    assert waits.num_cached == 56
+    assert other.num_computed <= 20
 
 
 def test_when_the_one_that_computes_ends_early_the_next_computes() -> None:

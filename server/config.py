@@ -56,7 +56,7 @@ class EngineConfig:
     lora_backend: str = "torch"
     adapter_probe: bool = True
     allow_no_effect: bool = False
-    speculative_tokens: int = 0
+    speculative_tokens: int = 4
     threads: int | None = None
 
     def __post_init__(self) -> None:

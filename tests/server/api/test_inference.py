@@ -168,7 +168,9 @@ def test_a_stream_never_holds_half_a_character(house: House) -> None:
     assert "€" in text
     assert any(part.tokens and not part.text for part in parts), "nothing was ever held back"
     for part in parts:
-        assert "€" not in part.text or part.tokens[-1].id == euro[-1], "a character came before its last byte"
+        assert "€" not in part.text or euro[-1] in [token.id for token in part.tokens], (
+            "a character came before its last byte"
+        )
 
 
 def test_chat_is_laid_out_by_the_models_template(house: House) -> None:

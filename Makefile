@@ -22,6 +22,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/prefixes.py
+	$(BIN)/python benchmarks/constraints.py
 
 check: $(READY) $(STUBS)/.ready
 	$(BIN)/ruff format --check

@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/prefixes.py
 	$(BIN)/python benchmarks/fairness.py
+	$(BIN)/python benchmarks/constraints.py
 
 check: $(READY) $(STUBS)/.ready
 	$(BIN)/ruff format --check

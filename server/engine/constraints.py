@@ -157,8 +157,9 @@ def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
 
 def constrain(scores: torch.Tensor, rows: Seq[int], matchers: Seq[Matcher]) -> None:
     """Make every token impossible that may not come next, in place. scores: float [n, vocab]; a matcher a row."""
-    allowed = allowed_tokens(matchers, scores.shape[-1], scores.device)
-    scores[rows] = scores[rows].masked_fill_(~allowed, float("-inf"))
+    forbidden = _unpacked(~_masks(matchers), scores.shape[-1], scores.device)
+    for row, mask in zip(rows, forbidden, strict=True):
+        scores[row].masked_fill_(mask, float("-inf"))
 
 
 def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
@@ -169,11 +170,20 @@ def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
 
 def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device) -> torch.Tensor:
     """Which tokens may come next: bool [n, vocab_size], a row a matcher, all of one vocabulary."""
+    return _unpacked(_masks(matchers), vocab_size, device)
+
+
+def _masks(matchers: Seq[Matcher]) -> NDArray[numpy.int32]:
     bits = numpy.empty((len(matchers), matchers[0].num_words), dtype=numpy.int32)
     for row, matcher in zip(bits, matchers, strict=True):
         matcher.fill(row)
-    allowed = numpy.unpackbits(bits.view(numpy.uint8), axis=1, count=vocab_size, bitorder="little")
-    return torch.from_numpy(allowed).to(device).bool()
+    return bits
+
+
+def _unpacked(bits: NDArray[numpy.int32], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """int32 [n, num_words] -> bool [n, vocab_size]."""
+    flags = numpy.unpackbits(bits.view(numpy.uint8), axis=1, count=vocab_size, bitorder="little")
+    return torch.from_numpy(flags.view(numpy.bool_)).to(device)
 
 
 def _json_schema_grammar(texts: Seq[str]) -> str:

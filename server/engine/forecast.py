@@ -95,8 +95,8 @@ class Forecast:
 def certain_tokens(sequence: Sequence) -> int:
     """Tokens after the next one that will be generated whatever they are."""
     request, stopping = sequence.request, sequence.request.stopping
-    if stopping.time_limit_s is not None:
+    if stopping.time_limit_s is not None or request.constraint is not None:
         return 0
     runs_out = stopping.ignore_eos and not stopping.stop_sequences and not stopping.stop_token_ids
-    sure = stopping.max_tokens if runs_out and request.constraint is None else stopping.min_tokens
+    sure = stopping.max_tokens if runs_out else stopping.min_tokens
     return max(0, sure - sequence.num_generated - 1)

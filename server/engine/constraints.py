@@ -157,9 +157,18 @@ def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
 
 def constrain(scores: torch.Tensor, rows: Seq[int], matchers: Seq[Matcher]) -> None:
     """Make every token impossible that may not come next, in place. scores: float [n, vocab]; a matcher a row."""
-    forbidden = _unpacked(~_masks(matchers), scores.shape[-1], scores.device)
+    forbidden = ~allowed_tokens(matchers, scores.shape[-1], scores.device)
     for row, mask in zip(rows, forbidden, strict=True):
         scores[row].masked_fill_(mask, float("-inf"))
+
+
+def allowed_tokens(matchers: Seq[Matcher], width: int, device: torch.device) -> torch.Tensor:
+    """Which tokens may come next: bool [n, width], a row a matcher, all of one vocabulary.
+
+    width: of the model's head; none of its columns past the vocabulary is allowed.
+    """
+    flags = numpy.unpackbits(_masks(matchers).view(numpy.uint8), axis=1, count=width, bitorder="little")
+    return torch.from_numpy(flags.view(numpy.bool_)).to(device)
 
 
 def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
@@ -168,22 +177,11 @@ def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
     return int(possible.sum()) == int(possible[ids].sum())
 
 
-def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Which tokens may come next: bool [n, vocab_size], a row a matcher, all of one vocabulary."""
-    return _unpacked(_masks(matchers), vocab_size, device)
-
-
 def _masks(matchers: Seq[Matcher]) -> NDArray[numpy.int32]:
     bits = numpy.empty((len(matchers), matchers[0].num_words), dtype=numpy.int32)
     for row, matcher in zip(bits, matchers, strict=True):
         matcher.fill(row)
     return bits
-
-
-def _unpacked(bits: NDArray[numpy.int32], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """int32 [n, num_words] -> bool [n, vocab_size]."""
-    flags = numpy.unpackbits(bits.view(numpy.uint8), axis=1, count=vocab_size, bitorder="little")
-    return torch.from_numpy(flags.view(numpy.bool_)).to(device)
 
 
 def _json_schema_grammar(texts: Seq[str]) -> str:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -14,7 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from vocabularies import TOKENIZERS, Vocabulary, byte_tokens
 
 from weft.errors import InvalidRequest
-from weft.server.engine.constraints import Compiler, Constraint, Kind, Spec, UnsupportedTokenizer, make_vocabulary
+from weft.server.engine.constraints import (
+    Compiler,
+    Constraint,
+    Kind,
+    Spec,
+    UnsupportedTokenizer,
+    constrain,
+    make_vocabulary,
+)
 from weft.server.engine.grammars import MAX_RULES
 from weft.server.engine.json_schemas import MAX_DEPTH
 
@@ -313,6 +322,13 @@ def follow(constraint: Constraint, steps: int) -> str:
             break
         matcher.accept(max(allowed))
     return ""
+
+
+def test_columns_of_a_head_past_the_vocabulary_are_never_allowed() -> None:
+    matcher = BYTES.compile(Kind.REGEX, "[^a]+").matcher()
+    scores = torch.zeros(1, BYTES.size + 70)
+    constrain(scores, [0], [matcher])
+    assert (scores[0] > float("-inf")).nonzero()[:, 0].tolist() == BYTES.allowed(matcher)
 
 
 def test_a_dead_end_is_told_and_lets_nothing_follow() -> None:

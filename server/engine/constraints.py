@@ -85,7 +85,7 @@ class Budget:
         self._debt_s += self._clock() - start_s
 
     def grant(self) -> None:
-        """The time of one more token; an exceeded budget stays exceeded."""
+        """The time of one token; an exceeded budget stays exceeded."""
         if not self.is_exceeded:
             self._debt_s = max(0.0, self._debt_s - TOKEN_S)
 
@@ -128,7 +128,9 @@ class Matcher:
             bits.fill(0)
 
     def accept(self, token: int) -> None:
-        """Take the token that was chosen."""
+        """Take the token that was chosen; where the time is used up, none is taken any more."""
+        if self._budget.is_exceeded:
+            return
         with self._budget.spend():
             self._matcher.consume_token(token)
         self._budget.grant()

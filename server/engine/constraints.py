@@ -1,15 +1,19 @@
 """What an answer must match: compiled once, then one matcher an answer says which tokens may come next.
 
-The compiler is llguidance's. Its own limits bound the time of compiling and of every step after it.
+The compiler is llguidance's. Its own limits bound what compiling takes and what one mask may hold. The time of a mask
+grows faster than that where a grammar reads a text in many ways, so each answer has a budget of processor time too.
+Masks are made without the interpreter's lock; a token is taken with it held, for llguidance never lets go of it there.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,7 +32,17 @@ WHITESPACE = r"[ \t\r\n]{1,40}"
 """Between the parts of a JSON value, if any: enough to indent by, and not without an end."""
 
 _SAMPLES = ('{"name": "Ada", "tags": [1, -2.5e3, true, null]}', "two  words\n\tand lines", "é 日本 😀")
-_LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+_LIMITS = LLParserLimits(max_lexer_states=20_000, step_max_items=5_000, verbose_errors=False)
+"""An object of 400 optional properties has parser rows of 1,600 items: a row keeps to llguidance's own 2,000."""
+
+TOKEN_S = 0.005
+"""Processor time for one token. Over an answer, a mask of 152k tokens takes 0.02 to 0.9 ms on the mean."""
+
+MAX_DEBT_S = 0.1
+"""Processor time beyond it: the first masks of an answer build their automaton, which takes milliseconds."""
+
+Clock = Callable[[], float]
+
 _STACK_BYTES = 64 << 20
 _MAX_REASON_CHARACTERS = 300
 
@@ -50,21 +64,52 @@ class Spec:
     texts: tuple[str, ...]
 
 
+class Budget:
+    """The processor time that one answer's constraint may take: so much a token, and once so much more.
+
+    What a token leaves of its time is not saved for later ones: a constraint that grows dearer ends soon after it did.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._debt_s = 0.0
+
+    @property
+    def is_exceeded(self) -> bool:
+        return self._debt_s > MAX_DEBT_S
+
+    @contextmanager
+    def spend(self) -> Iterator[None]:
+        start_s = self._clock()
+        yield
+        self._debt_s += self._clock() - start_s
+
+    def grant(self) -> None:
+        """The time of one token; an exceeded budget stays exceeded."""
+        if not self.is_exceeded:
+            self._debt_s = max(0.0, self._debt_s - TOKEN_S)
+
+
 class Matcher:
     """How far one answer has come with its constraint."""
 
-    def __init__(self, matcher: LLMatcher, kind: Kind, num_words: int) -> None:
+    def __init__(self, matcher: LLMatcher, kind: Kind, num_words: int, clock: Clock) -> None:
         self._matcher = matcher
         self._kind = kind
+        self._budget = Budget(clock)
         self.num_words = num_words
         """Of 32 tokens each, that `fill` sets."""
 
     @property
     def error(self) -> InvalidRequest | None:
-        """Why no token can be told any more: the constraint turned out too large to follow, or led nowhere."""
-        if not self._matcher.is_error():
+        """Why no token can be told any more: the constraint led nowhere, or is too large or too slow to follow."""
+        if self._matcher.is_error():
+            reason = _reason(self._matcher)
+        elif self._budget.is_exceeded:
+            reason = "its tokens take too much time to tell; one that reads a text in fewer ways takes less"
+        else:
             return None
-        return InvalidRequest.of(self._kind.value, f"can't be followed any further: {_reason(self._matcher)}")
+        return InvalidRequest.of(self._kind.value, f"can't be followed any further: {reason}")
 
     @property
     def is_over(self) -> bool:
@@ -76,13 +121,19 @@ class Matcher:
 
         The end of the answer is among them where the answer is complete. None is where there is an `error`.
         """
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        if self._matcher.is_error():
+        if not self._budget.is_exceeded:
+            with self._budget.spend():
+                self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._budget.is_exceeded or self._matcher.is_error():
             bits.fill(0)
 
     def accept(self, token: int) -> None:
-        """Take the token that was chosen."""
-        self._matcher.consume_token(token)
+        """Take the token that was chosen; where the time is used up, none is taken any more."""
+        if self._budget.is_exceeded:
+            return
+        with self._budget.spend():
+            self._matcher.consume_token(token)
+        self._budget.grant()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +143,11 @@ class Constraint:
     kind: Kind
     _compiled: LLMatcher
     _num_words: int
+    _clock: Clock
 
     def matcher(self) -> Matcher:
         """For one answer, at its beginning."""
-        return Matcher(self._compiled.deep_copy(), self.kind, self._num_words)
+        return Matcher(self._compiled.deep_copy(), self.kind, self._num_words, self._clock)
 
 
 class UnsupportedTokenizer(ValueError):
@@ -128,9 +180,13 @@ def make_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_tok
 class Compiler:
     """Compiles constraints for one vocabulary. May be used from several threads."""
 
-    def __init__(self, vocabulary: LLTokenizer | UnsupportedTokenizer) -> None:
-        """vocabulary: as `make_vocabulary` gives it; or why there is none, with which each is refused."""
+    def __init__(self, vocabulary: LLTokenizer | UnsupportedTokenizer, clock: Clock = time.thread_time) -> None:
+        """vocabulary: as `make_vocabulary` gives it; or why there is none, with which each is refused.
+
+        clock: of the thread that follows an answer, its processor seconds; what other threads do must not count.
+        """
         self._vocabulary = vocabulary
+        self._clock = clock
 
     def compile(self, spec: Spec) -> Constraint:
         """Raises InvalidRequest, with the field and what is wrong with it."""
@@ -144,7 +200,7 @@ class Compiler:
         compiled = _on_a_large_stack(lambda: _compile(vocabulary, grammar))
         if compiled.is_error():
             raise InvalidRequest.of(field, _reason(compiled))
-        return Constraint(spec.kind, compiled, -(-vocabulary.vocab_size // 32))
+        return Constraint(spec.kind, compiled, -(-vocabulary.vocab_size // 32), self._clock)
 
 
 def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
@@ -157,9 +213,18 @@ def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
 
 def constrain(scores: torch.Tensor, rows: Seq[int], matchers: Seq[Matcher]) -> None:
     """Make every token impossible that may not come next, in place. scores: float [n, vocab]; a matcher a row."""
-    forbidden = _unpacked(~_masks(matchers), scores.shape[-1], scores.device)
+    forbidden = ~allowed_tokens(matchers, scores.shape[-1], scores.device)
     for row, mask in zip(rows, forbidden, strict=True):
         scores[row].masked_fill_(mask, float("-inf"))
+
+
+def allowed_tokens(matchers: Seq[Matcher], width: int, device: torch.device) -> torch.Tensor:
+    """Which tokens may come next: bool [n, width], a row a matcher, all of one vocabulary.
+
+    width: of the model's head; none of its columns past the vocabulary is allowed.
+    """
+    flags = numpy.unpackbits(_masks(matchers).view(numpy.uint8), axis=1, count=width, bitorder="little")
+    return torch.from_numpy(flags.view(numpy.bool_)).to(device)
 
 
 def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
@@ -168,22 +233,11 @@ def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:
     return int(possible.sum()) == int(possible[ids].sum())
 
 
-def allowed_tokens(matchers: Seq[Matcher], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Which tokens may come next: bool [n, vocab_size], a row a matcher, all of one vocabulary."""
-    return _unpacked(_masks(matchers), vocab_size, device)
-
-
 def _masks(matchers: Seq[Matcher]) -> NDArray[numpy.int32]:
     bits = numpy.empty((len(matchers), matchers[0].num_words), dtype=numpy.int32)
     for row, matcher in zip(bits, matchers, strict=True):
         matcher.fill(row)
     return bits
-
-
-def _unpacked(bits: NDArray[numpy.int32], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """int32 [n, num_words] -> bool [n, vocab_size]."""
-    flags = numpy.unpackbits(bits.view(numpy.uint8), axis=1, count=vocab_size, bitorder="little")
-    return torch.from_numpy(flags.view(numpy.bool_)).to(device)
 
 
 def _json_schema_grammar(texts: Seq[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from tiny import linear_names, make_adapter, make_model, save_tokenizer
 
 from weft.errors import InvalidRequest
-from weft.server.engine.constraints import Constraint, Kind, Spec, allowed_tokens
+from weft.server.engine.constraints import (
+    MAX_DEBT_S,
+    TOKEN_S,
+    Compiler,
+    Constraint,
+    Kind,
+    Spec,
+    allowed_tokens,
+    make_vocabulary,
+)
 from weft.server.engine.request import FinishReason, Request, Sampling, Stopping
 
 EOS = 2
@@ -213,6 +223,18 @@ def test_a_constraint_that_leads_nowhere_ends_its_own_request_and_says_why(harne
     failed, fine = harness.run([ask(dead_end), ask(compiled(harness, Kind.CHOICE, "yes"))])
     assert isinstance(failed.error, InvalidRequest)
     assert str(failed.error) == "grammar: can't be followed any further: nothing can follow that would match"
+    assert fine.text == "yes"
+
+
+def test_a_constraint_that_takes_too_much_time_ends_its_own_request_and_says_why(harness: Harness) -> None:
+    vocabulary = make_vocabulary(harness.tokenizer, harness.info.vocab_size, [EOS])
+    slow = Compiler(vocabulary, clock=count(0.0, 2 * TOKEN_S).__next__)
+    failed, fine = harness.run(
+        [ask(slow.compile(Spec(Kind.REGEX, ("[a-f]{200}",)))), ask(compiled(harness, Kind.CHOICE, "yes"))]
+    )
+    assert isinstance(failed.error, InvalidRequest)
+    assert str(failed.error).startswith("regex: can't be followed any further: its tokens take too much time")
+    assert 0 < len(failed.ids) < MAX_DEBT_S / TOKEN_S
     assert fine.text == "yes"
 
 

@@ -38,7 +38,7 @@ class SlowCompiler(Compiler):
             self._at_once -= 1
         if spec == C:
             raise InvalidRequest.of("regex", "is refused")
-        return Constraint(spec.kind, None, 0)  # type: ignore[arg-type]
+        return Constraint(spec.kind, None, 0, None)  # type: ignore[arg-type]
 
 
 async def gather(cache: ConstraintCache, specs: Seq[Spec], compiler: SlowCompiler) -> list[Constraint | BaseException]:

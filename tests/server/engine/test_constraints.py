@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -14,7 +15,18 @@ from transformers import PreTrainedTokenizerBase
 from vocabularies import TOKENIZERS, Vocabulary, byte_tokens
 
 from weft.errors import InvalidRequest
-from weft.server.engine.constraints import Compiler, Constraint, Kind, Spec, UnsupportedTokenizer, make_vocabulary
+from weft.server.engine.constraints import (
+    MAX_DEBT_S,
+    TOKEN_S,
+    Compiler,
+    Constraint,
+    Kind,
+    Matcher,
+    Spec,
+    UnsupportedTokenizer,
+    constrain,
+    make_vocabulary,
+)
 from weft.server.engine.grammars import MAX_RULES
 from weft.server.engine.json_schemas import MAX_DEPTH
 
@@ -313,6 +325,98 @@ def follow(constraint: Constraint, steps: int) -> str:
             break
         matcher.accept(max(allowed))
     return ""
+
+
+AMBIGUOUS = 'start: a\na: a a | "x" | "xx" | a a a'
+"""Each token can be read in more ways than the one before it."""
+
+
+def test_an_ambiguous_grammar_ends_before_its_tokens_take_long() -> None:
+    reason = follow(BYTES.compile(Kind.GRAMMAR, AMBIGUOUS), 1000)
+    assert reason.startswith("grammar: can't be followed any further: ")
+
+
+def test_a_mask_that_holds_too_much_is_told_at_its_token() -> None:
+    names = [f"a{i}" for i in range(40)]
+    readings = [f'{a}: {a} {b} | {b} {a} {a} | "x" | "xx"' for a, b in zip(names, names[1:] + names[:1], strict=True)]
+    grammar = "\n".join(["start: /y{5}/ (" + "|".join(names) + ")", *readings])
+    free = Compiler(make_vocabulary(BYTES.tokenizer, BYTES.size, [BYTES.eos]), clock=lambda: 0.0)
+    reason = follow(free.compile(Spec(Kind.GRAMMAR, (grammar,))), 60)
+    assert reason.startswith("grammar: can't be followed any further: ")
+    assert "Too many items" in reason
+
+
+class CostlyClock:
+    """By which every mask takes so long, and so does every token that is taken."""
+
+    def __init__(self, cost_s: float) -> None:
+        self._now_s = 0.0
+        self.cost_s = cost_s
+
+    def __call__(self) -> float:
+        """Read twice for each: before it and after."""
+        self._now_s += self.cost_s
+        return self._now_s
+
+
+def matcher_at(clock: CostlyClock) -> Matcher:
+    compiler = Compiler(make_vocabulary(BYTES.tokenizer, BYTES.size, [BYTES.eos]), clock)
+    return compiler.compile(Spec(Kind.REGEX, ("x*",))).matcher()
+
+
+def num_tokens(matcher: Matcher, most: int) -> int:
+    """That can be told and taken before there is an error, up to so many."""
+    (token,) = BYTES.encode("x")
+    for taken in range(most):
+        if token not in BYTES.allowed(matcher):
+            return taken
+        matcher.accept(token)
+    return most
+
+
+def test_an_answer_may_take_its_time_a_token_for_ever() -> None:
+    matcher = matcher_at(CostlyClock(TOKEN_S / 2))
+    assert num_tokens(matcher, 2000) == 2000
+    assert matcher.error is None
+
+
+def test_an_answer_that_takes_too_much_time_is_ended_for_good_and_says_why() -> None:
+    clock = CostlyClock(TOKEN_S)
+    matcher = matcher_at(clock)
+    taken = num_tokens(matcher, 2000)
+    assert taken == pytest.approx(MAX_DEBT_S / TOKEN_S, abs=2)
+    clock.cost_s = 0.0
+    assert num_tokens(matcher, 10) == 0
+    assert not matcher.is_over
+    assert str(matcher.error) == (
+        "regex: can't be followed any further: its tokens take too much time to tell; "
+        "one that reads a text in fewer ways takes less"
+    )
+
+
+def test_time_that_was_not_taken_is_not_saved() -> None:
+    clock = CostlyClock(0.0)
+    matcher = matcher_at(clock)
+    assert num_tokens(matcher, 500) == 500
+    clock.cost_s = TOKEN_S
+    assert num_tokens(matcher, 2000) == pytest.approx(MAX_DEBT_S / TOKEN_S, abs=2)
+
+
+def test_one_dear_token_is_paid_off_by_cheap_ones() -> None:
+    clock = CostlyClock(0.0)
+    matcher = matcher_at(clock)
+    for _ in range(3):
+        clock.cost_s = MAX_DEBT_S / 3
+        assert num_tokens(matcher, 1) == 1
+        clock.cost_s = 0.0
+        assert num_tokens(matcher, 200) == 200
+
+
+def test_columns_of_a_head_past_the_vocabulary_are_never_allowed() -> None:
+    matcher = BYTES.compile(Kind.REGEX, "[^a]+").matcher()
+    scores = torch.zeros(1, BYTES.size + 70)
+    constrain(scores, [0], [matcher])
+    assert (scores[0] > float("-inf")).nonzero()[:, 0].tolist() == BYTES.allowed(matcher)
 
 
 def test_a_dead_end_is_told_and_lets_nothing_follow() -> None:

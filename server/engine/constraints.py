@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from weft.errors import InvalidRequest
 from weft.server.engine.grammars import check_grammar
 from weft.server.engine.json_schemas import InvalidSchema, check_schema, parse_schema
+from weft.server.engine.regexes import check_regex
 
 WHITESPACE = r"[ \t\r\n]{1,40}"
 """Between the parts of a JSON value, if any: enough to indent by, and not without an end."""
@@ -255,6 +256,7 @@ def _json_schema_grammar(texts: Seq[str]) -> str:
 
 def _regex_grammar(texts: Seq[str]) -> str:
     (text,) = texts
+    check_regex(text)
     return LLMatcher.grammar_from_regex(text)
 
 

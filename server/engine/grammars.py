@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from weft.server.engine.json_schemas import DECODER, InvalidSchema, check_schema
+from weft.server.engine.regexes import check_regex
 
 MAX_RULES = 512
 """The compiler follows rules into each other, so a chain of them takes as much of its stack as there are rules."""
@@ -38,7 +39,14 @@ class InvalidGrammar(ValueError):
 
 
 def check_grammar(text: str) -> None:
-    """Raises InvalidGrammar for what the compiler takes and an answer could not keep to, and for too many rules."""
+    """Raises InvalidGrammar for what the compiler takes and an answer could not keep to, and for what is too large.
+
+    That is too many rules, or too many parts that may be missing, wherever they are: a terminal is an expression, too.
+    """
+    try:
+        check_regex(text)
+    except ValueError as error:
+        raise InvalidGrammar(1, str(error)) from None
     at, num_rules, previous = 0, 0, ""
     while found := _LEXEME.match(text, at):
         kind, word, at = found.lastgroup, found.group(), found.end()

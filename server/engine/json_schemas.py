@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
+from weft.server.engine.regexes import check_regex
+
 Schema = dict[str, Any]
 
 MAX_DEPTH = 4096
@@ -159,6 +161,7 @@ def _check_keywords(node: Schema, pointer: str) -> None:
         raise InvalidSchema(pointer, "has additionalItems without an array of items, where it means nothing")
     _check_min_properties(node, pointer)
     _check_characters(node, pointer)
+    _check_patterns(node, pointer)
 
 
 def _check_min_properties(node: Schema, pointer: str) -> None:
@@ -180,6 +183,15 @@ def _check_characters(node: Schema, pointer: str) -> None:
         _CONTROL_ESCAPE.search(_CONTROL_RANGE.sub("", text)) for text in patterns if isinstance(text, str)
     ):
         raise InvalidSchema(pointer, "names a control character that JSON can't write without a \\u escape")
+
+
+def _check_patterns(node: Schema, pointer: str) -> None:
+    for text in (node.get("pattern"), *node.get("patternProperties", ())):
+        if isinstance(text, str):
+            try:
+                check_regex(text)
+            except ValueError as error:
+                raise InvalidSchema(pointer, f"has a pattern that {error}") from None
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -222,6 +222,9 @@ def test_a_key_has_one_spelling() -> None:
     assert not accepts(BYTES, Kind.JSON_SCHEMA, '{"\\u0061":"x"}', schema)
 
 
+TOO_MANY = "has 1001 parts that may be missing or repeat (?, *, {}); at most 1000 are taken"
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "reason"),
     [
@@ -229,6 +232,10 @@ def test_a_key_has_one_spelling() -> None:
         (Kind.REGEX, "a(?=b)", "regex: look-around, including look-ahead and look-behind, is not supported"),
         (Kind.REGEX, r"(a)\1", "regex: backreferences are not supported"),
         (Kind.REGEX, r"[^\s\S]", "regex: nothing can follow that would match"),
+        (Kind.REGEX, "a?" * 1001, f"regex: {TOO_MANY}"),
+        (Kind.REGEX, "(a|)" * 1001, f"regex: {TOO_MANY}"),
+        (Kind.GRAMMAR, "start: A\nA: " + '"a"? ' * 1001, f"grammar: line 1: {TOO_MANY}"),
+        (Kind.JSON_SCHEMA, json.dumps({"pattern": "a?" * 1001}), f"json_schema: has a pattern that {TOO_MANY}"),
         (Kind.GRAMMAR, "start: foo", 'grammar: at 1(8): unknown name: "foo"'),
         (Kind.GRAMMAR, "start: start", "grammar: nothing can follow that would match"),
         (Kind.GRAMMAR, 'rule: "a"', "grammar: no start rule found"),

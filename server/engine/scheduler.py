@@ -190,9 +190,12 @@ class Scheduler:
         return picked
 
     def _ranked(self) -> list[Sequence]:
-        """Who runs, those that give way first at the end: the youngest, but each caller's own by their priority.
+        """Who runs, in the order in which they keep their blocks: the last gives way first.
 
-        Having given way counts as a step of priority each time, so that nobody does for ever.
+        The youngest of all decides whose request gives way (age counts from the last admission), so that a priority is
+        worth nothing against other callers. Of that caller it is the one of the lowest priority, and of several the
+        youngest; then the next youngest of all decides, and so on. Having given way counts as a step of priority each
+        time, so that nobody does for ever.
         """
         by_caller: dict[str, list[Sequence]] = {}
         for sequence in self.running:
@@ -218,7 +221,7 @@ class Scheduler:
         self._release_blocks(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
         return sequence
 
@@ -233,6 +236,7 @@ class Scheduler:
         """
         is_full, num_prefetched = False, 0
         awaited: dict[Sequence, tuple[float, float]] = {}
+        held_up: list[Sequence] = []
         with self._residency.round() as adapters:
             for sequence in self.waiting.in_turn():
                 if is_full and num_prefetched == PREFETCHED:
@@ -243,6 +247,8 @@ class Scheduler:
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
+                if not ready:
+                    held_up.append(sequence)
                 ready = ready and not is_full
                 if ready and (first := self.prefixes.comes_from(sequence)) is not None:
                     awaited.setdefault(first, self.waiting.turn_of(sequence))
@@ -256,6 +262,7 @@ class Scheduler:
                     adapters.hold(sequence.adapters)
                     budget -= self._pick(picked, self._admit(sequence), budget)
         self._awaited = awaited
+        self.waiting.hold_up(held_up)
         return budget
 
     def _turn_of(self, sequence: Sequence) -> tuple[float, float]:

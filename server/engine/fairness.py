@@ -239,18 +239,33 @@ class FairQueue:
         for flow in self._held_up:
             flow.is_held_up = True
 
-    def crowding_out(self, sequence: Sequence, running: Seq[Sequence]) -> Sequence | None:
-        """The youngest of the running requests of the share that holds the most; they are given in order of age.
+    def crowding_out(self, sequence: Sequence, running: Seq[Sequence]) -> Iterator[Sequence]:
+        """Who may give way to one that waits, in turn: each time the youngest of the share that holds the most by then.
 
-        None where that share would then hold less than the one that the sequence, which waits, adds to.
+        running is given in order of age. Ends where that share would then hold less than the one that the sequence adds
+        to, or would have the earlier turn, so that its request would come back at once.
         """
         place = self._places[sequence]
-        places = [self._places[other] for other in running]
-        caller = _largest(Counter(other.caller for other in places), place.caller)
-        flow = _largest(Counter(other.flow for other in places if other.caller is caller), place.flow)
-        if flow is place.flow:
-            return None
-        return next(other for other in reversed(running) if self._places[other].flow is flow)
+        callers: Counter[_Caller] = Counter()
+        flows: dict[_Caller, Counter[_Flow]] = {place.caller: Counter()}
+        members: dict[_Flow, list[Sequence]] = {}
+        for other in running:
+            theirs = self._places[other]
+            callers[theirs.caller] += 1
+            flows.setdefault(theirs.caller, Counter())[theirs.flow] += 1
+            members.setdefault(theirs.flow, []).append(other)
+        while True:
+            caller = _largest(callers, place.caller)
+            flow = _largest(flows[caller], place.flow)
+            if flow is place.flow:
+                return
+            victim = members[flow].pop()
+            best = max((victim.request.priority, *flow.priorities))
+            if self.turn_of(sequence) >= (caller.served, flow.turn_at(best)):
+                return
+            yield victim
+            callers[caller] -= 1
+            flows[caller][flow] -= 1
 
     def in_turn(self) -> Iterator[Sequence]:
         """All that wait, the next one first.

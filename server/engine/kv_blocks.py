@@ -41,9 +41,14 @@ class BlockPool:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_tokens)
 
-    def can_allocate(self, count: int, beside: Sequence[int] = ()) -> bool:
-        """Whether `count` blocks could be taken once those of `beside`, which are published, are held."""
-        return count + sum(block in self._idle for block in beside) <= self.num_free
+    def can_allocate(self, count: int, beside: Sequence[int] = (), without: Iterable[Sequence[int]] = ()) -> bool:
+        """Whether `count` blocks could be taken once those of `beside`, which are published, are held.
+
+        without: what some that hold blocks would have given up by then.
+        """
+        given_up = Counter(block for blocks in without for block in blocks)
+        freed = {block for block, num_holders in given_up.items() if num_holders == self._holders[block]}
+        return count + sum(block in self._idle or block in freed for block in beside) <= self.num_free + len(freed)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks; the caller has asked `can_allocate`."""

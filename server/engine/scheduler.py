@@ -24,6 +24,14 @@ PATIENCE = 4
 """Steps that a request which finds no room waits for one that will surely end by then, before it takes another's."""
 
 
+PASSING_TOKENS = 8192
+"""Prompts and answers, at their longest, that smaller requests may bring past one that finds no blocks.
+
+As much as eight steps of priority would put it back: a few dozen short requests get on beside a long answer that holds
+it up, and then all wait for it, so that it waits for hardly more than those that run.
+"""
+
+
 class Round(Protocol):
     """One step's look at the adapters of the requests that wait, in their order. See `adapters/residency.py`."""
 
@@ -84,8 +92,9 @@ class Scheduler:
     of the token budget, and of the step's time (see `pacing.py`). When a decode finds no free block, the youngest
     running sequence, or its caller's of the lowest priority, gives up its own and is computed again later: its tokens
     stay, so its answer does too, and what it has published is found again if nobody needed the blocks meanwhile. So
-    does one of the share that holds the most, when another's turn finds no room. Nothing is swapped out: on a CPU the
-    cache is host memory already, and more of it serves better.
+    do those of the shares that hold the most, when another's turn finds no room and that would make it. One that needs
+    more blocks than are free lets smaller ones pass, so many tokens of them and no more. Nothing is swapped out: on a
+    CPU the cache is host memory already, and more of it serves better.
     """
 
     def __init__(
@@ -100,10 +109,12 @@ class Scheduler:
         *,
         prefix_cache: bool = False,
         max_reported: int = 1 << 30,
+        passing_tokens: int = PASSING_TOKENS,
     ) -> None:
         """scrub wipes the content of blocks that are given up in mid-computation. pace None: chunks as large as fit.
 
         max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
+        passing_tokens: see PASSING_TOKENS.
         """
         self.pool = pool
         self.prefixes = PrefixCache(pool, enabled=prefix_cache)
@@ -119,7 +130,11 @@ class Scheduler:
         self._max_running = max_running
         self._max_reported = max_reported
         self._num_reported = 0
-        self._turned_away: Sequence | None = None
+        self._passing_tokens = passing_tokens
+        self._turned_away: list[Sequence] = []
+        """Who found no room in the last step, in turn."""
+        self._passed: dict[Sequence, int] = {}
+        """Tokens that were let past each that has been turned away since it waits."""
         self._awaited: dict[Sequence, tuple[float, float]] = {}
         """Turns of those that wait for what a running one computes; it goes on in theirs if that is earlier."""
 
@@ -160,8 +175,9 @@ class Scheduler:
             self._stop_running(sequence)
         self.waiting.leave(sequence)
         self._release_blocks(sequence)
-        if self._turned_away is sequence:
-            self._turned_away = None
+        self._passed.pop(sequence, None)
+        if sequence in self._turned_away:
+            self._turned_away.remove(sequence)
 
     def check(self) -> None:
         """Audit the block pool and the prefix cache against the sequences. Raises AssertionError."""
@@ -171,14 +187,22 @@ class Scheduler:
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _make_way(self) -> None:
-        """Preempt one of the share that holds the most for one whose turn it was and who found no room."""
-        waits, self._turned_away = self._turned_away, None
-        if waits is None or any(_steps_left(sequence) <= PATIENCE for sequence in self.running):
+        """Preempt of the shares that hold the most for the first that found no room, if that gives it enough."""
+        turned_away, self._turned_away = self._turned_away, []
+        if not turned_away or any(_steps_left(sequence) <= PATIENCE for sequence in self.running):
             return
-        victim = self.waiting.crowding_out(waits, self.running)
-        # Of an earlier turn, the victim would come back at once.
-        if victim is not None and self.waiting.turn_of(waits) < self.waiting.turn_of(victim):
+        waits = turned_away[0]
+        victims = list(self.waiting.crowding_out(waits, self.running))
+        if not self._would_fit(waits, victims):
+            return
+        enough = next(count for count in range(len(victims) + 1) if self._would_fit(waits, victims[:count]))
+        for victim in victims[:enough]:
             self._preempt(victim)
+
+    def _would_fit(self, sequence: Sequence, victims: Seq[Sequence]) -> bool:
+        """Whether one that waits fits once these have given way and the decodes of the others have their blocks."""
+        staying = (other for other in self.running if other not in victims)
+        return self._fits(sequence, sum(self._missing(other) for other in staying), victims)
 
     def _decodes(self) -> list[Scheduled]:
         picked: list[Scheduled] = []
@@ -190,9 +214,12 @@ class Scheduler:
         return picked
 
     def _ranked(self) -> list[Sequence]:
-        """Who runs, those that give way first at the end: the youngest, but each caller's own by their priority.
+        """Who runs, in the order in which they keep their blocks: the last gives way first.
 
-        Having given way counts as a step of priority each time, so that nobody does for ever.
+        The youngest of all decides whose request gives way (age counts from the last admission), so that a priority is
+        worth nothing against other callers. Of that caller it is the one of the lowest priority, and of several the
+        youngest; then the next youngest of all decides, and so on. Having given way counts as a step of priority each
+        time, so that nobody does for ever.
         """
         by_caller: dict[str, list[Sequence]] = {}
         for sequence in self.running:
@@ -205,12 +232,16 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
         """Give a decode its block, preempting from the last in rank on; False where it was itself preempted."""
-        missing = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        missing = self._missing(sequence)
         while not self.pool.can_allocate(missing):
             if self._preempt(ranked.pop()) is sequence:
                 return False
         sequence.blocks += self.pool.allocate(missing)
         return True
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Blocks that it needs for the tokens that it has."""
+        return self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         self._stop_running(sequence)
@@ -218,7 +249,7 @@ class Scheduler:
         self._release_blocks(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
         return sequence
 
@@ -227,35 +258,42 @@ class Scheduler:
         self._residency.let_go(sequence.adapters)
 
     def _admit_waiting(self, picked: list[Scheduled], begun: deque[Sequence], budget: int) -> int:
-        """Admit in turn who is ready, until one does not fit; then only look after the adapters of some more.
+        """Admit in turn who is ready, until one does not fit; then of some more those that may pass it by.
 
-        begun: prompts in turn that go on before those whose turn is later. Returns what is left of the budget.
+        Of the others of these it looks after the adapters. begun: prompts in turn that go on before those whose turn is
+        later. Returns what is left of the budget.
         """
         is_full, num_prefetched = False, 0
         awaited: dict[Sequence, tuple[float, float]] = {}
+        held_up: list[Sequence] = []
         with self._residency.round() as adapters:
             for sequence in self.waiting.in_turn():
-                if is_full and num_prefetched == PREFETCHED:
+                is_over = is_full or bool(self._turned_away)
+                if is_over and num_prefetched == PREFETCHED:
                     break
-                num_prefetched += is_full
+                num_prefetched += is_over
                 try:
                     ready = adapters.ready(sequence.adapters)
                 except WeftError as error:
                     self.hopeless.append((sequence, error))
                     continue
+                if not ready:
+                    held_up.append(sequence)
                 ready = ready and not is_full
                 if ready and (first := self.prefixes.comes_from(sequence)) is not None:
                     awaited.setdefault(first, self.waiting.turn_of(sequence))
                     ready = False
                 while begun and budget > 0 and self._turn_of(begun[0]) <= self.waiting.turn_of(sequence):
                     budget -= self._pick(picked, begun.popleft(), budget)
-                if ready and budget > 0 and not self._fits(sequence):
-                    self._turned_away = sequence
-                is_full = is_full or budget <= 0 or self._turned_away is not None
+                if ready and budget > 0 and not self._fits(sequence, self._to_spare(sequence)):
+                    self._turned_away.append(sequence)
+                    ready = False
+                is_full = is_full or budget <= 0 or not self._lets_pass()
                 if ready and not is_full:
                     adapters.hold(sequence.adapters)
                     budget -= self._pick(picked, self._admit(sequence), budget)
         self._awaited = awaited
+        self.waiting.hold_up(held_up)
         return budget
 
     def _turn_of(self, sequence: Sequence) -> tuple[float, float]:
@@ -263,13 +301,36 @@ class Scheduler:
         turn = self.waiting.turn_of(sequence)
         return min(turn, self._awaited.get(sequence, turn))
 
-    def _fits(self, sequence: Sequence) -> bool:
-        if len(self.running) >= self._max_running:
+    def _fits(self, sequence: Sequence, num_spare: int = 0, without: Seq[Sequence] = ()) -> bool:
+        """Whether there is room for one that waits and so many more blocks, once those of `without` have given way."""
+        if len(self.running) - len(without) >= self._max_running:
             return False
         hits = self.prefixes.hits(sequence)
-        return self.pool.can_allocate(self.pool.blocks_for(len(sequence.tokens)) - len(hits), beside=hits)
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits) + num_spare
+        return self.pool.can_allocate(needed, beside=hits, without=[victim.blocks for victim in without])
+
+    def _to_spare(self, sequence: Sequence) -> int:
+        """Blocks that must be left: for one that passes others by, all that it may come to need.
+
+        Else it would soon take them from who runs, or give up its own.
+        """
+        if not self._turned_away:
+            return 0
+        num_tokens = len(sequence.tokens)
+        return self.pool.blocks_for(num_tokens + _steps_left(sequence)) - self.pool.blocks_for(num_tokens)
+
+    def _lets_pass(self) -> bool:
+        """Whether others may be admitted although some that were turned away have earlier turns."""
+        if not self._turned_away:
+            return True
+        farthest = max(self._passed.get(sequence, 0) for sequence in self._turned_away)
+        return len(self.running) < self._max_running and farthest < self._passing_tokens
 
     def _admit(self, sequence: Sequence) -> Sequence:
+        for passed in self._turned_away:
+            num_tokens = len(sequence.tokens) + _steps_left(sequence)
+            self._passed[passed] = self._passed.get(passed, 0) + num_tokens
+        self._passed.pop(sequence, None)
         self.waiting.remove(sequence)
         self.prefixes.begin(sequence)
         sequence.blocks += self.pool.allocate(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks))

@@ -35,6 +35,7 @@ MAX_RUNNING = 4
 LONGEST_PROMPT = 28
 LONGEST_ANSWER = 12
 PRIORITY_TOKENS = 16
+PASSING_TOKENS = 60
 
 NAMES = ["", "a", "b", "c"]
 CALLERS = ["x", "y"]
@@ -122,6 +123,7 @@ class History(RuleBasedStateMachine):
             queue=FairQueue(WEIGHTS, PRIORITY_TOKENS),
             pace=self.pace,
             prefix_cache=prefix_cache,
+            passing_tokens=PASSING_TOKENS,
         )
 
     @rule(
@@ -247,12 +249,14 @@ class History(RuleBasedStateMachine):
         """What may be served before a request that could run gets on, in virtual tokens.
 
         All of its own flow that may go before it, and as much and the largest requests that run for each other flow,
-        times its weight; priorities put flows two steps apart, and a flow whose adapter comes late catches up.
+        times its weight; priorities put flows two steps apart, and a flow whose adapter comes late catches up. Smaller
+        ones may pass by it, the last of them with all its tokens.
         """
         largest = PROMPT_COST * LONGEST_PROMPT + OUTPUT_COST * LONGEST_ANSWER
         weights = sum(WEIGHTS.get(name, 1.0) for _, name in asked.flows)
         each = (num_own + MAX_RUNNING) * largest + 2 * PRIORITY_TOKENS
-        return len(CALLERS) * weights * each + self.blocked_cost
+        passing = OUTPUT_COST * PASSING_TOKENS + largest
+        return len(CALLERS) * weights * each + self.blocked_cost + passing
 
     def remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

@@ -98,7 +98,7 @@ def test_generated_tokens_count_twice_and_nothing_counts_again() -> None:
     queue.charge(one, 1)
     assert flow.served == 6 * PROMPT_COST + 2 * OUTPUT_COST
     one.num_computed = 0  # it gave up its blocks
-    queue.appendleft(one)
+    queue.put_back(one)
     assert next(queue.in_turn()) is other
     queue.remove(one)
     queue.charge(one, 12)
@@ -148,6 +148,59 @@ def test_memory_is_bounded_however_many_come_and_go() -> None:
     assert list(queue) == [waiting]
 
 
+def run(queue: FairQueue, sequence: Sequence, num_tokens: int) -> Sequence:
+    """It leaves the queue, and so many tokens of it are computed."""
+    queue.remove(sequence)
+    queue.charge(sequence, num_tokens)
+    queue.check()
+    return sequence
+
+
+@pytest.mark.parametrize("by", ["adapter", "caller"])
+def test_one_that_merely_runs_gives_newcomers_no_lead_over_who_is_busy(by: str) -> None:
+    queue = FairQueue()
+    fill(queue, runs := make(**{by: "runs"}), *(make(**{by: "busy"}) for _ in range(100)))
+    run(queue, runs, 1)
+    served(queue, 50)
+    fill(queue, *(make(**{by: "new"}) for _ in range(20)))
+    assert set(Counter(served(queue, 20)).values()) == {10}
+
+
+@pytest.mark.parametrize("by", ["adapter", "caller"])
+def test_one_whose_adapter_is_not_there_gives_newcomers_no_lead_over_who_is_busy(by: str) -> None:
+    queue = FairQueue()
+    fill(queue, *(make(**{by: "busy"}) for _ in range(100)), waits := make(**{by: "waits"}))
+    for _ in range(50):
+        sequence = next(sequence for sequence in queue.in_turn() if sequence is not waits)
+        queue.leave(run(queue, sequence, 10))
+    queue.hold_up([waits])
+    fill(queue, *(make(**{by: "new"}) for _ in range(20)))
+    queue.hold_up([])
+    assert serve(queue) is waits, "it has lost nothing"
+    assert set(Counter(served(queue, 20)).values()) == {10}
+
+
+@pytest.mark.parametrize("by", ["adapter", "caller"])
+def test_where_nobody_waits_a_newcomer_begins_beside_who_left_the_queue_last(by: str) -> None:
+    queue = FairQueue()
+    fill(queue, old := make(**{by: "old"}))
+    run(queue, old, 1)
+    for _ in range(5):
+        fill(queue, last := make(**{by: "busy"}, prompt=100))
+        run(queue, last, 100)
+    fill(queue, *(make(**{by: name}) for _ in range(20) for name in ("new", "busy")))
+    assert set(Counter(served(queue, 20)).values()) == {10}
+
+
+def test_who_ran_alone_has_saved_up_nothing_for_its_next_request() -> None:
+    queue = FairQueue()
+    fill(queue, long := make("long"), *(make("busy") for _ in range(100)))
+    run(queue, long, 1)
+    served(queue, 50)
+    fill(queue, *(make("long") for _ in range(20)))
+    assert Counter(served(queue, 20)) == {"/busy": 10, "/long": 10}
+
+
 def test_a_preempted_request_is_the_first_of_its_flow_but_not_of_others() -> None:
     queue = FairQueue()
     first, second, third, other = make("a"), make("a"), make("a"), make("b")
@@ -155,9 +208,44 @@ def test_a_preempted_request_is_the_first_of_its_flow_but_not_of_others() -> Non
     for sequence in (first, second):
         queue.remove(sequence)
         queue.charge(sequence, 10)
-    queue.appendleft(second)
-    queue.appendleft(first)
+    queue.put_back(second)
+    queue.put_back(first)
     assert list(queue.in_turn()) == [other, first, second, third]
+
+
+def test_a_preempted_request_keeps_its_priority() -> None:
+    queue = FairQueue()
+    low, other = make("a", priority=-5), make("b")
+    fill(queue, low)
+    run(queue, low, 10)
+    fill(queue, other, urgent := make("a", priority=1))
+    queue.put_back(low)
+    assert list(queue.in_turn()) == [urgent, other, low]
+
+
+def test_a_preempted_request_goes_before_those_that_came_later() -> None:
+    queue = FairQueue()
+    fill(queue, first := make())
+    run(queue, first, 10)
+    tokens = 0
+    fill(queue, make(priority=1))
+    queue.put_back(first)
+    while (sequence := serve(queue)) is not first:
+        tokens += len(sequence.request.prompt)
+        fill(queue, make(), make(priority=1))
+    assert tokens <= PRIORITY_TOKENS + 20
+
+
+def test_a_flow_stands_where_its_highest_priority_puts_it() -> None:
+    queue = FairQueue()
+    fill(queue, low := make("a", priority=-1))
+    for _ in range(100):  # so much that one of a higher priority does not pass the first by
+        fill(queue, sequence := make("a", priority=5))
+        run(queue, sequence, 100)
+        queue.leave(sequence)
+    fill(queue, urgent := make("a", priority=5))
+    fill(queue, other := make("b"))
+    assert list(queue.in_turn()) == [low, urgent, other]
 
 
 def test_a_priority_is_a_head_start_among_the_requests_of_one_caller() -> None:

@@ -17,8 +17,9 @@ from weft.server.engine.text import OutputText
 BLOCK = 4
 
 
-def make(prompt: int, priority: int = 0, caller: str = "", first: int = 0) -> Sequence:
-    request = Request("r", tuple(range(first, first + prompt)), priority=priority, caller=caller)
+def make(prompt: int, priority: int = 0, caller: str = "", first: int = 0, max_tokens: int = 256) -> Sequence:
+    stopping = Stopping(max_tokens=max_tokens)
+    request = Request("r", tuple(range(first, first + prompt)), priority=priority, caller=caller, stopping=stopping)
     return Sequence(request, (), OutputText(lambda ids: ""), random.Random(0), 0.0)
 
 
@@ -273,6 +274,86 @@ def test_nobody_loses_a_place_that_comes_free_soon() -> None:
     for _ in range(3):
         advance(scheduler)
     assert scheduler.num_preemptions == 0
+
+
+def test_nobody_gives_way_to_one_that_would_not_fit_even_then() -> None:
+    scheduler = Scheduler(BlockPool(1 + 100, BLOCK), max_batch_tokens=64, max_running=16)
+    hot = [make(20, caller="hot") for _ in range(8)]
+    for sequence in hot:
+        scheduler.add(sequence)
+    for _ in range(5):
+        advance(scheduler)
+    scheduler.add(make(95 * BLOCK, caller="big"))
+    for _ in range(5):
+        advance(scheduler)
+    assert scheduler.running == hot
+    assert scheduler.num_preemptions == 0
+
+
+def test_as_many_give_way_at_once_as_one_needs_to_fit() -> None:
+    scheduler = Scheduler(BlockPool(1 + 100, BLOCK), max_batch_tokens=64, max_running=16)
+    hot = [make(20, caller="hot") for _ in range(8)]
+    for sequence in hot:
+        scheduler.add(sequence)
+    for _ in range(5):
+        advance(scheduler)
+    big = make(70 * BLOCK, caller="big")
+    scheduler.add(big)
+    for _ in range(2):
+        advance(scheduler)
+    assert scheduler.running == [*hot[:4], big]
+    assert scheduler.num_preemptions == 4
+
+
+def past_a_large_one(passing_tokens: int) -> tuple[Scheduler, Sequence, list[Sequence]]:
+    """One long answer, a prompt that fits only when it has ended, and small ones behind that, after some steps."""
+    scheduler = Scheduler(BlockPool(1 + 100, BLOCK), max_batch_tokens=64, max_running=16, passing_tokens=passing_tokens)
+    scheduler.add(make(8, caller="long"))
+    advance(scheduler)
+    large, small = make(99 * BLOCK, caller="large"), [make(8, caller=f"{i}", max_tokens=12) for i in range(10)]
+    for sequence in (large, *small):
+        scheduler.add(sequence)
+    for _ in range(5):
+        advance(scheduler)
+    return scheduler, large, small
+
+
+def test_small_ones_pass_by_one_that_finds_too_few_blocks() -> None:
+    scheduler, large, small = past_a_large_one(1000)
+    assert large in scheduler.waiting
+    assert all(sequence.num_generated for sequence in small)
+    assert scheduler.num_preemptions == 0
+
+
+def test_no_more_tokens_pass_by_than_are_allowed_and_then_all_wait() -> None:
+    scheduler, large, small = past_a_large_one(50)
+    assert [sequence in scheduler.running for sequence in small] == [True] * 3 + [False] * 7
+    for sequence in tuple(scheduler.running):
+        scheduler.remove(sequence)
+    assert advance(scheduler) == [(large, 64)]
+
+
+def test_who_passes_by_must_find_all_blocks_that_it_may_come_to_need() -> None:
+    scheduler, large, _ = past_a_large_one(10_000)
+    hungry = make(8, caller="hungry", max_tokens=99 * BLOCK)
+    scheduler.add(hungry)
+    advance(scheduler)
+    assert set(scheduler.waiting) == {large, hungry}
+
+
+def test_a_large_one_is_served_however_many_small_ones_come() -> None:
+    scheduler = Scheduler(BlockPool(1 + 20, BLOCK), max_batch_tokens=64, max_running=8, passing_tokens=200)
+    large = make(19 * BLOCK, caller="large")
+    for at in range(400):
+        scheduler.add(make(8, caller=f"{at}", max_tokens=6))
+        if at == 10:
+            scheduler.add(large)
+        advance(scheduler)
+        for sequence in [s for s in scheduler.running if s.num_generated >= 6]:
+            scheduler.remove(sequence)
+        if large.num_generated:
+            return
+    raise AssertionError("it starved")
 
 
 def test_chunks_beside_decodes_are_cut_to_the_time_of_a_step() -> None:

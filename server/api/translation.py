@@ -40,6 +40,8 @@ PENALTIES = Range(-2, 2)
 REPETITION_PENALTIES = Range(0.001, 1000)
 PRIORITIES = Range(-100, 100)
 NUM_SEEDS = 1 << 64
+MAX_DURATION_S = 315_576_000_000
+MAX_NANOS = 999_999_999
 
 MAX_REPEATS = 16
 """How many times the longest text the prompts of a score's continuations may be together."""
@@ -304,7 +306,13 @@ def _stop_token_ids(ids: Sequence[int], limits: RequestLimits, violations: Viola
 
 
 def _time_limit_s(limit: Duration, violations: Violations) -> float:
-    seconds = limit.seconds + limit.nanos / 1e9
-    if seconds <= 0:
-        violations.add("stopping.time_limit", f"is {seconds:g} s; must be above 0")
+    path, seconds = "stopping.time_limit", limit.seconds + limit.nanos / 1e9
+    if abs(limit.seconds) > MAX_DURATION_S:
+        violations.add(f"{path}.seconds", f"is {limit.seconds}; a Duration has at most {MAX_DURATION_S}, of either sign")
+    elif abs(limit.nanos) > MAX_NANOS:
+        violations.add(f"{path}.nanos", f"is {limit.nanos}; a Duration has at most {MAX_NANOS}, of either sign")
+    elif limit.seconds * limit.nanos < 0:
+        violations.add(path, f"has {limit.seconds} seconds and {limit.nanos} nanos; a Duration's have the same sign")
+    elif seconds <= 0:
+        violations.add(path, f"is {seconds:g} s; must be above 0")
     return seconds

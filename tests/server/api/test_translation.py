@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from house import MAX_PROMPT_BYTES, House, Refusal, generate, refusal, stream
 
 from weft.errors import InvalidRequest
-from weft.server.api.translation import RequestLimits, to_engine_request, to_score_request
+from weft.server.api.translation import MAX_DURATION_S, RequestLimits, to_engine_request, to_score_request
 from weft.v1 import inference_pb2 as pb2
 
 VOCAB = 260
@@ -84,6 +84,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (stopping(stop_token_ids=[7] * 65), "stopping.stop_token_ids", "has 65 entries; at most 64"),
     (stopping(time_limit={}), "stopping.time_limit", "is 0 s"),
     (stopping(time_limit={"seconds": -1}), "stopping.time_limit", "is -1 s"),
+    (stopping(time_limit={"seconds": 2, "nanos": -1}), "stopping.time_limit", "has 2 seconds and -1 nanos; a Duration's"),
+    (stopping(time_limit={"seconds": -1, "nanos": 1}), "stopping.time_limit", "has -1 seconds and 1 nanos"),
+    (stopping(time_limit={"seconds": 1, "nanos": 10**9}), "stopping.time_limit.nanos", "is 1000000000; a Duration has"),
+    (stopping(time_limit={"nanos": -(10**9)}), "stopping.time_limit.nanos", "is -1000000000"),
+    (stopping(time_limit={"seconds": MAX_DURATION_S + 1}), "stopping.time_limit.seconds", "is 315576000001"),
+    (stopping(time_limit={"seconds": -(2**63)}), "stopping.time_limit.seconds", "a Duration has at most 315576000000"),
     ({**GOOD, "output": {"top_logprobs": -1}}, "output.top_logprobs", "is -1"),
     ({**GOOD, "output": {"top_logprobs": 21}}, "output.top_logprobs", "is 21; must be at least 0 and at most 20"),
     (terms({"weight": 1.0}), "adapters[0].adapter_id", "is empty"),
@@ -116,6 +122,7 @@ EDGES: list[dict[str, Any]] = [
     chat(*[{"role": "u", "content": "x"}] * 1024) | {"stopping": {"max_tokens": 1}},
     stopping(max_tokens=1, min_tokens=1, stop_sequences=["a" * 1024] * 64, stop_token_ids=[VOCAB - 1] * 64),
     stopping(max_tokens=2**31 - 1, time_limit={"nanos": 1}),
+    stopping(max_tokens=1, time_limit={"seconds": MAX_DURATION_S, "nanos": 999_999_999}),
     terms(*[{"adapter_id": "one", "weight": -0.1}] * 8),
     {**GOOD, "request_id": "é" * 128, "output": {"top_logprobs": 20}},
     {"text": "x" * MAX_PROMPT_BYTES, "stopping": {"max_tokens": 1}},

@@ -152,6 +152,13 @@ def _shared(
     )
 
 
+def prompt_path(request: AnyRequest | pb2.TokenizeRequest) -> str:
+    """The field that a checked prompt is in."""
+    field = request.WhichOneof("prompt")
+    assert field is not None
+    return "token_ids.ids" if field == "token_ids" else str(field)
+
+
 def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimits, violations: Violations) -> None:
     """Note what is wrong with a prompt, before it is tokenized. An empty text is left to the caller."""
     match request.WhichOneof("prompt"):
@@ -308,7 +315,9 @@ def _stop_token_ids(ids: Sequence[int], limits: RequestLimits, violations: Viola
 def _time_limit_s(limit: Duration, violations: Violations) -> float:
     path, seconds = "stopping.time_limit", limit.seconds + limit.nanos / 1e9
     if abs(limit.seconds) > MAX_DURATION_S:
-        violations.add(f"{path}.seconds", f"is {limit.seconds}; a Duration has at most {MAX_DURATION_S}, of either sign")
+        violations.add(
+            f"{path}.seconds", f"is {limit.seconds}; a Duration has at most {MAX_DURATION_S}, of either sign"
+        )
     elif abs(limit.nanos) > MAX_NANOS:
         violations.add(f"{path}.nanos", f"is {limit.nanos}; a Duration has at most {MAX_NANOS}, of either sign")
     elif limit.seconds * limit.nanos < 0:

@@ -110,7 +110,16 @@ def test_as_many_continuations_as_fit_are_scored_together(house: House) -> None:
         ({"priority": 101}, "priority", "is 101"),
         ({"cache_salt": "s" * 129}, "cache_salt", "has 129 characters"),
         ({"adapter_id": "one", "adapters": [{"adapter_id": "two"}]}, "adapters", "choose one"),
-        ({"token_ids": {"ids": [5] * 65535}, "continuations": ["abc"]}, "prompt", "has 65538 tokens"),
+        (
+            {"token_ids": {"ids": [5] * 65535}, "continuations": ["abc"]},
+            "continuations[0]",
+            "with the prompt has 65538",
+        ),
+        (
+            {"token_ids": {"ids": [5] * 65535}, "continuations": ["a", "abc"]},
+            "continuations[1]",
+            "tokens; at most 65536",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(house: House, fields: dict[str, Any], path: str, words: str) -> None:

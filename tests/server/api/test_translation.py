@@ -84,7 +84,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (stopping(stop_token_ids=[7] * 65), "stopping.stop_token_ids", "has 65 entries; at most 64"),
     (stopping(time_limit={}), "stopping.time_limit", "is 0 s"),
     (stopping(time_limit={"seconds": -1}), "stopping.time_limit", "is -1 s"),
-    (stopping(time_limit={"seconds": 2, "nanos": -1}), "stopping.time_limit", "has 2 seconds and -1 nanos; a Duration's"),
+    (
+        stopping(time_limit={"seconds": 2, "nanos": -1}),
+        "stopping.time_limit",
+        "has 2 seconds and -1 nanos; a Duration's",
+    ),
     (stopping(time_limit={"seconds": -1, "nanos": 1}), "stopping.time_limit", "has -1 seconds and 1 nanos"),
     (stopping(time_limit={"seconds": 1, "nanos": 10**9}), "stopping.time_limit.nanos", "is 1000000000; a Duration has"),
     (stopping(time_limit={"nanos": -(10**9)}), "stopping.time_limit.nanos", "is -1000000000"),
@@ -181,6 +185,20 @@ def test_a_prompt_past_the_context_is_refused_with_the_numbers(house: House) -> 
     prompt = {"token_ids": {"ids": [5] * 65536}}
     refused = refusal(lambda: house.inference.Generate(generate(**prompt)))
     assert_bad_field(refused, "token_ids.ids", "has 65536 tokens; at most 65535 fit")
+
+
+def test_a_prompt_too_long_in_tokens_is_reported_at_the_field_that_was_set(house: House) -> None:
+    long = "x" * 70_000
+    with house.variant(max_prompt_bytes=100_000) as inference:
+        for fields, path, num_tokens in (
+            ({"text": long}, "text", 70_001),
+            (chat({**USER, "content": long}), "chat", 70_020),
+        ):
+            for call in (
+                lambda fields=fields: inference.Generate(generate(**fields)),
+                lambda fields=fields: inference.Score(pb2.ScoreRequest(continuations=["a"], **fields)),
+            ):
+                assert_bad_field(refusal(call), path, f"has {num_tokens} tokens")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weft.errors import InvalidConfig
+from weft.adapters.names import check_name
+from weft.errors import InvalidConfig, InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,7 @@ class EngineConfig:
         _between("--max-queued-tokens", self.max_queued_tokens, 0, 1 << 40)
         _between("--max-queued-per-adapter", self.max_queued_per_adapter, 0, 1 << 20)
         _between("--target-step-ms", self.target_step_ms, 0, 3600_000)
-        for name, weight in self.adapter_weights:
-            _between(f"--adapter-weight {name}", weight, 0.01, 100)
+        self._check_weights()
         _between("--context-length", self.context_length, 2, 1 << 24)
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)
@@ -81,6 +82,17 @@ class EngineConfig:
                 f"--max-batch-tokens is {self.max_batch_tokens}, less than --max-running-requests "
                 f"({self.max_running_requests}): every running request needs a token a step"
             )
+
+    def _check_weights(self) -> None:
+        named = Counter(name for name, _ in self.adapter_weights)
+        for name, weight in self.adapter_weights:
+            try:
+                check_name(name)
+            except InvalidRequest as error:
+                raise InvalidConfig(f"--adapter-weight names an adapter that {error.problems[0].description}") from None
+            if named[name] > 1:
+                raise InvalidConfig(f"--adapter-weight {name} is given {named[name]} times; give it once")
+            _between(f"--adapter-weight {name}", weight, 0.01, 100)
 
     @property
     def max_requests(self) -> int:

@@ -29,7 +29,7 @@ class _Root(click.ParamType[Path | str]):
 
 
 class _Weight(click.ParamType[tuple[str, float]]):
-    """NAME=WEIGHT."""
+    """NAME=WEIGHT. In an environment variable, spaces part several; in the file, they are a list."""
 
     name = "name=weight"
 
@@ -39,8 +39,13 @@ class _Weight(click.ParamType[tuple[str, float]]):
             number = float(weight)
         except ValueError:
             number = math.nan
-        if not adapter or math.isnan(number):
-            self.fail(f"{value!r} is not NAME=WEIGHT, as in my-adapter=2", param, ctx)
+        if not adapter or "=" in adapter or math.isnan(number):
+            self.fail(
+                f"{value!r} is not NAME=WEIGHT, as in my-adapter=2; several are options of their own, parted by spaces "
+                "in the environment, a list in the file",
+                param,
+                ctx,
+            )
         return adapter, number
 
 

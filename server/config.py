@@ -10,6 +10,9 @@ from pathlib import Path
 from weft.adapters.names import check_name
 from weft.errors import InvalidConfig, InvalidRequest
 
+LORA_BACKENDS = ("reference", "torch")
+"""As `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -75,6 +78,7 @@ class EngineConfig:
         _between("--memory-share", self.memory_share, 0.01, 1)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
+        _one_of("--lora-backend", self.lora_backend, LORA_BACKENDS)
         _between("--speculative-tokens", self.speculative_tokens, 0, 64)
         _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:

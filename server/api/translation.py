@@ -69,6 +69,14 @@ class RequestLimits:
         return min(MAX_ANSWERS, self.max_requests)
 
     @property
+    def queue_bound(self) -> str:
+        """Why there can't be more answers or continuations, where that is not by their own limits."""
+        return (
+            f"at most {self.max_requests} can be queued and running at once "
+            "(--max-running-requests, and --max-queued-requests or --max-queued-per-adapter)"
+        )
+
+    @property
     def max_continuations(self) -> int:
         return min(MAX_CONTINUATIONS, self.max_requests)
 
@@ -90,12 +98,21 @@ def to_engine_request(
     )
     if request.output.prompt_logprobs and not request.output.include_prompt:
         violations.add("output.prompt_logprobs", "is true, but include_prompt, which lists the prompt's tokens, is not")
-    num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
-    if 1 < num_answers <= limits.max_answers and translated.sampling.temperature == 0:
-        violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
+    _check_num_answers(request, translated.sampling.temperature, limits, violations)
     check_constraint(request, violations.add)
     violations.raise_any()
     return translated
+
+
+def _check_num_answers(
+    request: GenerateRequest, temperature: float, limits: RequestLimits, violations: Violations
+) -> None:
+    if limits.max_answers < min(request.n, MAX_ANSWERS):
+        violations.add("n", f"is {request.n}; {limits.queue_bound}")
+        return
+    num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
+    if 1 < num_answers <= limits.max_answers and temperature == 0:
+        violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
 
 
 def several(request: Request, count: int) -> list[Request]:
@@ -120,6 +137,8 @@ def _check_continuations(request: pb2.ScoreRequest, limits: RequestLimits, viola
     path, continuations = "continuations", request.continuations
     if not continuations:
         violations.add(path, "is empty; give at least one")
+    elif limits.max_continuations < min(len(continuations), MAX_CONTINUATIONS):
+        violations.add(path, f"has {len(continuations)} entries; {limits.queue_bound}")
     elif violations.fits(continuations, path, limits.max_continuations):
         for index, continuation in enumerate(continuations):
             if not continuation:

@@ -103,7 +103,11 @@ def test_as_many_continuations_as_fit_are_scored_together(house: House) -> None:
     [
         ({"continuations": []}, "continuations", "is empty; give at least one"),
         ({"continuations": ["a", ""]}, "continuations[1]", "is empty; give a text"),
-        ({"continuations": ["a"] * (MAX_RUNNING + MAX_QUEUED + 1)}, "continuations", "has 13 entries; at most 12"),
+        (
+            {"continuations": ["a"] * (MAX_RUNNING + MAX_QUEUED + 1)},
+            "continuations",
+            "has 13 entries; at most 12 can be",
+        ),
         ({"continuations": ["a" * MAX_PROMPT_BYTES, "b"]}, "continuations", "has 4097 bytes; at most 4096"),
         ({"text": "", "continuations": ["a"]}, "text", "is empty"),
         ({"token_ids": {"ids": [260]}}, "token_ids.ids[0]", "is 260"),

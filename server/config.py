@@ -7,8 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weft.adapters.names import check_name
-from weft.errors import InvalidConfig, InvalidRequest
+from weft.errors import InvalidConfig
 
 LORA_BACKENDS = ("reference", "torch")
 """As `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
@@ -90,10 +89,6 @@ class EngineConfig:
     def _check_weights(self) -> None:
         named = Counter(name for name, _ in self.adapter_weights)
         for name, weight in self.adapter_weights:
-            try:
-                check_name(name)
-            except InvalidRequest as error:
-                raise InvalidConfig(f"--adapter-weight names an adapter that {error.problems[0].description}") from None
             if named[name] > 1:
                 raise InvalidConfig(f"--adapter-weight {name} is given {named[name]} times; give it once")
             _between(f"--adapter-weight {name}", weight, 0.01, 100)

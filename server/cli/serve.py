@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from weft.adapters.names import check_name
+from weft.errors import InvalidRequest
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig, is_prefix
 
 _PATH = click.Path(path_type=Path)
@@ -46,6 +48,10 @@ class _Weight(click.ParamType[tuple[str, float]]):
                 param,
                 ctx,
             )
+        try:
+            check_name(adapter)
+        except InvalidRequest as error:
+            self.fail(f"{value!r} names an adapter that {error.problems[0].description}", param, ctx)
         return adapter, number
 
 

@@ -109,6 +109,12 @@ class TestServeOptions:
         assert ran.exit_code == 2
         assert f"{text!r} is not NAME=WEIGHT" in ran.error_line
 
+    @pytest.mark.parametrize("name", ["_a", "a b", "a..b", "x" * 129])
+    def test_a_weight_is_refused_for_a_name_that_no_adapter_can_have(self, run: Run, name: str) -> None:
+        ran = run("serve", "--model", "m", "--adapter-weight", f"{name}=2")
+        assert ran.exit_code == 2
+        assert f"names an adapter that is '{name}'; must be 1 to 128 letters" in ran.error_line
+
     def test_a_list_of_weights_in_one_text_is_refused_with_how_to_give_it(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weft.errors import InvalidConfig
+
+LORA_BACKENDS = ("reference", "torch")
+"""As `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,14 @@ class EngineConfig:
         _between("--max-queued-tokens", self.max_queued_tokens, 0, 1 << 40)
         _between("--max-queued-per-adapter", self.max_queued_per_adapter, 0, 1 << 20)
         _between("--target-step-ms", self.target_step_ms, 0, 3600_000)
-        for name, weight in self.adapter_weights:
-            _between(f"--adapter-weight {name}", weight, 0.01, 100)
+        self._check_weights()
         _between("--context-length", self.context_length, 2, 1 << 24)
         _between("--kv-tokens", self.kv_tokens, 2, 1 << 40)
         _between("--block-tokens", self.block_tokens, 1, 1024)
         _between("--memory-share", self.memory_share, 0.01, 1)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
+        _one_of("--lora-backend", self.lora_backend, LORA_BACKENDS)
         _between("--speculative-tokens", self.speculative_tokens, 0, 64)
         _between("--threads", self.threads, 1, 1024)
         if self.max_batch_tokens < self.max_running_requests:
@@ -81,6 +85,13 @@ class EngineConfig:
                 f"--max-batch-tokens is {self.max_batch_tokens}, less than --max-running-requests "
                 f"({self.max_running_requests}): every running request needs a token a step"
             )
+
+    def _check_weights(self) -> None:
+        named = Counter(name for name, _ in self.adapter_weights)
+        for name, weight in self.adapter_weights:
+            if named[name] > 1:
+                raise InvalidConfig(f"--adapter-weight {name} is given {named[name]} times; give it once")
+            _between(f"--adapter-weight {name}", weight, 0.01, 100)
 
     @property
     def max_requests(self) -> int:

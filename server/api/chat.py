@@ -32,8 +32,9 @@ class Conversation:
         if self.tools:
             yield "tools", "chat.tools"
         for index, message in enumerate(self.messages):
-            if "tool_calls" in message:
-                yield "tool_calls", f"chat.messages[{index}].tool_calls"
+            for name in ("tool_calls", "tool_call_id", "name"):
+                if name in message:
+                    yield name, f"chat.messages[{index}].{name}"
         for name in self.variables:
             yield name, "chat.template_variables"
 

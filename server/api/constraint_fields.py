@@ -32,6 +32,11 @@ def check_constraint(request: pb2.GenerateRequest | pb2.StreamGenerateRequest, n
         return
     if request.stopping.ignore_eos:
         note("stopping.ignore_eos", f"is true, but {field} says where the answer ends; choose one")
+    if request.stopping.stop_token_ids:
+        note(
+            "stopping.stop_token_ids",
+            f"is set, but {field} says where the answer ends: leave it out, or use stop_sequences",
+        )
     if field == "choice":
         _check_choice(request.choice, note)
     elif not getattr(request, field):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
 from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
@@ -18,6 +19,7 @@ from weft.server.api.translation import (
     GenerateRequest,
     RequestLimits,
     check_prompt,
+    prompt_path,
     several,
     to_engine_request,
     to_score_request,
@@ -25,7 +27,7 @@ from weft.server.api.translation import (
 from weft.server.api.violations import Violations
 from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend, Streams
-from weft.server.engine.request import Delta, Finish, Token
+from weft.server.engine.request import Delta, Finish, Request, Token
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 
@@ -55,15 +57,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 yield message
 
     async def Score(self, request: pb2.ScoreRequest, context: Context) -> pb2.ScoreResponse:
-        metadata = context.invocation_metadata() or ()
-        shared = to_score_request(request, metadata, self.limits, self._deadline_s(context))
-        prompt = await self.prompts.encode(request)
-        if not 1 <= len(prompt) <= self.limits.max_prompt_tokens:  # before it is tokenized again with each continuation
-            longest = self.limits.max_prompt_tokens
-            raise InvalidRequest.of("prompt", f"has {len(prompt)} tokens; must have from 1 to {longest}")
-        continuations = await self.prompts.encode_continuations(request, prompt)
+        metadata, arrived_s, deadline_s = context.invocation_metadata() or (), self.clock(), self._deadline_s(context)
+        checked = to_score_request(request, metadata, self.limits, deadline_s)
+        shared = replace(checked, arrived_s=arrived_s)
+        async with self._in_time(deadline_s):
+            prompt = await self.prompts.encode(request)
+            if not 1 <= len(prompt) <= self.limits.max_prompt_tokens:  # before it is tokenized with each continuation
+                longest = self.limits.max_prompt_tokens
+                raise InvalidRequest.of(
+                    prompt_path(request), f"has {len(prompt)} tokens; must have from 1 to {longest}"
+                )
+            continuations = await self.prompts.encode_continuations(request, prompt)
         wholes = [tuple(prompt + continuation) for continuation in continuations]
         requests = [replace(shared, prompt=whole, prompt_logprobs_from=len(prompt)) for whole in wholes]
+        self._check({f"continuations[{index}]": whole for index, whole in enumerate(requests)}, "with the prompt ")
         tokens: list[list[Token]] = [[] for _ in requests]
         finishes: list[Finish] = []
         async with self.frontend.streams(requests) as streams:
@@ -101,12 +108,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, message: GenerateRequest, context: Context
     ) -> AsyncGenerator[pb2.StreamGenerateResponse, None]:
         """The stream of one request. Closed or cancelled at any point, it leaves nothing behind."""
-        metadata = context.invocation_metadata() or ()
-        checked = to_engine_request(message, metadata, self.limits, self._deadline_s(context))
-        prompt = tuple(await self.prompts.encode(message))
-        spec = to_spec(message)
-        constraint = await self.constraints.get(spec) if spec is not None else None
-        requests = several(replace(checked, prompt=prompt, constraint=constraint), message.n or 1)
+        metadata, arrived_s, deadline_s = context.invocation_metadata() or (), self.clock(), self._deadline_s(context)
+        checked = to_engine_request(message, metadata, self.limits, deadline_s)
+        async with self._in_time(deadline_s):
+            prompt = tuple(await self.prompts.encode(message))
+            complete = replace(checked, prompt=prompt, arrived_s=arrived_s)
+            self._check({prompt_path(message): complete})
+            spec = to_spec(message)
+            constraint = await self.constraints.get(spec) if spec is not None else None
+        requests = several(replace(complete, constraint=constraint), message.n or 1)
         prompt_logprobs = message.output.prompt_logprobs and len(prompt) > 1
         if prompt_logprobs:
             requests[0] = replace(requests[0], prompt_logprobs_from=1)
@@ -122,6 +132,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     _log_finish(checked.request_id, streams.adapters, delta.finish)
                 for response in reply.push(index, delta):
                     yield response
+
+    def _check(self, requests: Mapping[str, Request], before: str = "") -> None:
+        """Raises InvalidRequest for prompts that can't be run. requests: by the path that each is reported at."""
+        violations = Violations()
+        for path, request in requests.items():
+            try:
+                self.frontend.check(request)
+            except InvalidRequest as error:
+                for problem in error.problems:
+                    violations.add(path, before + problem.description)
+        violations.raise_any()
+
+    @asynccontextmanager
+    async def _in_time(self, deadline_s: float) -> AsyncIterator[None]:
+        """Raises DeadlineExceeded where the block outlasts the deadline; once it is queued, the engine sees to that."""
+        try:
+            async with asyncio.timeout(deadline_s - self.clock()):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the request was queued") from None
 
     def _deadline_s(self, context: Context) -> float:
         """On the engine's clock."""

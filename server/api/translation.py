@@ -40,6 +40,8 @@ PENALTIES = Range(-2, 2)
 REPETITION_PENALTIES = Range(0.001, 1000)
 PRIORITIES = Range(-100, 100)
 NUM_SEEDS = 1 << 64
+MAX_DURATION_S = 315_576_000_000
+MAX_NANOS = 999_999_999
 
 MAX_REPEATS = 16
 """How many times the longest text the prompts of a score's continuations may be together."""
@@ -67,6 +69,14 @@ class RequestLimits:
         return min(MAX_ANSWERS, self.max_requests)
 
     @property
+    def queue_bound(self) -> str:
+        """Why there can't be more answers or continuations, where that is not by their own limits."""
+        return (
+            f"at most {self.max_requests} can be queued and running at once "
+            "(--max-running-requests, and --max-queued-requests or --max-queued-per-adapter)"
+        )
+
+    @property
     def max_continuations(self) -> int:
         return min(MAX_CONTINUATIONS, self.max_requests)
 
@@ -88,12 +98,21 @@ def to_engine_request(
     )
     if request.output.prompt_logprobs and not request.output.include_prompt:
         violations.add("output.prompt_logprobs", "is true, but include_prompt, which lists the prompt's tokens, is not")
-    num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
-    if 1 < num_answers <= limits.max_answers and translated.sampling.temperature == 0:
-        violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
+    _check_num_answers(request, translated.sampling.temperature, limits, violations)
     check_constraint(request, violations.add)
     violations.raise_any()
     return translated
+
+
+def _check_num_answers(
+    request: GenerateRequest, temperature: float, limits: RequestLimits, violations: Violations
+) -> None:
+    if limits.max_answers < min(request.n, MAX_ANSWERS):
+        violations.add("n", f"is {request.n}; {limits.queue_bound}")
+        return
+    num_answers = violations.number(request, "n", 1, Range(1, limits.max_answers))
+    if 1 < num_answers <= limits.max_answers and temperature == 0:
+        violations.add("n", f"is {num_answers}, but temperature is 0: all answers would be the same")
 
 
 def several(request: Request, count: int) -> list[Request]:
@@ -118,6 +137,8 @@ def _check_continuations(request: pb2.ScoreRequest, limits: RequestLimits, viola
     path, continuations = "continuations", request.continuations
     if not continuations:
         violations.add(path, "is empty; give at least one")
+    elif limits.max_continuations < min(len(continuations), MAX_CONTINUATIONS):
+        violations.add(path, f"has {len(continuations)} entries; {limits.queue_bound}")
     elif violations.fits(continuations, path, limits.max_continuations):
         for index, continuation in enumerate(continuations):
             if not continuation:
@@ -148,6 +169,13 @@ def _shared(
         cache_salt=request.cache_salt,
         deadline_s=deadline_s,
     )
+
+
+def prompt_path(request: AnyRequest | pb2.TokenizeRequest) -> str:
+    """The field that a checked prompt is in."""
+    field = request.WhichOneof("prompt")
+    assert field is not None
+    return "token_ids.ids" if field == "token_ids" else str(field)
 
 
 def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimits, violations: Violations) -> None:
@@ -304,7 +332,15 @@ def _stop_token_ids(ids: Sequence[int], limits: RequestLimits, violations: Viola
 
 
 def _time_limit_s(limit: Duration, violations: Violations) -> float:
-    seconds = limit.seconds + limit.nanos / 1e9
-    if seconds <= 0:
-        violations.add("stopping.time_limit", f"is {seconds:g} s; must be above 0")
+    path, seconds = "stopping.time_limit", limit.seconds + limit.nanos / 1e9
+    if abs(limit.seconds) > MAX_DURATION_S:
+        violations.add(
+            f"{path}.seconds", f"is {limit.seconds}; a Duration has at most {MAX_DURATION_S}, of either sign"
+        )
+    elif abs(limit.nanos) > MAX_NANOS:
+        violations.add(f"{path}.nanos", f"is {limit.nanos}; a Duration has at most {MAX_NANOS}, of either sign")
+    elif limit.seconds * limit.nanos < 0:
+        violations.add(path, f"has {limit.seconds} seconds and {limit.nanos} nanos; a Duration's have the same sign")
+    elif seconds <= 0:
+        violations.add(path, f"is {seconds:g} s; must be above 0")
     return seconds

@@ -98,7 +98,7 @@ def _show(response: pb2.GenerateResponse) -> None:
 def _constraint(options: dict[str, Any]) -> dict[str, Any]:
     """The field of the one constraint that was given, if one was."""
     texts = {name: options[name] for name in ("json_schema", "regex", "grammar") if options[name] is not None}
-    fields = {name: text if name == "regex" else _text_or_file(text) for name, text in texts.items()}
+    fields = {name: text if name == "regex" else _text_or_file(name, text) for name, text in texts.items()}
     if options["choice"]:
         fields["choice"] = pb2.Choice(options=options["choice"])
     if len(fields) > 1:
@@ -107,16 +107,25 @@ def _constraint(options: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _text_or_file(given: str) -> str:
+def _text_or_file(field: str, given: str) -> str:
     try:
         if not Path(given).is_file():
-            return given
+            return _text(field, given)
     except OSError:  # too long for a name
-        return given
+        return _text(field, given)
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise click.UsageError(f"{given} can't be read: {error}") from None
+
+
+def _text(field: str, given: str) -> str:
+    """A schema or a grammar; what can be none, as the name of a file that is not there, is told here."""
+    can_be = ":" in given if field == "grammar" else "{" in given or given.strip() in ("true", "false")
+    if not can_be:
+        kind = "grammar" if field == "grammar" else "JSON schema"
+        raise click.UsageError(f"--{field.replace('_', '-')} is {given!r}, which is no file and no {kind}")
+    return given
 
 
 def _request(text: str, options: dict[str, Any]) -> pb2.GenerateRequest:

@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from weft.adapters.names import check_name
+from weft.errors import InvalidRequest
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig, is_prefix
 
 _PATH = click.Path(path_type=Path)
@@ -29,7 +31,7 @@ class _Root(click.ParamType[Path | str]):
 
 
 class _Weight(click.ParamType[tuple[str, float]]):
-    """NAME=WEIGHT."""
+    """NAME=WEIGHT. In an environment variable, spaces part several; in the file, they are a list."""
 
     name = "name=weight"
 
@@ -39,8 +41,17 @@ class _Weight(click.ParamType[tuple[str, float]]):
             number = float(weight)
         except ValueError:
             number = math.nan
-        if not adapter or math.isnan(number):
-            self.fail(f"{value!r} is not NAME=WEIGHT, as in my-adapter=2", param, ctx)
+        if not adapter or "=" in adapter or math.isnan(number):
+            self.fail(
+                f"{value!r} is not NAME=WEIGHT, as in my-adapter=2; several are options of their own, parted by spaces "
+                "in the environment, a list in the file",
+                param,
+                ctx,
+            )
+        try:
+            check_name(adapter)
+        except InvalidRequest as error:
+            self.fail(f"{value!r} names an adapter that {error.problems[0].description}", param, ctx)
         return adapter, number
 
 

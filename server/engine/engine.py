@@ -129,7 +129,7 @@ class Engine:
             adapters=adapters,
             text=OutputText(self._decode, stopping.stop_sequences, include_stop=stopping.include_stop_sequence),
             rng=random.Random(request.sampling.seed),
-            arrived_s=self.clock(),
+            arrived_s=self.clock() if request.arrived_s is None else request.arrived_s,
             matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence

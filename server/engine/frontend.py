@@ -114,6 +114,10 @@ class Frontend:
         self._thread.start()
         self._refusal = None
 
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest for a prompt that can't be run, as `stream` would."""
+        self._engine.check(request)
+
     @asynccontextmanager
     async def stream(self, request: Request) -> AsyncIterator[Stream]:
         """Submit a request and hold its stream; leaving the block early cancels it within a step.

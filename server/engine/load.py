@@ -17,7 +17,6 @@ from weft.adapters.reading import Policy
 from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel, one_line
-from weft.kernels.lora import BACKENDS
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
@@ -76,8 +75,6 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     Raises InvalidModel, InvalidConfig.
     """
     settings = config.engine
-    if settings.lora_backend not in BACKENDS:
-        raise InvalidConfig(f"--lora-backend is {settings.lora_backend!r}; must be one of {', '.join(BACKENDS)}")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     sources = _sources(config)

@@ -33,7 +33,7 @@ class Sampling:
 class Stopping:
     """When the answer ends. max_tokens 0 generates none: only the prompt is computed.
 
-    time_limit_s ends it with what there is, counted from submission.
+    time_limit_s ends it with what there is, counted from the request's arrival.
     """
 
     max_tokens: int = 256
@@ -53,7 +53,8 @@ class Request:
     logprobs: report each token's log-probability and rank; top_logprobs: and that many of the likeliest alternatives.
     prompt_logprobs_from: report the prompt's tokens from this position on, which is at least 1, with their
     log-probabilities; None: not at all. constraint: what the answer must match. priority: higher first among the
-    requests of one caller. cache_salt: prefixes are shared only between equal ones. deadline_s: on the engine's clock.
+    requests of one caller. cache_salt: prefixes are shared only between equal ones. deadline_s: on the engine's clock,
+    as arrived_s, None for when it is submitted.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class Request:
     caller: str = ""
     cache_salt: str = ""
     deadline_s: float | None = None
+    arrived_s: float | None = None
 
 
 class FinishReason(Enum):

@@ -93,21 +93,37 @@ class TestServeOptions:
         assert (config.model.path, config.engine.block_tokens) == ("from-file", 32)
 
     def test_weights_of_adapters_come_from_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        weights = (("a", 2.0), ("b=c", 0.5))
-        assert parse("--model", "m", "--adapter-weight", "a=2", "--adapter-weight", "b=c=0.5").engine == EngineConfig(
+        weights = (("a", 2.0), ("b/c", 0.5))
+        assert parse("--model", "m", "--adapter-weight", "a=2", "--adapter-weight", "b/c=0.5").engine == EngineConfig(
             adapter_weights=weights
         )
         file = tmp_path / "weft.toml"
-        file.write_text('model = "m"\nadapter-weight = ["a=2", "b=c=0.5"]\n')
+        file.write_text('model = "m"\nadapter-weight = ["a=2", "b/c=0.5"]\n')
         assert parse("--config", str(file)).engine.adapter_weights == weights
-        monkeypatch.setenv("WEFT_ADAPTER_WEIGHT", "a=2 b=c=0.5")
+        monkeypatch.setenv("WEFT_ADAPTER_WEIGHT", "a=2 b/c=0.5")
         assert parse("--model", "m").engine.adapter_weights == weights
 
-    @pytest.mark.parametrize("text", ["a", "=2", "a=", "a=two", "a=nan"])
+    @pytest.mark.parametrize("text", ["a", "=2", "a=", "a=two", "a=nan", "a=2,b=3", "a=2 b=3"])
     def test_a_weight_that_is_none_is_refused(self, run: Run, text: str) -> None:
         ran = run("serve", "--model", "m", "--adapter-weight", text)
         assert ran.exit_code == 2
         assert f"{text!r} is not NAME=WEIGHT" in ran.error_line
+
+    @pytest.mark.parametrize("name", ["_a", "a b", "a..b", "x" * 129])
+    def test_a_weight_is_refused_for_a_name_that_no_adapter_can_have(self, run: Run, name: str) -> None:
+        ran = run("serve", "--model", "m", "--adapter-weight", f"{name}=2")
+        assert ran.exit_code == 2
+        assert f"names an adapter that is '{name}'; must be 1 to 128 letters" in ran.error_line
+
+    def test_a_list_of_weights_in_one_text_is_refused_with_how_to_give_it(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "weft.toml"
+        file.write_text('model = "m"\nadapter-weight = "a=2 b=3"\n')
+        words = "several are options of their own, parted by spaces in the environment, a list in the file"
+        assert words in run("serve", "--config", str(file)).error_line
+        monkeypatch.setenv("WEFT_ADAPTER_WEIGHT", "a=2,b=3")
+        assert words in run("serve", "--model", "m").error_line
 
     def test_source_roots_are_folders_and_prefixes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert parse("--model", "m", "--source-root", "hf:org/").source_prefixes == ("hf:org/",)

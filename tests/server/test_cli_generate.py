@@ -155,6 +155,15 @@ def test_an_answer_is_held_to_a_constraint(run: Run, address: str, tmp_path: Pat
         assert re.sub(r"\s+(?=[^a-z])", "", ran.output.rstrip("\n")) == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "kind"), [("--json-schema", "JSON schema"), ("--grammar", "grammar")], ids=["schema", "grammar"]
+)
+def test_a_file_that_is_not_there_is_told_before_anything_is_sent(run: Run, option: str, kind: str) -> None:
+    ran = run("generate", "x", option, "nope.json")
+    assert ran.exit_code == 2
+    assert f"{option} is 'nope.json', which is no file and no {kind}" in ran.error_line
+
+
 def test_only_one_constraint_is_taken(run: Run, address: str) -> None:
     ran = run("generate", "x", "--address", address, "--regex", "a", "--choice", "b")
     assert ran.exit_code == 2

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from weft.errors import InvalidConfig
-from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.kernels.lora import BACKENDS
+from weft.server.config import LORA_BACKENDS, EngineConfig, ModelConfig, ServerConfig
 
 MODEL = ModelConfig("model")
 
@@ -80,6 +81,11 @@ def test_a_weight_has_a_range_that_the_refusal_names_with_the_adapter(weight: fl
         EngineConfig(adapter_weights=(("a", 1.0), ("gold", weight)))
 
 
+def test_a_weight_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="--adapter-weight a is given 2 times; give it once"):
+        EngineConfig(adapter_weights=(("a", 1.0), ("b", 1.0), ("a", 2.0)))
+
+
 @pytest.mark.parametrize(
     "field", ["context_length", "kv_tokens", "memory_share", "adapter_pages", "adapter_host_bytes", "threads"]
 )
@@ -91,6 +97,14 @@ def test_a_step_must_have_a_token_for_every_running_request() -> None:
     assert EngineConfig(max_batch_tokens=8, max_running_requests=8).max_batch_tokens == 8
     with pytest.raises(InvalidConfig, match=r"--max-batch-tokens is 7, less than --max-running-requests \(8\)"):
         EngineConfig(max_batch_tokens=7, max_running_requests=8)
+
+
+def test_the_lora_backends_are_those_of_the_kernels() -> None:
+    assert tuple(BACKENDS) == LORA_BACKENDS
+    for backend in BACKENDS:
+        assert EngineConfig(lora_backend=backend).lora_backend == backend
+    with pytest.raises(InvalidConfig, match="--lora-backend is 'zzz'; must be one of reference, torch"):
+        EngineConfig(lora_backend="zzz")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])

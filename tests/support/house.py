@@ -86,20 +86,35 @@ class House:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
     @contextmanager
-    def variant(self, *, max_request_s: float = MAX_REQUEST_S, has_chat_template: bool = True) -> Iterator[Any]:
-        """A stub to a second port of the same engine, where InferenceService is set up in another way."""
+    def variant(
+        self,
+        *,
+        max_request_s: float = MAX_REQUEST_S,
+        max_prompt_bytes: int = MAX_PROMPT_BYTES,
+        has_chat_template: bool = True,
+        compiler: Compiler | None = None,
+        late_s: float = 0.0,
+    ) -> Iterator[Any]:
+        """A stub to a second port of the same engine, where InferenceService is set up in another way.
+
+        late_s: how long ago its requests came, as if they had been tokenized and compiled since.
+        """
         engine = self.frontend._engine
         limits = RequestLimits(
             vocab_size=engine.limits.vocab_size,
             context_length=engine.limits.context_length,
-            max_prompt_bytes=MAX_PROMPT_BYTES,
+            max_prompt_bytes=max_prompt_bytes,
             max_requests=MAX_RUNNING + MAX_QUEUED,
             has_chat_template=has_chat_template,
         )
         vocabulary = make_vocabulary(self.tokenizer, engine.limits.vocab_size, engine._eos_token_ids)
-        constraints = ConstraintCache(Compiler(vocabulary))
+        constraints = ConstraintCache(compiler or Compiler(vocabulary))
         prompts = Prompts(self.tokenizer)
-        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, engine.clock, max_request_s)
+
+        def clock() -> float:
+            return float(engine.clock()) - late_s
+
+        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s)
 
         async def start() -> tuple[grpc.aio.Server, int]:
             edge = Edge(self.server._metrics.refused)

@@ -104,7 +104,8 @@ def test_all_are_queued_or_none(house: House) -> None:
     [
         ({"n": 0}, "is 0; must be at least 1 and at most 12"),
         ({"n": -1}, "is -1"),
-        ({"n": MAX_RUNNING + MAX_QUEUED + 1}, "is 13; must be at least 1 and at most 12"),
+        ({"n": MAX_RUNNING + MAX_QUEUED + 1}, "is 13; at most 12 can be queued and running at once"),
+        ({"n": 2**31 - 1}, "(--max-running-requests, and --max-queued-requests or --max-queued-per-adapter)"),
         ({"n": 2}, "is 2, but temperature is 0: all answers would be the same"),
     ],
 )

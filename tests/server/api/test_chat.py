@@ -95,6 +95,8 @@ def test_what_a_template_does_not_read_is_refused_rather_than_dropped(tmp_path: 
     for fields, path in (
         ({"messages": [USER], "tools": ["{}"]}, "chat.tools"),
         ({"messages": [USER, CALL]}, r"chat.messages\[1\].tool_calls"),
+        ({"messages": [{**USER, "tool_call_id": "1"}]}, r"chat.messages\[0\].tool_call_id"),
+        ({"messages": [USER, {**USER, "name": "Ada"}]}, r"chat.messages\[1\].name"),
         ({"messages": [USER], "template_variables": '{"mood": 1}'}, "chat.template_variables"),
     ):
         with pytest.raises(InvalidRequest, match=f"{path}: gives '.*', which this model's chat template does not read"):

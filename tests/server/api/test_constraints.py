@@ -98,6 +98,10 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"regex": "a", "stopping": {"ignore_eos": True}},
         {"stopping.ignore_eos": "is true, but regex says where the answer ends; choose one"},
     ),
+    "another end": (
+        {"choice": {"options": ["a"]}, "stopping": {"stop_token_ids": [5]}},
+        {"stopping.stop_token_ids": "is set, but choice says where the answer ends: leave it out, or use stop_seq"},
+    ),
 }
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import queue
+import threading
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2 as details_pb2
 from house import ENDLESS, MAX_QUEUED, MAX_RUNNING, House, generate, refusal, refusal_of, stream
+
+from weft.server.engine.constraints import Compiler, Constraint, Spec, UnsupportedTokenizer
+from weft.v1 import inference_pb2 as pb2
 
 PROMPT = {"token_ids": {"ids": [5, 6, 7]}}
 FOR_EVER = {"max_tokens": ENDLESS, "ignore_eos": True}
@@ -71,6 +75,45 @@ def test_without_a_deadline_the_servers_own_applies(house: House) -> None:
         assert refused.reason == "DEADLINE_EXCEEDED"
         later = inference.Generate(generate(stopping={"max_tokens": 1}, **PROMPT), timeout=60)
         assert later.usage.completion_tokens == 1
+    house.audit()
+
+
+class StuckCompiler(Compiler):
+    """Compiles nothing before it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(UnsupportedTokenizer("there is none"))
+        self.go = threading.Event()
+
+    def compile(self, spec: Spec) -> Constraint:
+        assert self.go.wait(60)
+        return super().compile(spec)
+
+
+def test_a_deadline_ends_a_request_whose_constraint_is_compiled(house: House) -> None:
+    compiler = StuckCompiler()
+    with house.variant(max_request_s=0.2, compiler=compiler) as inference:
+        refused = refusal(lambda: inference.Generate(generate(regex="a", **PROMPT)))
+        assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert refused.message == "the deadline passed before the request was queued"
+        compiler.go.set()
+    house.audit()
+
+
+def test_the_time_limit_and_the_queue_time_run_from_the_arrival(house: House) -> None:
+    with house.variant(late_s=1000.0) as inference:
+        stopping = {**FOR_EVER, "time_limit": {"seconds": 999}}
+        response = inference.Generate(
+            generate(adapter_id="one", regex="a*", stopping={"time_limit": {"seconds": 999}}, **PROMPT)
+        )
+        assert response.finish_reason == pb2.FINISH_REASON_TIME_LIMIT
+        assert (response.text, len(response.tokens)) == ("", 0)
+        parts = list(inference.StreamGenerate(stream(stopping=stopping, **PROMPT)))
+        assert [part.finish_reason for part in parts] == [pb2.FINISH_REASON_TIME_LIMIT]
+        longer = {"max_tokens": 1, "time_limit": {"seconds": 3600}}
+        response = inference.Generate(generate(stopping=longer, **PROMPT))
+        assert response.finish_reason == pb2.FINISH_REASON_MAX_TOKENS
+        assert response.timing.queue.seconds >= 1000
     house.audit()
 
 

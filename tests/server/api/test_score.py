@@ -103,14 +103,27 @@ def test_as_many_continuations_as_fit_are_scored_together(house: House) -> None:
     [
         ({"continuations": []}, "continuations", "is empty; give at least one"),
         ({"continuations": ["a", ""]}, "continuations[1]", "is empty; give a text"),
-        ({"continuations": ["a"] * (MAX_RUNNING + MAX_QUEUED + 1)}, "continuations", "has 13 entries; at most 12"),
+        (
+            {"continuations": ["a"] * (MAX_RUNNING + MAX_QUEUED + 1)},
+            "continuations",
+            "has 13 entries; at most 12 can be",
+        ),
         ({"continuations": ["a" * MAX_PROMPT_BYTES, "b"]}, "continuations", "has 4097 bytes; at most 4096"),
         ({"text": "", "continuations": ["a"]}, "text", "is empty"),
         ({"token_ids": {"ids": [260]}}, "token_ids.ids[0]", "is 260"),
         ({"priority": 101}, "priority", "is 101"),
         ({"cache_salt": "s" * 129}, "cache_salt", "has 129 characters"),
         ({"adapter_id": "one", "adapters": [{"adapter_id": "two"}]}, "adapters", "choose one"),
-        ({"token_ids": {"ids": [5] * 65535}, "continuations": ["abc"]}, "prompt", "has 65538 tokens"),
+        (
+            {"token_ids": {"ids": [5] * 65535}, "continuations": ["abc"]},
+            "continuations[0]",
+            "with the prompt has 65538",
+        ),
+        (
+            {"token_ids": {"ids": [5] * 65535}, "continuations": ["a", "abc"]},
+            "continuations[1]",
+            "tokens; at most 65536",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(house: House, fields: dict[str, Any], path: str, words: str) -> None:

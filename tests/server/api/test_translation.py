@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from house import MAX_PROMPT_BYTES, House, Refusal, generate, refusal, stream
 
 from weft.errors import InvalidRequest
-from weft.server.api.translation import RequestLimits, to_engine_request, to_score_request
+from weft.server.api.translation import MAX_DURATION_S, RequestLimits, to_engine_request, to_score_request
 from weft.v1 import inference_pb2 as pb2
 
 VOCAB = 260
@@ -84,6 +84,16 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (stopping(stop_token_ids=[7] * 65), "stopping.stop_token_ids", "has 65 entries; at most 64"),
     (stopping(time_limit={}), "stopping.time_limit", "is 0 s"),
     (stopping(time_limit={"seconds": -1}), "stopping.time_limit", "is -1 s"),
+    (
+        stopping(time_limit={"seconds": 2, "nanos": -1}),
+        "stopping.time_limit",
+        "has 2 seconds and -1 nanos; a Duration's",
+    ),
+    (stopping(time_limit={"seconds": -1, "nanos": 1}), "stopping.time_limit", "has -1 seconds and 1 nanos"),
+    (stopping(time_limit={"seconds": 1, "nanos": 10**9}), "stopping.time_limit.nanos", "is 1000000000; a Duration has"),
+    (stopping(time_limit={"nanos": -(10**9)}), "stopping.time_limit.nanos", "is -1000000000"),
+    (stopping(time_limit={"seconds": MAX_DURATION_S + 1}), "stopping.time_limit.seconds", "is 315576000001"),
+    (stopping(time_limit={"seconds": -(2**63)}), "stopping.time_limit.seconds", "a Duration has at most 315576000000"),
     ({**GOOD, "output": {"top_logprobs": -1}}, "output.top_logprobs", "is -1"),
     ({**GOOD, "output": {"top_logprobs": 21}}, "output.top_logprobs", "is 21; must be at least 0 and at most 20"),
     (terms({"weight": 1.0}), "adapters[0].adapter_id", "is empty"),
@@ -116,6 +126,7 @@ EDGES: list[dict[str, Any]] = [
     chat(*[{"role": "u", "content": "x"}] * 1024) | {"stopping": {"max_tokens": 1}},
     stopping(max_tokens=1, min_tokens=1, stop_sequences=["a" * 1024] * 64, stop_token_ids=[VOCAB - 1] * 64),
     stopping(max_tokens=2**31 - 1, time_limit={"nanos": 1}),
+    stopping(max_tokens=1, time_limit={"seconds": MAX_DURATION_S, "nanos": 999_999_999}),
     terms(*[{"adapter_id": "one", "weight": -0.1}] * 8),
     {**GOOD, "request_id": "é" * 128, "output": {"top_logprobs": 20}},
     {"text": "x" * MAX_PROMPT_BYTES, "stopping": {"max_tokens": 1}},
@@ -174,6 +185,20 @@ def test_a_prompt_past_the_context_is_refused_with_the_numbers(house: House) -> 
     prompt = {"token_ids": {"ids": [5] * 65536}}
     refused = refusal(lambda: house.inference.Generate(generate(**prompt)))
     assert_bad_field(refused, "token_ids.ids", "has 65536 tokens; at most 65535 fit")
+
+
+def test_a_prompt_too_long_in_tokens_is_reported_at_the_field_that_was_set(house: House) -> None:
+    long = "x" * 70_000
+    with house.variant(max_prompt_bytes=100_000) as inference:
+        for fields, path, num_tokens in (
+            ({"text": long}, "text", 70_001),
+            (chat({**USER, "content": long}), "chat", 70_020),
+        ):
+            for call in (
+                lambda fields=fields: inference.Generate(generate(**fields)),
+                lambda fields=fields: inference.Score(pb2.ScoreRequest(continuations=["a"], **fields)),
+            ):
+                assert_bad_field(refusal(call), path, f"has {num_tokens} tokens")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def fields_of(drawn: dict[str, Any]) -> dict[str, Any]:
     constraint = fields.pop("constraint")
     if constraint:
         fields["stopping"].pop("ignore_eos", None)
+        fields["stopping"].pop("stop_token_ids", None)
     fields.update(constraint)
     fields["output"] = {**fields["output"].pop("prompt"), **fields["output"]}
     if "sampling" not in fields:

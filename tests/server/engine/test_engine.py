@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,19 @@ def test_a_time_limit_ends_with_what_there_is(folder: Path) -> None:
         assert (answer.finish.reason, len(answer.ids)) == (FinishReason.TIME_LIMIT, count)
     harness.store.check()
     assert harness.store.get("odd").num_in_flight == 0
+
+
+def test_a_request_that_came_before_it_was_submitted_has_waited_since(folder: Path) -> None:
+    harness, clock = start(folder), Clock()
+    harness.engine.clock = clock
+    clock.now_s = 3.0
+    late = harness.submit(replace(ask(9, "odd", time_limit_s=2.0), arrived_s=1.0))
+    in_time = harness.submit(replace(ask(9, "odd", max_tokens=1, time_limit_s=2.5), arrived_s=1.0))
+    harness.finish()
+    assert late.finish is not None
+    assert (late.finish.reason, late.ids) == (FinishReason.TIME_LIMIT, [])
+    assert in_time.finish is not None
+    assert (in_time.finish.reason, in_time.finish.queue_s) == (FinishReason.MAX_TOKENS, 2.0)
 
 
 def test_a_cancel_storm_leaves_nothing_behind_and_disturbs_nobody(folder: Path) -> None:

@@ -36,10 +36,6 @@ _log = logging.getLogger(__name__)
 Event = tuple[Request, Delta | WeftError]
 """What happened to a request: more of its answer, or the error that ended it."""
 
-
-_UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, FinishReason.TIME_LIMIT.value})
-"""Outcomes that leave keys and values behind from which no finite logits were seen to come."""
-
 _MAX_TEXTS = 1 << 16
 """Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
 
@@ -139,6 +135,7 @@ class Engine:
         """End a request that nobody waits for any more; one that has ended already is no error."""
         sequence = self._sequences.get(request)
         if sequence is not None:
+            self._wipe(sequence)
             self._retire(sequence, FinishReason.CANCELLED.value)
 
     def abort_all(self, error: WeftError) -> list[Event]:
@@ -293,15 +290,14 @@ class Engine:
         reason = self._stop_reason(sequence, made.token)
         piece, text = "", ""
         if reason is not FinishReason.STOP_TOKEN:
-            may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
-            piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            piece, text = sequence.text.push(made.token, may_stop=sequence.may_stop)
             if sequence.matcher is not None:
                 sequence.matcher.accept(made.token)
                 reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
+        if reason is not None and not sequence.text.stop_sequence:
+            text += sequence.text.flush(may_stop=sequence.may_stop)
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
-        elif reason is not None:
-            text += sequence.text.flush()
         return Token(made.token, piece, made.logprob, made.rank, self._top(made.top)), text, reason
 
     def _stop_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
@@ -328,7 +324,10 @@ class Engine:
                     self._fail(sequence, DeadlineExceeded("the deadline passed before the answer was complete"))
                 )
             elif limit_s is not None and now_s - sequence.arrived_s >= limit_s:
-                events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
+                text = sequence.text.flush(may_stop=sequence.may_stop)
+                reason = FinishReason.STOP_SEQUENCE if sequence.text.stop_sequence else FinishReason.TIME_LIMIT
+                self._wipe(sequence)
+                events.append(self._finish(sequence, reason, now_s, text, ()))
         return events
 
     def _give_up(self, now_s: float) -> list[Event]:
@@ -345,15 +344,18 @@ class Engine:
         return sequence.request, Delta(text, tokens, finish, sequence.take_prompt_report())
 
     def _fail(self, sequence: Sequence, error: WeftError) -> Event:
+        self._wipe(sequence)
         self._retire(sequence, "deadline" if isinstance(error, DeadlineExceeded) else "error")
         return sequence.request, error
 
+    def _wipe(self, sequence: Sequence) -> None:
+        """Before an end that no finite logits were seen to come to: nobody else gets what it computed."""
+        self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
+
     def _retire(self, sequence: Sequence, outcome: str) -> None:
-        """The one exit: free blocks, release adapters, count. What was never seen to be finite is wiped."""
+        """The one exit: free blocks, release adapters, count."""
         request = sequence.request
         del self._sequences[request]
-        if outcome in _UNVERIFIED:
-            self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)

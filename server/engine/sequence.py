@@ -78,6 +78,11 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether a stop sequence may end the answer by now."""
+        return self.num_generated >= self.request.stopping.min_tokens
+
     def unreported(self, at: range) -> range:
         """Positions of `at` whose logits say how likely the next token of the prompt was, where that is wanted."""
         first = self.request.prompt_logprobs_from

@@ -175,7 +175,7 @@ class Engine:
     def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
         stats = self._stats(picked, num_decodes, duration_s)
         self._metrics.step(stats)
-        self._scheduler.pace.observe(num_decodes, stats.num_prefill_tokens, duration_s)
+        self._scheduler.pace.observe(stats.num_prefill_tokens, duration_s)
         if stats.num_waiting:
             self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
 

@@ -219,7 +219,7 @@ class History(RuleBasedStateMachine):
         num_decodes = sum(item.sequence.num_generated > 0 and item.num_tokens == 1 for item in picked)
         num_prompt = sum(item.num_tokens for item in picked) - num_decodes
         if picked:
-            self.pace.observe(num_decodes, num_prompt, 0.01 + 0.002 * num_decodes + 0.005 * num_prompt)
+            self.pace.observe(num_prompt, 0.01 + 0.002 * num_decodes + 0.005 * num_prompt)
         cost = sum(self.charge(item) for item in picked)
         served = {item.sequence for item in picked}
         flows = Counter(asked.flow for asked in self.asked.values())

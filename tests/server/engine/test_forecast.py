@@ -143,6 +143,6 @@ def test_a_finish_is_the_queue_ahead_the_own_prompt_and_the_answer() -> None:
     sequence = make(50, max_tokens=11, ignore_eos=True)
     assert forecast.finish_s(sequence, 1000) is None
     forecast.token(0.5)
-    pace.observe(0, 100, 1.0)
+    pace.observe(100, 1.0)
     assert forecast.finish_s(sequence, 1000) == pytest.approx(1000 * 0.1 + 50 * 0.01 + 10 * 0.5)
     assert forecast.finish_s(sequence, 1000, num_cached=30) == pytest.approx(1000 * 0.1 + 20 * 0.01 + 10 * 0.5)

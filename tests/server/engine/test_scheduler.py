@@ -281,8 +281,8 @@ def test_chunks_beside_decodes_are_cut_to_the_time_of_a_step() -> None:
     one, long = make(2), make(60)
     scheduler.add(one)
     advance(scheduler)
-    pace.observe(1, 0, 0.02)
-    pace.observe(1, 16, 0.18)
+    pace.observe(0, 0.02)
+    pace.observe(16, 0.18)
     scheduler.add(long)
     assert advance(scheduler) == [(one, 1), (long, 8)]
     scheduler.remove(one)

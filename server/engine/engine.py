@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -22,8 +21,8 @@ from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, Weft
 from weft.server.engine.batch import PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
-from weft.server.engine.reports import Report, report
-from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
+from weft.server.engine.reporter import Reporter
+from weft.server.engine.request import Delta, FinishReason, Request, Token
 from weft.server.engine.sampler import Sample, sample
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
@@ -35,9 +34,6 @@ _log = logging.getLogger(__name__)
 
 Event = tuple[Request, Delta | WeftError]
 """What happened to a request: more of its answer, or the error that ended it."""
-
-_MAX_TEXTS = 1 << 16
-"""Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +69,7 @@ class Engine:
         self._model = model
         self._scheduler = scheduler
         self._decode = decode
-        self._text_of = lru_cache(maxsize=_MAX_TEXTS)(lambda token: decode([token]))
+        self._reporter = Reporter(decode)
         self._eos_token_ids = eos_token_ids
         self._release = release
         self._metrics = metrics
@@ -190,7 +186,7 @@ class Engine:
         try:
             batch = build_batch(picked, self._scheduler.pool.block_tokens, self._model.device)
             logits = self._model.forward(batch)
-            reports = [self._report(rows, logits) for rows in batch.prompt_rows]
+            reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             samples = self._sample(complete, logits[list(batch.sample_rows)] if reports else logits)
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
             if len(picked) > 1:
@@ -217,25 +213,13 @@ class Engine:
         made = iter(sample(logits, sequences, self._eos_token_ids, ahead))
         return [list(islice(made, 1 + len(item.drafts))) for item in complete]
 
-    def _report(self, rows: PromptRows, logits: torch.Tensor) -> list[Report]:
-        """How likely some tokens of a prompt were."""
-        request = rows.sequence.request
-        tokens = request.prompt[rows.positions.start : rows.positions.stop]
-        return report(logits[rows.first_row : rows.first_row + len(tokens)], tokens, request.top_logprobs)
-
-    def _take_reports(self, reported: Seq[PromptRows], reports: Seq[Seq[Report]]) -> list[Event]:
+    def _take_reports(self, reported: Seq[PromptRows], reports: Seq[list[Token]]) -> list[Event]:
         """Keep them for the first delta of each; a prompt whose logits are not finite fails."""
         events: list[Event] = []
-        for rows, made in zip(reported, reports, strict=True):
-            sequence, prompt = rows.sequence, rows.sequence.request.prompt
-            sequence.report_prompt(
-                [
-                    Token(prompt[at], self._text_of(prompt[at]), one.logprob, one.rank, self._top(one.top))
-                    for at, one in zip(rows.positions, made, strict=True)
-                ]
-            )
-            if any(math.isnan(one.logprob) for one in made):
-                events.append(self._fail(sequence, _not_finite(sequence)))
+        for rows, tokens in zip(reported, reports, strict=True):
+            rows.sequence.report_prompt(tokens)
+            if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
+                events.append(self._fail(rows.sequence, _not_finite(rows.sequence)))
         return events
 
     def _commit(self, item: Scheduled, made: Seq[Sample], now_s: float) -> list[Event]:
@@ -298,7 +282,7 @@ class Engine:
             text += sequence.text.flush(may_stop=sequence.may_stop)
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
-        return Token(made.token, piece, made.logprob, made.rank, self._top(made.top)), text, reason
+        return self._reporter.sampled(made, piece), text, reason
 
     def _stop_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         stopping = sequence.request.stopping
@@ -309,9 +293,6 @@ class Engine:
         if len(sequence.tokens) >= self.limits.context_length:
             return FinishReason.CONTEXT_LENGTH
         return None
-
-    def _top(self, top: Iterable[tuple[int, float]]) -> tuple[TopLogprob, ...]:
-        return tuple(TopLogprob(token, self._text_of(token), logprob) for token, logprob in top)
 
     def _expire(self, now_s: float) -> list[Event]:
         """End what ran out of time: deadlines with an error, time limits with what there is."""

@@ -18,12 +18,12 @@ import torch
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
-from weft.server.engine.batch import PromptRows, build_batch
+from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reporter import Reporter
 from weft.server.engine.request import Delta, FinishReason, Request, Token
-from weft.server.engine.sampler import Sample, sample
+from weft.server.engine.sampler import Sample, are_finite, sample
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.speculation import Speculation
@@ -184,10 +184,12 @@ class Engine:
         """Forward, sample, commit. A step that fails is run again for each request alone: the guilty end, no other."""
         complete = [item for item in picked if item.completes]
         try:
-            batch = build_batch(picked, self._scheduler.pool.block_tokens, self._model.device)
+            block_tokens, check_chunks = self._scheduler.pool.block_tokens, self._scheduler.prefixes.enabled
+            batch = build_batch(picked, block_tokens, self._model.device, check_chunks=check_chunks)
             logits = self._model.forward(batch)
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
-            samples = self._sample(complete, logits[list(batch.sample_rows)] if reports else logits)
+            finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))
+            samples = self._sample(complete, _rows(logits, batch.sample_rows))
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
             if len(picked) > 1:
                 return [event for item in picked for event in self._run([item])]
@@ -199,6 +201,7 @@ class Engine:
             item.sequence.num_computed += item.num_tokens
         now_s = self.clock()
         events = self._take_reports(batch.prompt_rows, reports)
+        events += self._publish_chunks(batch.checked_rows, finite)
         for item, made in zip(complete, samples, strict=True):
             if item.sequence.request in self._sequences:
                 events += self._commit(item, made, now_s)
@@ -220,6 +223,19 @@ class Engine:
             rows.sequence.report_prompt(tokens)
             if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
                 events.append(self._fail(rows.sequence, _not_finite(rows.sequence)))
+        return events
+
+    def _publish_chunks(self, checked_rows: Seq[CheckedRow], finite: Seq[bool]) -> list[Event]:
+        """Let others begin with what these prompts have computed so far; one whose logits are not finite fails."""
+        events: list[Event] = []
+        for checked, is_finite in zip(checked_rows, finite, strict=True):
+            sequence = checked.sequence
+            if sequence.request not in self._sequences:
+                continue
+            if is_finite:
+                self._scheduler.prefixes.publish(sequence)
+            else:
+                events.append(self._fail(sequence, _not_finite(sequence)))
         return events
 
     def _commit(self, item: Scheduled, made: Seq[Sample], now_s: float) -> list[Event]:
@@ -381,6 +397,11 @@ class Engine:
             kv_blocks_used=pool.capacity - pool.num_free,
             kv_blocks_total=pool.capacity,
         )
+
+
+def _rows(logits: torch.Tensor, wanted: Seq[int]) -> torch.Tensor:
+    """Those rows, given in order; not copied where they are all."""
+    return logits if len(wanted) == len(logits) else logits[list(wanted)]
 
 
 def _not_finite(sequence: Sequence) -> WeftError:

@@ -26,7 +26,7 @@ class Sequence:
 
     num_cached: tokens that were not pending when it first ran; None before that, and without a prefix cache. For
     `prefix_cache.py`: block_keys, of the full blocks; num_published, how many of those others may use; awaited_key, of
-    the block that another sequence is to compute first.
+    the last block that another sequence is to compute first.
     """
 
     request: Request

@@ -196,8 +196,8 @@ class History(RuleBasedStateMachine):
         complete = [item.sequence for item in picked if item.completes]
         for item in picked:
             item.sequence.num_computed += item.num_tokens
+            self.scheduler.prefixes.publish(item.sequence)
         for sequence in complete:
-            self.scheduler.prefixes.publish(sequence)
             sequence.tokens.append(7)
             if sequence.num_generated >= sequence.request.stopping.max_tokens:
                 self.remove(sequence)

@@ -83,7 +83,7 @@ class Engine:
     @property
     def queued_token_s(self) -> float | None:
         """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
-        return self._forecast.queued_token_s
+        return self._forecast.queued_token_s(self.clock())
 
     @property
     def has_work(self) -> bool:
@@ -172,8 +172,8 @@ class Engine:
         stats = self._stats(picked, num_decodes, duration_s)
         self._metrics.step(stats)
         self._scheduler.pace.observe(stats.num_prefill_tokens, duration_s)
-        if stats.num_waiting:
-            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
+        if self._scheduler.is_full:
+            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s, self.clock())
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -330,7 +330,13 @@ class Engine:
     def _give_up(self, now_s: float) -> list[Event]:
         """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
         scheduler = self._scheduler
-        late = self._forecast.late(scheduler.waiting, scheduler.num_cached, now_s, is_idle=not scheduler.running)
+        late = self._forecast.late(
+            scheduler.waiting,
+            scheduler.num_cached,
+            now_s,
+            is_idle=not scheduler.running,
+            is_full=scheduler.is_full,
+        )
         return [self._fail(sequence, error) for sequence, error in late]
 
     def _finish(

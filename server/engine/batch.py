@@ -48,15 +48,23 @@ class PromptRows:
     positions: range
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedRow:
+    """The logit row of the last token of a chunk that does not complete its prompt: looked at whether it is finite."""
+
+    sequence: Sequence
+    row: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Everything the forward pass needs.
 
     input_ids, positions: int64 [1, T]; slots: int64 [T], the place of each token in the KV cache
     (block * block_tokens + offset); logit_rows: int64 [n], the rows whose logits are wanted; sample_rows: those of
-    the n that tokens are sampled from, in order; prompt_rows: those that report on prompts; plan: the adapters' work,
-    None where every row is a base row; logit_plan: the same on the logit rows alone, for the head, which has no rank
-    rows; None where no adapter of the step has a patch.
+    the n that tokens are sampled from, in order; prompt_rows: those that report on prompts; checked_rows: those that
+    say whether a chunk may be published; plan: the adapters' work, None where every row is a base row; logit_plan: the
+    same on the logit rows alone, for the head, which has no rank rows; None where no adapter of the step has a patch.
     """
 
     input_ids: torch.Tensor
@@ -65,6 +73,7 @@ class Batch:
     logit_rows: torch.Tensor
     sample_rows: tuple[int, ...]
     prompt_rows: tuple[PromptRows, ...]
+    checked_rows: tuple[CheckedRow, ...]
     plan: Plan | None
     logit_plan: Plan | None
     chunks: tuple[Chunk, ...]
@@ -121,6 +130,7 @@ class _LogitRows:
     spans: list[Span] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)
     prompts: list[PromptRows] = field(default_factory=list)
+    checked: list[CheckedRow] = field(default_factory=list)
 
     def add_all(self, sequence: Sequence, at: range, row: int) -> None:
         """Those of every position of `at`, of which the first is this row of the step."""
@@ -138,15 +148,30 @@ class _LogitRows:
             self.sampled += range(len(self.rows), len(self.rows) + len(sampled))
             self._add(item.sequence, sampled, row + item.num_tokens - 1)
 
+    def add_check(self, sequence: Sequence, at: range, row: int) -> None:
+        """That of the last position of `at`, which is there already where its next token is reported."""
+        reported = sequence.unreported(at)
+        if not reported or reported.stop < at.stop:
+            self._add(sequence, at[-1:], row + len(at) - 1)
+        self.checked.append(CheckedRow(sequence, len(self.rows) - 1))
+
     def _add(self, sequence: Sequence, at: range, row: int) -> None:
         self.rows += range(row, row + len(at))
         self.spans += _spans(sequence, at)
 
 
-def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device, *, every_row: bool = False) -> Batch:
+def build_batch(
+    picked: Seq[Scheduled],
+    block_tokens: int,
+    device: torch.device,
+    *,
+    check_chunks: bool = False,
+    every_row: bool = False,
+) -> Batch:
     """Lay out the picked tokens in the scheduler's order, each sequence's drafts after its own.
 
-    every_row asks for the logits of each row, not only those that a token is sampled from or a prompt is reported by.
+    check_chunks asks for a row of each chunk that fills a block and does not complete its prompt. every_row asks for
+    the logits of each row, not only those that a token is sampled from or a prompt is reported by.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -173,6 +198,8 @@ def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device,
             wanted.add_all(sequence, at, start)
         else:
             wanted.add(item, at, start)
+            if check_chunks and not item.completes and end // block_tokens > sequence.num_published:
+                wanted.add_check(sequence, at, start)
     plan = build_plan(spans, device)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
@@ -181,6 +208,7 @@ def build_batch(picked: Seq[Scheduled], block_tokens: int, device: torch.device,
         logit_rows=torch.tensor(wanted.rows, dtype=torch.int64, device=device),
         sample_rows=tuple(wanted.sampled),
         prompt_rows=tuple(wanted.prompts),
+        checked_rows=tuple(wanted.checked),
         plan=plan,
         logit_plan=build_plan(wanted.spans, device) if plan is not None and plan.patches else None,
         chunks=tuple(chunks),

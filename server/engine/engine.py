@@ -12,19 +12,18 @@ import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 
 import torch
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
-from weft.server.engine.batch import PromptRows, build_batch
+from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
-from weft.server.engine.reports import Report, report
-from weft.server.engine.request import Delta, FinishReason, Request, Token, TopLogprob
-from weft.server.engine.sampler import Sample, sample
+from weft.server.engine.reporter import Reporter
+from weft.server.engine.request import Delta, FinishReason, Request, Token
+from weft.server.engine.sampler import Sample, are_finite, sample
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.speculation import Speculation
@@ -35,13 +34,6 @@ _log = logging.getLogger(__name__)
 
 Event = tuple[Request, Delta | WeftError]
 """What happened to a request: more of its answer, or the error that ended it."""
-
-
-_UNVERIFIED = frozenset({"error", "deadline", FinishReason.CANCELLED.value, FinishReason.TIME_LIMIT.value})
-"""Outcomes that leave keys and values behind from which no finite logits were seen to come."""
-
-_MAX_TEXTS = 1 << 16
-"""Tokens whose own text is kept: alternatives and prompts are told in the same ones again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +69,7 @@ class Engine:
         self._model = model
         self._scheduler = scheduler
         self._decode = decode
-        self._text_of = lru_cache(maxsize=_MAX_TEXTS)(lambda token: decode([token]))
+        self._reporter = Reporter(decode)
         self._eos_token_ids = eos_token_ids
         self._release = release
         self._metrics = metrics
@@ -91,7 +83,7 @@ class Engine:
     @property
     def queued_token_s(self) -> float | None:
         """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
-        return self._forecast.queued_token_s
+        return self._forecast.queued_token_s(self.clock())
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +131,7 @@ class Engine:
         """End a request that nobody waits for any more; one that has ended already is no error."""
         sequence = self._sequences.get(request)
         if sequence is not None:
+            self._wipe(sequence)
             self._retire(sequence, FinishReason.CANCELLED.value)
 
     def abort_all(self, error: WeftError) -> list[Event]:
@@ -178,9 +171,9 @@ class Engine:
     def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
         stats = self._stats(picked, num_decodes, duration_s)
         self._metrics.step(stats)
-        self._scheduler.pace.observe(num_decodes, stats.num_prefill_tokens, duration_s)
-        if stats.num_waiting:
-            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s)
+        self._scheduler.pace.observe(stats.num_prefill_tokens, duration_s)
+        if self._scheduler.is_full:
+            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s, self.clock())
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -191,10 +184,12 @@ class Engine:
         """Forward, sample, commit. A step that fails is run again for each request alone: the guilty end, no other."""
         complete = [item for item in picked if item.completes]
         try:
-            batch = build_batch(picked, self._scheduler.pool.block_tokens, self._model.device)
+            block_tokens, check_chunks = self._scheduler.pool.block_tokens, self._scheduler.prefixes.enabled
+            batch = build_batch(picked, block_tokens, self._model.device, check_chunks=check_chunks)
             logits = self._model.forward(batch)
-            reports = [self._report(rows, logits) for rows in batch.prompt_rows]
-            samples = self._sample(complete, logits[list(batch.sample_rows)] if reports else logits)
+            reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
+            finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))
+            samples = self._sample(complete, _rows(logits, batch.sample_rows))
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
             if len(picked) > 1:
                 return [event for item in picked for event in self._run([item])]
@@ -206,6 +201,7 @@ class Engine:
             item.sequence.num_computed += item.num_tokens
         now_s = self.clock()
         events = self._take_reports(batch.prompt_rows, reports)
+        events += self._publish_chunks(batch.checked_rows, finite)
         for item, made in zip(complete, samples, strict=True):
             if item.sequence.request in self._sequences:
                 events += self._commit(item, made, now_s)
@@ -220,24 +216,25 @@ class Engine:
         made = iter(sample(logits, sequences, self._eos_token_ids, ahead))
         return [list(islice(made, 1 + len(item.drafts))) for item in complete]
 
-    def _report(self, rows: PromptRows, logits: torch.Tensor) -> list[Report]:
-        """How likely some tokens of a prompt were."""
-        request = rows.sequence.request
-        tokens = request.prompt[rows.positions.start : rows.positions.stop]
-        return report(logits[rows.first_row : rows.first_row + len(tokens)], tokens, request.top_logprobs)
-
-    def _take_reports(self, reported: Seq[PromptRows], reports: Seq[Seq[Report]]) -> list[Event]:
+    def _take_reports(self, reported: Seq[PromptRows], reports: Seq[list[Token]]) -> list[Event]:
         """Keep them for the first delta of each; a prompt whose logits are not finite fails."""
         events: list[Event] = []
-        for rows, made in zip(reported, reports, strict=True):
-            sequence, prompt = rows.sequence, rows.sequence.request.prompt
-            sequence.report_prompt(
-                [
-                    Token(prompt[at], self._text_of(prompt[at]), one.logprob, one.rank, self._top(one.top))
-                    for at, one in zip(rows.positions, made, strict=True)
-                ]
-            )
-            if any(math.isnan(one.logprob) for one in made):
+        for rows, tokens in zip(reported, reports, strict=True):
+            rows.sequence.report_prompt(tokens)
+            if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
+                events.append(self._fail(rows.sequence, _not_finite(rows.sequence)))
+        return events
+
+    def _publish_chunks(self, checked_rows: Seq[CheckedRow], finite: Seq[bool]) -> list[Event]:
+        """Let others begin with what these prompts have computed so far; one whose logits are not finite fails."""
+        events: list[Event] = []
+        for checked, is_finite in zip(checked_rows, finite, strict=True):
+            sequence = checked.sequence
+            if sequence.request not in self._sequences:
+                continue
+            if is_finite:
+                self._scheduler.prefixes.publish(sequence)
+            else:
                 events.append(self._fail(sequence, _not_finite(sequence)))
         return events
 
@@ -293,16 +290,15 @@ class Engine:
         reason = self._stop_reason(sequence, made.token)
         piece, text = "", ""
         if reason is not FinishReason.STOP_TOKEN:
-            may_stop = sequence.num_generated >= sequence.request.stopping.min_tokens
-            piece, text = sequence.text.push(made.token, may_stop=may_stop)
+            piece, text = sequence.text.push(made.token, may_stop=sequence.may_stop)
             if sequence.matcher is not None:
                 sequence.matcher.accept(made.token)
                 reason = FinishReason.STOP_TOKEN if sequence.matcher.is_over else reason
+        if reason is not None and not sequence.text.stop_sequence:
+            text += sequence.text.flush(may_stop=sequence.may_stop)
         if sequence.text.stop_sequence:
             reason = FinishReason.STOP_SEQUENCE
-        elif reason is not None:
-            text += sequence.text.flush()
-        return Token(made.token, piece, made.logprob, made.rank, self._top(made.top)), text, reason
+        return self._reporter.sampled(made, piece), text, reason
 
     def _stop_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         stopping = sequence.request.stopping
@@ -313,9 +309,6 @@ class Engine:
         if len(sequence.tokens) >= self.limits.context_length:
             return FinishReason.CONTEXT_LENGTH
         return None
-
-    def _top(self, top: Iterable[tuple[int, float]]) -> tuple[TopLogprob, ...]:
-        return tuple(TopLogprob(token, self._text_of(token), logprob) for token, logprob in top)
 
     def _expire(self, now_s: float) -> list[Event]:
         """End what ran out of time: deadlines with an error, time limits with what there is."""
@@ -328,13 +321,22 @@ class Engine:
                     self._fail(sequence, DeadlineExceeded("the deadline passed before the answer was complete"))
                 )
             elif limit_s is not None and now_s - sequence.arrived_s >= limit_s:
-                events.append(self._finish(sequence, FinishReason.TIME_LIMIT, now_s, sequence.text.flush(), ()))
+                text = sequence.text.flush(may_stop=sequence.may_stop)
+                reason = FinishReason.STOP_SEQUENCE if sequence.text.stop_sequence else FinishReason.TIME_LIMIT
+                self._wipe(sequence)
+                events.append(self._finish(sequence, reason, now_s, text, ()))
         return events
 
     def _give_up(self, now_s: float) -> list[Event]:
         """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
         scheduler = self._scheduler
-        late = self._forecast.late(scheduler.waiting, scheduler.num_cached, now_s, is_idle=not scheduler.running)
+        late = self._forecast.late(
+            scheduler.waiting,
+            scheduler.num_cached,
+            now_s,
+            is_idle=not scheduler.running,
+            is_full=scheduler.is_full,
+        )
         return [self._fail(sequence, error) for sequence, error in late]
 
     def _finish(
@@ -345,15 +347,18 @@ class Engine:
         return sequence.request, Delta(text, tokens, finish, sequence.take_prompt_report())
 
     def _fail(self, sequence: Sequence, error: WeftError) -> Event:
+        self._wipe(sequence)
         self._retire(sequence, "deadline" if isinstance(error, DeadlineExceeded) else "error")
         return sequence.request, error
 
+    def _wipe(self, sequence: Sequence) -> None:
+        """Before an end that no finite logits were seen to come to: nobody else gets what it computed."""
+        self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
+
     def _retire(self, sequence: Sequence, outcome: str) -> None:
-        """The one exit: free blocks, release adapters, count. What was never seen to be finite is wiped."""
+        """The one exit: free blocks, release adapters, count."""
         request = sequence.request
         del self._sequences[request]
-        if outcome in _UNVERIFIED:
-            self._model.scrub(self._scheduler.pool.unpublished(sequence.blocks))
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)
@@ -398,6 +403,11 @@ class Engine:
             kv_blocks_used=pool.capacity - pool.num_free,
             kv_blocks_total=pool.capacity,
         )
+
+
+def _rows(logits: torch.Tensor, wanted: Seq[int]) -> torch.Tensor:
+    """Those rows, given in order; not copied where they are all."""
+    return logits if len(wanted) == len(logits) else logits[list(wanted)]
 
 
 def _not_finite(sequence: Sequence) -> WeftError:

@@ -38,7 +38,7 @@ class Pace:
         left_s = self._target_s - (self.decode_s or 0.0)
         return max(self._floor_tokens, int(left_s / self.prompt_token_s))
 
-    def observe(self, num_decodes: int, num_prompt_tokens: int, duration_s: float) -> None:
+    def observe(self, num_prompt_tokens: int, duration_s: float) -> None:
         """A step took so long."""
         if not num_prompt_tokens:
             self.decode_s = _mean(self.decode_s, duration_s)

@@ -18,8 +18,9 @@ from weft.server.engine.sequence import Sequence
 class PrefixCache:
     """Finds published blocks for sequences that begin, and publishes what they computed.
 
-    Only full blocks are shared, and only those from which finite logits were seen to come. Of two sequences that begin
-    alike, the second waits while the first computes what both need, if that is at least half of its own work.
+    Only full blocks are shared, and only those from which finite logits were seen to come: at the end of each chunk of
+    a prompt. Of two sequences that begin alike, the second waits while the first computes what both need, no longer,
+    and only if that is at least half of its own work.
     """
 
     def __init__(self, pool: BlockPool, *, enabled: bool) -> None:
@@ -35,7 +36,10 @@ class PrefixCache:
         return self._pool.match(self._keys(sequence)[: self._num_reusable(sequence)])
 
     def comes_from(self, sequence: Sequence) -> Sequence | None:
-        """The running sequence that one which waits should let compute what both need."""
+        """The running sequence that one which waits should let compute what both need.
+
+        Whom it waits for, it waits for until the last block that both need is there, or comes no more.
+        """
         if not self._coming or sequence.awaited_key in self._coming:
             return self._coming.get(sequence.awaited_key)
         keys, end = self._keys(sequence), self._num_reusable(sequence)
@@ -45,21 +49,21 @@ class PrefixCache:
             at += 1
         block_tokens = self._pool.block_tokens
         is_worth_it = at > first and 2 * (at - first) * block_tokens >= len(sequence.tokens) - first * block_tokens
-        sequence.awaited_key = keys[first] if is_worth_it else b""
+        sequence.awaited_key = keys[at - 1] if is_worth_it else b""
         return self._coming.get(sequence.awaited_key)
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence that holds no blocks starts to run: it gets the blocks that it can begin with."""
         if not self.enabled:
             return
+        sequence.awaited_key = b""
         sequence.blocks = self.hits(sequence)
         self._pool.hold(sequence.blocks)
         sequence.num_published = len(sequence.blocks)
         sequence.num_computed = sequence.num_published * self._pool.block_tokens
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-        full = len(sequence.tokens) // self._pool.block_tokens
-        for key in sequence.block_keys[sequence.num_published : full]:
+        for key in self._keys(sequence)[sequence.num_published :]:
             self._coming.setdefault(key, sequence)
 
     def publish(self, sequence: Sequence) -> None:
@@ -67,28 +71,26 @@ class PrefixCache:
         full = sequence.num_computed // self._pool.block_tokens
         if not self.enabled or full == sequence.num_published:
             return
-        self._stop_computing(sequence)
         keys = self._keys(sequence)
         for at in range(sequence.num_published, full):
             self._pool.publish(sequence.blocks[at], keys[at])
+            self._coming.pop(keys[at], None)
         sequence.num_published = full
 
     def end(self, sequence: Sequence) -> None:
         """A sequence gives up its blocks: what it has not published by now will not come from it."""
-        self._stop_computing(sequence)
+        if self.enabled and sequence.blocks:
+            for key in self._keys(sequence)[sequence.num_published :]:
+                if self._coming.get(key) is sequence:
+                    del self._coming[key]
         sequence.num_published = 0
 
     def check(self, running: Iterable[Sequence]) -> None:
         """Audit: what is awaited is being computed. Raises AssertionError."""
         owners = set(self._coming.values())
         assert owners <= set(running), "a block is awaited from a sequence that does not run"
-        due = {owner: set(owner.block_keys[owner.num_published :]) for owner in owners}
+        due = {owner: set(self._keys(owner)[owner.num_published :]) for owner in owners}
         assert all(key in due[owner] for key, owner in self._coming.items()), "a block is awaited that is there"
-
-    def _stop_computing(self, sequence: Sequence) -> None:
-        for key in sequence.block_keys[sequence.num_published :]:
-            if self._coming.get(key) is sequence:
-                del self._coming[key]
 
     def _num_reusable(self, sequence: Sequence) -> int:
         """Blocks before the first position whose logits are wanted."""

@@ -59,6 +59,12 @@ def sample(
     ]
 
 
+@torch.inference_mode()
+def are_finite(logits: torch.Tensor) -> list[bool]:
+    """Of each row, what `Sample.finite` says before any edit. logits: [n, vocab], any float dtype."""
+    return torch.isfinite(logits.amax(-1)).tolist() if len(logits) else []
+
+
 def _sample(
     raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: Seq[int]
 ) -> list[Sample]:

@@ -126,6 +126,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.hopeless: list[tuple[Sequence, WeftError]] = []
         """Who can't be run, found while picking the last step, and why: theirs is to be removed."""
+        self.is_full = False
+        """Whether the last step had no room for all who were ready to run."""
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
         self._max_reported = max_reported
@@ -153,6 +155,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
         self._num_reported = 0
+        self.is_full = False
         self._make_way()
         picked = self._decodes()
         budget = self._max_batch_tokens - len(picked)
@@ -294,6 +297,7 @@ class Scheduler:
                     budget -= self._pick(picked, self._admit(sequence), budget)
         self._awaited = awaited
         self.waiting.hold_up(held_up)
+        self.is_full = is_full
         return budget
 
     def _turn_of(self, sequence: Sequence) -> tuple[float, float]:

@@ -26,7 +26,7 @@ class Sequence:
 
     num_cached: tokens that were not pending when it first ran; None before that, and without a prefix cache. For
     `prefix_cache.py`: block_keys, of the full blocks; num_published, how many of those others may use; awaited_key, of
-    the block that another sequence is to compute first.
+    the last block that another sequence is to compute first.
     """
 
     request: Request
@@ -77,6 +77,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a stop sequence may end the answer by now."""
+        return self.num_generated >= self.request.stopping.min_tokens
 
     def unreported(self, at: range) -> range:
         """Positions of `at` whose logits say how likely the next token of the prompt was, where that is wanted."""

@@ -136,9 +136,10 @@ class OutputText:
         piece = self._detokenizer.push(token)
         return piece, self._take(piece) if may_stop else piece
 
-    def flush(self) -> str:
-        """The rest of the answer's text, when it ends for another reason than a stop sequence."""
-        final = self._take(self._detokenizer.flush())
+    def flush(self, *, may_stop: bool = True) -> str:
+        """The rest of the answer's text at its end: a stop sequence may yet be found in it, as by `push`."""
+        rest = self._detokenizer.flush()
+        final = self._take(rest) if may_stop else rest
         return final if self.stop_sequence else final + self._matcher.flush()
 
     def _take(self, piece: str) -> str:

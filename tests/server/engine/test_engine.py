@@ -175,6 +175,41 @@ class Clock:
         return self.now_s
 
 
+def held_back(harness: Harness) -> Request:
+    """Whose first token is no whole character, so that its text comes at the end of the answer only."""
+    requests = (ask(9, seed=seed, max_tokens=1) for seed in range(100))
+    return next(request for request in requests if harness.run([request])[0].text == "\ufffd")
+
+
+def test_a_stop_sequence_that_the_end_completes_is_the_reason(folder: Path) -> None:
+    harness, clock = start(folder), Clock()
+    harness.engine.clock = clock
+    request = held_back(harness)
+    for how, is_late in (({}, False), ({"max_tokens": 9, "time_limit_s": 2.0}, True)):
+        stopping = replace(request.stopping, stop_sequences=("\ufffd",), **how)
+        answer = harness.submit(replace(request, stopping=stopping))
+        harness.step()
+        clock.now_s += 3.0
+        if is_late:
+            harness.step()
+        assert answer.finish is not None
+        assert (answer.text, len(answer.ids)) == ("", 1)
+        assert (answer.finish.reason, answer.finish.stop_sequence) == (FinishReason.STOP_SEQUENCE, "\ufffd")
+
+
+def test_what_comes_at_the_end_stops_nothing_before_min_tokens(folder: Path) -> None:
+    harness, clock = start(folder), Clock()
+    harness.engine.clock = clock
+    request = held_back(harness)
+    stopping = Stopping(max_tokens=9, min_tokens=2, stop_sequences=("\ufffd",), time_limit_s=2.0)
+    answer = harness.submit(replace(request, stopping=stopping))
+    harness.step()
+    clock.now_s += 3.0
+    harness.step()
+    assert answer.finish is not None
+    assert (answer.text, answer.finish.reason, answer.finish.stop_sequence) == ("\ufffd", FinishReason.TIME_LIMIT, "")
+
+
 def test_deadlines_end_running_and_queued_requests_with_an_error(folder: Path) -> None:
     harness, clock = start(folder, max_running_requests=1), Clock()
     harness.engine.clock = clock

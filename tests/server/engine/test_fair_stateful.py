@@ -198,8 +198,8 @@ class History(RuleBasedStateMachine):
         complete = [item.sequence for item in picked if item.completes]
         for item in picked:
             item.sequence.num_computed += item.num_tokens
+            self.scheduler.prefixes.publish(item.sequence)
         for sequence in complete:
-            self.scheduler.prefixes.publish(sequence)
             sequence.tokens.append(7)
             if sequence.num_generated >= sequence.request.stopping.max_tokens:
                 self.remove(sequence)
@@ -221,7 +221,7 @@ class History(RuleBasedStateMachine):
         num_decodes = sum(item.sequence.num_generated > 0 and item.num_tokens == 1 for item in picked)
         num_prompt = sum(item.num_tokens for item in picked) - num_decodes
         if picked:
-            self.pace.observe(num_decodes, num_prompt, 0.01 + 0.002 * num_decodes + 0.005 * num_prompt)
+            self.pace.observe(num_prompt, 0.01 + 0.002 * num_decodes + 0.005 * num_prompt)
         cost = sum(self.charge(item) for item in picked)
         served = {item.sequence for item in picked}
         flows = Counter(asked.flow for asked in self.asked.values())

@@ -45,7 +45,7 @@ def ask(max_tokens: int = 5, deadline_s: float | None = None) -> Request:
 
 def busy(folder: Path) -> tuple[Harness, Clock, list[Answer]]:
     """One request at a time runs, 5 steps of a second each, and has for some time; ten wait."""
-    harness, clock = Harness(folder, max_running_requests=1), Clock()
+    harness, clock = Harness(folder, max_running_requests=1, prefix_cache=False), Clock()
     harness.engine.clock = clock
     forward = harness.engine._model.forward
 
@@ -127,22 +127,65 @@ def test_only_tokens_that_are_sure_to_come_count(stopping: dict[str, object], to
 def test_the_rate_of_the_queue_fades_into_that_of_now() -> None:
     pace = Pace(0.0, 1)
     forecast = Forecast(pace)
-    forecast.step(10, 0.9)
-    assert forecast.queued_token_s is None
-    forecast.step(100, 0.2)
-    assert forecast.queued_token_s == pytest.approx(0.01, rel=0.1)
-    for _ in range(300):
-        forecast.step(1, 1.0)
-    assert forecast.queued_token_s == pytest.approx(1.0, rel=0.1)
+    forecast.step(10, 0.9, 0.9)
+    assert forecast.queued_token_s(0.9) is None
+    forecast.step(100, 0.2, 1.1)
+    assert forecast.queued_token_s(1.1) == pytest.approx(0.01, rel=0.1)
+    for i in range(300):
+        forecast.step(1, 1.0, 2.1 + i)
+    assert forecast.queued_token_s(301.1) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_rate_that_was_measured_long_ago_is_not_known() -> None:
+    forecast = Forecast(Pace(0.0, 1))
+    for i in range(100):
+        forecast.step(10, 1.0, float(i))
+    assert forecast.queued_token_s(110.0) == pytest.approx(0.1)
+    assert forecast.queued_token_s(300.0) is None
+    forecast.step(10, 2.0, 302.0)
+    assert forecast.queued_token_s(302.0) == pytest.approx(0.2, rel=0.1)
+
+
+@pytest.mark.parametrize("idle_s", [0.0, 3600.0])
+def test_nobody_waits_for_others_where_all_may_begin_at_once(folder: Path, idle_s: float) -> None:
+    harness, clock, _ = busy(folder)
+    harness.finish()
+    clock.now_s += idle_s
+    harness.engine._scheduler._max_running = 8
+    harness.submit(ask(max_tokens=50))
+    harness.step()
+    answers = [harness.submit(ask(deadline_s=clock() + 12)) for _ in range(7)]
+    harness.finish()
+    assert [len(answer.ids) for answer in answers] == [5] * 7
+
+
+def test_who_was_preempted_is_not_refused_and_counts_for_those_behind(folder: Path) -> None:
+    harness, clock, _ = busy(folder)
+    request = ask(max_tokens=100, deadline_s=clock() + 1000)
+    answer = harness.submit(request)
+    while not answer.ids:
+        harness.step()
+    scheduler = harness.engine._scheduler
+    (sequence,) = scheduler.running
+    scheduler._preempt(sequence)
+    sequence.request = replace(request, deadline_s=clock() + 20)  # it has no chance any more
+    behind = make(PROMPT, max_tokens=1)
+    behind.request = replace(behind.request, deadline_s=clock() + 4)
+    scheduler.waiting.append(behind)
+    late = harness.engine._forecast.late(
+        scheduler.waiting, scheduler.num_cached, clock() + 1, is_idle=False, is_full=True
+    )
+    assert [other for other, _ in late] == [behind]
+    assert f"after {sequence.num_pending} prompt tokens" in str(late[0][1])
 
 
 def test_a_finish_is_the_queue_ahead_the_own_prompt_and_the_answer() -> None:
     pace = Pace(0.0, 1)
     forecast = Forecast(pace)
-    forecast.step(100, 10.0)
+    forecast.step(100, 10.0, 10.0)
     sequence = make(50, max_tokens=11, ignore_eos=True)
-    assert forecast.finish_s(sequence, 1000) is None
+    assert forecast.finish_s(sequence, 1000, 10.0) is None
     forecast.token(0.5)
-    pace.observe(0, 100, 1.0)
-    assert forecast.finish_s(sequence, 1000) == pytest.approx(1000 * 0.1 + 50 * 0.01 + 10 * 0.5)
-    assert forecast.finish_s(sequence, 1000, num_cached=30) == pytest.approx(1000 * 0.1 + 20 * 0.01 + 10 * 0.5)
+    pace.observe(100, 1.0)
+    assert forecast.finish_s(sequence, 1000, 10.0) == pytest.approx(1000 * 0.1 + 50 * 0.01 + 10 * 0.5)
+    assert forecast.finish_s(sequence, 1000, 10.0, num_cached=30) == pytest.approx(1000 * 0.1 + 20 * 0.01 + 10 * 0.5)

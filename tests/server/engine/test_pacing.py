@@ -17,7 +17,7 @@ class Machine:
 
     def run(self, pace: Pace, num_decodes: int, num_prompt_tokens: int) -> float:
         duration_s = self.step_s + num_decodes * self.decode_s + num_prompt_tokens * self.prompt_s
-        pace.observe(num_decodes, num_prompt_tokens, duration_s)
+        pace.observe(num_prompt_tokens, duration_s)
         return duration_s
 
     def compute(self, pace: Pace, num_decodes: int, prompt: int, budget: int = 512) -> list[float]:
@@ -75,9 +75,9 @@ def test_a_step_that_hung_does_not_make_chunks_small_for_long() -> None:
     machine = Machine()
     pace = measured(machine, 0.2, 10)
     before = pace.prompt_tokens(10)
-    pace.observe(10, 64, 30.0)
+    pace.observe(64, 30.0)
     assert pace.prompt_tokens(10) >= before // 2
-    pace.observe(10, 0, 30.0)
+    pace.observe(0, 30.0)
     machine.compute(pace, 10, 1024)
     for _ in range(10):
         machine.run(pace, 10, 0)
@@ -87,5 +87,5 @@ def test_a_step_that_hung_does_not_make_chunks_small_for_long() -> None:
 def test_short_prompts_say_nothing_about_the_time_of_a_token() -> None:
     pace = measured(Machine(), 0.1, 4)
     before = pace.prompt_token_s
-    pace.observe(4, 3, 1.0)
+    pace.observe(3, 1.0)
     assert pace.prompt_token_s == before

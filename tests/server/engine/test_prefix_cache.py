@@ -11,7 +11,11 @@ from tiny import VOCAB, linear_names, make_adapter, make_model, save_tokenizer
 
 from weft.adapters.records import AdapterChange
 from weft.errors import GenerationFailed, InvalidRequest
+from weft.server.engine.batch import Batch, build_batch
 from weft.server.engine.request import Request, Sampling, Stopping
+from weft.server.engine.scheduler import Scheduled
+from weft.server.engine.sequence import Sequence
+from weft.server.engine.text import OutputText
 
 BLOCK = 4
 INVOCATION = (11, 12)
@@ -190,7 +194,63 @@ def test_those_that_wait_for_one_that_is_cancelled_go_on(folder: Path) -> None:
     harness.step()
     harness.engine.cancel(request)
     harness.finish()
-    assert [cached(answer) for answer in answers] == [0, 40, 40]
+    assert [cached(answer) for answer in answers] == [16, 40, 40], "its first chunk was there already"
+
+
+def test_who_begins_like_a_long_prompt_waits_for_no_more_than_what_both_need(folder: Path, plain: Harness) -> None:
+    harness = start(folder, max_batch_tokens=16)
+    system = tokens(20)
+    long, short = ask(system + tokens(180, 1)), ask(system + tokens(3, 2), max_tokens=1, caller="another")
+    first, second = harness.submit(long), harness.submit(short)
+    for _ in range(4):
+        harness.step()
+    assert (cached(second), second.ids) == (20, plain.run([short])[0].ids)
+    assert not first.ids
+    harness.finish()
+    assert first.ids == plain.run([long])[0].ids
+
+
+def test_a_chunk_that_gives_no_finite_logits_ends_its_request_at_once(folder: Path) -> None:
+    harness = start(folder, max_batch_tokens=16)
+    ref = harness.store.acquire("a")
+    ((first, last),) = ref.version.paged.runs
+    harness.store.release(ref)
+    for site in harness.store._pool.sites.values():
+        site.b[first:last].fill_(float("nan"))
+    spoilt = harness.submit(ask(tokens(100), (("a", 1.0),)))
+    harness.step()
+    assert isinstance(spoilt.error, GenerationFailed)
+    assert harness.engine._scheduler.pool.num_published == 0
+
+
+@pytest.mark.parametrize("reported_from", [None, 1, 17, 33])
+def test_rows_that_check_chunks_stand_in_for_no_others(
+    folder: Path, plain: Harness, monkeypatch: pytest.MonkeyPatch, reported_from: int | None
+) -> None:
+    """One row more for a chunk that fills a block, none where a report has it; what is told stays the same."""
+    harness = start(folder, max_batch_tokens=16)
+    batches: list[Batch] = []
+    forward = harness.engine._model.forward
+    monkeypatch.setattr(harness.engine._model, "forward", lambda batch: batches.append(batch) or forward(batch))
+    request = ask(tokens(42), (("a", 1.0),), prompt_logprobs_from=reported_from, logprobs=True)
+    answer, expected = harness.run([request])[0], plain.run([request])[0]
+    chunks = [[batch.logit_rows.tolist()[checked.row] for checked in batch.checked_rows] for batch in batches[:3]]
+    assert chunks == [[15], [15], []]
+    rows = {None: [1, 1, 1], 1: [16, 16, 10], 17: [1, 16, 10], 33: [1, 1, 10]}[reported_from]
+    assert [len(batch.logit_rows) for batch in batches[:3]] == rows
+    assert answer.ids == expected.ids
+    for told, right in ((answer.tokens, expected.tokens), (answer.prompt, expected.prompt)):
+        assert [token.id for token in told] == [token.id for token in right]
+        assert [token.logprob for token in told] == pytest.approx([token.logprob for token in right], abs=1e-4)
+
+
+def test_no_row_is_looked_at_for_a_chunk_that_fills_no_block_or_without_the_cache(folder: Path) -> None:
+    for enabled, size, count in ((True, 3, 0), (True, 4, 1), (False, 4, 0)):
+        harness = start(folder, prefix_cache=enabled)
+        sequence = Sequence(ask(tokens(9)), (), OutputText(lambda ids: ""), random.Random(0), 0.0)
+        sequence.blocks = [1, 2, 3]
+        batch = build_batch([Scheduled(sequence, size)], BLOCK, harness.engine._model.device, check_chunks=enabled)
+        assert len(batch.checked_rows) == len(batch.logit_rows) == count
 
 
 @pytest.mark.parametrize("kv_tokens", [96, 160])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.pacing import Pace
+from weft.server.engine.prefix_cache import PrefixCache
 from weft.server.engine.request import Request, Stopping
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import Sequence
@@ -30,8 +32,8 @@ def advance(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
     complete = [item.sequence for item in picked if item.completes]
     for item in picked:
         item.sequence.num_computed += item.num_tokens
+        scheduler.prefixes.publish(item.sequence)
     for sequence in complete:
-        scheduler.prefixes.publish(sequence)
         sequence.tokens.append(7)
     scheduler.check()
     return [(item.sequence, item.num_tokens) for item in picked]
@@ -156,6 +158,49 @@ def test_the_one_that_computes_goes_on_in_the_turn_of_who_waits_for_it() -> None
     assert other.num_computed <= 20
 
 
+def test_a_turn_is_lent_only_while_what_both_need_is_computed() -> None:
+    scheduler = Scheduler(BlockPool(200, BLOCK), max_batch_tokens=10, max_running=8, prefix_cache=True)
+    scheduler.add(long := make(400, caller="long"))
+    advance(scheduler)
+    scheduler.add(other := make(100, caller="other", first=1000))
+    scheduler.add(short := make(37, caller="short"))
+    while not short.num_generated:
+        advance(scheduler)
+    assert short.num_cached == 36
+    assert long.num_computed <= 50, "little more of the long one than it needed"
+    while not other.num_generated:
+        advance(scheduler)
+    assert long.num_computed <= 120, "it takes turns with the other one"
+
+
+def test_who_waits_lets_all_be_computed_that_both_need() -> None:
+    """Although what is left of it is less and less beside its own."""
+    scheduler = Scheduler(BlockPool(200, BLOCK), max_batch_tokens=8, max_running=8, prefix_cache=True)
+    first, own = make(400), tuple(range(1000, 1030))
+    scheduler.add(first)
+    request = replace(first.request, prompt=(*range(48), *own), caller="another")
+    second = Sequence(request, (), first.text, random.Random(0), 0.0)
+    scheduler.add(second)
+    while not second.blocks:
+        advance(scheduler)
+    assert second.num_cached == 48
+    assert first.num_computed <= 56
+
+
+def test_an_audit_and_an_end_need_no_look_up_before_them() -> None:
+    pool = BlockPool(100, BLOCK)
+    prefixes, sequence = PrefixCache(pool, enabled=True), make(9)
+    prefixes.begin(sequence)
+    sequence.block_keys.clear()
+    sequence.blocks = pool.allocate(3)
+    prefixes.check([sequence])
+    assert prefixes.comes_from(make(9)) is sequence
+    sequence.block_keys.clear()
+    prefixes.end(sequence)
+    assert prefixes.comes_from(make(9)) is None
+    prefixes.check([])
+
+
 def test_when_the_one_that_computes_ends_early_the_next_computes() -> None:
     scheduler = Scheduler(BlockPool(100, BLOCK), max_batch_tokens=16, max_running=8, prefix_cache=True)
     first, second, third = make(40), make(40), make(40)
@@ -163,8 +208,7 @@ def test_when_the_one_that_computes_ends_early_the_next_computes() -> None:
         scheduler.add(sequence)
     assert advance(scheduler) == [(first, 16)]
     scheduler.remove(first)
-    assert advance(scheduler) == [(second, 16)]
-    assert advance(scheduler) == [(second, 16)]
+    assert advance(scheduler) == [(second, 16)], "after those that the first had published"
     assert advance(scheduler) == [(second, 8)]
     assert advance(scheduler) == [(second, 1), (third, 4)]
 
@@ -362,8 +406,8 @@ def test_chunks_beside_decodes_are_cut_to_the_time_of_a_step() -> None:
     one, long = make(2), make(60)
     scheduler.add(one)
     advance(scheduler)
-    pace.observe(1, 0, 0.02)
-    pace.observe(1, 16, 0.18)
+    pace.observe(0, 0.02)
+    pace.observe(16, 0.18)
     scheduler.add(long)
     assert advance(scheduler) == [(one, 1), (long, 8)]
     scheduler.remove(one)

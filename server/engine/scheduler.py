@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -198,13 +199,14 @@ class Scheduler:
         victims = list(self.waiting.crowding_out(waits, self.running))
         if not self._would_fit(waits, victims):
             return
-        enough = next(count for count in range(len(victims) + 1) if self._would_fit(waits, victims[:count]))
+        enough = bisect_left(range(len(victims)), True, key=lambda count: self._would_fit(waits, victims[:count]))
         for victim in victims[:enough]:
             self._preempt(victim)
 
     def _would_fit(self, sequence: Sequence, victims: Seq[Sequence]) -> bool:
         """Whether one that waits fits once these have given way and the decodes of the others have their blocks."""
-        staying = (other for other in self.running if other not in victims)
+        gone = set(victims)
+        staying = (other for other in self.running if other not in gone)
         return self._fits(sequence, sum(self._missing(other) for other in staying), victims)
 
     def _decodes(self) -> list[Scheduled]:

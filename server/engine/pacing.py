@@ -32,10 +32,14 @@ class Pace:
         """Time that a prompt token adds to a step; None: not measured."""
 
     def prompt_tokens(self, num_decodes: int) -> int | None:
-        """How many the next step may take beside so many decodes; None: any number."""
+        """How many the next step may take beside so many decodes; None: any number.
+
+        Where decodes alone take more than half of the target, as long again: or prompts would hardly go on.
+        """
         if not (self._target_s and num_decodes and self.prompt_token_s):
             return None
-        left_s = self._target_s - (self.decode_s or 0.0)
+        decode_s = self.decode_s or 0.0
+        left_s = max(self._target_s - decode_s, decode_s)
         return max(self._floor_tokens, int(left_s / self.prompt_token_s))
 
     def observe(self, num_prompt_tokens: int, duration_s: float) -> None:

@@ -55,8 +55,15 @@ def test_steps_take_as_long_as_they_should(num_decodes: int, prompt_s: float) ->
     assert all(0.14 <= seconds <= 0.16 for seconds in times[:-1])
 
 
-def test_a_prompt_goes_on_where_decodes_alone_take_all_the_time() -> None:
+def test_a_prompt_gets_as_long_as_decodes_that_alone_take_most_of_the_time() -> None:
     machine = Machine(decode_s=0.01)
+    pace = measured(machine, 0.1, 40)
+    times = machine.compute(pace, 40, 8192, budget=4096)
+    assert all(0.8 <= seconds <= 0.9 for seconds in times[:-1])
+
+
+def test_a_prompt_goes_on_by_a_few_tokens_where_each_is_dear() -> None:
+    machine = Machine(step_s=0.0, prompt_s=0.05)
     pace = measured(machine, 0.1, 40)
     assert pace.prompt_tokens(40) == FLOOR
     assert len(machine.compute(pace, 40, 1024)) == 1024 // FLOOR

@@ -132,30 +132,27 @@ class _LogitRows:
     prompts: list[PromptRows] = field(default_factory=list)
     checked: list[CheckedRow] = field(default_factory=list)
 
-    def add_all(self, sequence: Sequence, at: range, row: int) -> None:
-        """Those of every position of `at`, of which the first is this row of the step."""
-        self._add(sequence, at, row)
-
     def add(self, item: Scheduled, at: range, row: int) -> None:
         """Those that the item needs: before each token of its prompt that it reports, and where it samples."""
         reported = item.sequence.unreported(at)
         if reported:
             positions = range(reported.start + 1, reported.stop + 1)
             self.prompts.append(PromptRows(item.sequence, len(self.rows), positions))
-            self._add(item.sequence, reported, row + reported.start - at.start)
+            self.add_all(item.sequence, reported, row + reported.start - at.start)
         if item.completes:
             sampled = at[item.num_tokens - 1 :]
             self.sampled += range(len(self.rows), len(self.rows) + len(sampled))
-            self._add(item.sequence, sampled, row + item.num_tokens - 1)
+            self.add_all(item.sequence, sampled, row + item.num_tokens - 1)
 
     def add_check(self, sequence: Sequence, at: range, row: int) -> None:
         """That of the last position of `at`, which is there already where its next token is reported."""
         reported = sequence.unreported(at)
         if not reported or reported.stop < at.stop:
-            self._add(sequence, at[-1:], row + len(at) - 1)
+            self.add_all(sequence, at[-1:], row + len(at) - 1)
         self.checked.append(CheckedRow(sequence, len(self.rows) - 1))
 
-    def _add(self, sequence: Sequence, at: range, row: int) -> None:
+    def add_all(self, sequence: Sequence, at: range, row: int) -> None:
+        """Those of every position of `at`, of which the first is this row of the step."""
         self.rows += range(row, row + len(at))
         self.spans += _spans(sequence, at)
 

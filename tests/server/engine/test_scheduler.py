@@ -320,13 +320,19 @@ def test_nobody_loses_a_place_that_comes_free_soon() -> None:
     assert scheduler.num_preemptions == 0
 
 
-def test_nobody_gives_way_to_one_that_would_not_fit_even_then() -> None:
+def crowded() -> tuple[Scheduler, list[Sequence]]:
+    """100 blocks, and eight requests of one caller that run."""
     scheduler = Scheduler(BlockPool(1 + 100, BLOCK), max_batch_tokens=64, max_running=16)
     hot = [make(20, caller="hot") for _ in range(8)]
     for sequence in hot:
         scheduler.add(sequence)
     for _ in range(5):
         advance(scheduler)
+    return scheduler, hot
+
+
+def test_nobody_gives_way_to_one_that_would_not_fit_even_then() -> None:
+    scheduler, hot = crowded()
     scheduler.add(make(95 * BLOCK, caller="big"))
     for _ in range(5):
         advance(scheduler)
@@ -335,12 +341,7 @@ def test_nobody_gives_way_to_one_that_would_not_fit_even_then() -> None:
 
 
 def test_as_many_give_way_at_once_as_one_needs_to_fit() -> None:
-    scheduler = Scheduler(BlockPool(1 + 100, BLOCK), max_batch_tokens=64, max_running=16)
-    hot = [make(20, caller="hot") for _ in range(8)]
-    for sequence in hot:
-        scheduler.add(sequence)
-    for _ in range(5):
-        advance(scheduler)
+    scheduler, hot = crowded()
     big = make(70 * BLOCK, caller="big")
     scheduler.add(big)
     for _ in range(2):

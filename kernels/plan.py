@@ -7,9 +7,10 @@ Page 0 is all zeros and belongs to no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +36,13 @@ class PagedAdapter:
     sites: frozenset[int]
     patches: Mapping[str, tuple[Patch, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+
+
+Weighted = tuple[PagedAdapter, float]
+"""An adapter and its weight in a request's mix (1.0 for a single adapter)."""
+
+
+Made = TypeVar("Made")
 
 
 RowIndex = slice | torch.Tensor
@@ -67,16 +75,34 @@ class PatchedRows:
 class Plan:
     """One step's work for every site. Rows that appear in no segment or patch are base rows and are never touched.
 
-    patches: by the name of the module.
+    patches: by the name of the module. mixes: the same work by rows: which use which adapters, each named once.
+    made: what a backend made of it, once it did.
     """
 
     num_tokens: int
     segments: tuple[Segment, ...]
     patches: Mapping[str, Sequence[PatchedRows]] = field(default_factory=dict)
+    mixes: Sequence[tuple[range, Sequence[Weighted]]] = ()
+    made: list[Any] = field(default_factory=list)
 
+    def layout(self, make: Callable[[Plan], Made]) -> Made:
+        """What a backend makes of the plan; made once, since all sites of a step ask for it."""
+        if not self.made:
+            self.made.append(make(self))
+        made: Made = self.made[0]
+        return made
 
-Weighted = tuple[PagedAdapter, float]
-"""An adapter and its weight in a request's mix (1.0 for a single adapter)."""
+    def to(self, device: torch.device) -> Plan:
+        """The same for rows on a device."""
+        return replace(
+            self,
+            segments=tuple(replace(segment, rows=_to(segment.rows, device)) for segment in self.segments),
+            patches={
+                name: [replace(each, rows=_to(each.rows, device)) for each in patched]
+                for name, patched in self.patches.items()
+            },
+            made=[],
+        )
 
 
 Span = tuple[int, Sequence[Weighted]]
@@ -90,11 +116,14 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     Returns None where no span uses an adapter: such a step costs nothing at any site.
     """
     ranges: dict[tuple[PagedAdapter, float], list[range]] = {}
+    mixes: list[tuple[range, Sequence[Weighted]]] = []
     start = 0
     for num_tokens, adapters in spans:
-        if num_tokens:
-            for weighted in _summed(adapters):
-                ranges.setdefault(weighted, []).append(range(start, start + num_tokens))
+        if num_tokens and adapters:
+            rows_of_span = range(start, start + num_tokens)
+            mixes.append((rows_of_span, _summed(adapters)))
+            for weighted in mixes[-1][1]:
+                ranges.setdefault(weighted, []).append(rows_of_span)
         start += num_tokens
     if not ranges:
         return None
@@ -106,15 +135,15 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
         segments += [Segment(rows, first, last, scale, adapter.sites) for first, last in adapter.runs]
         for name, own in adapter.patches.items():
             patches.setdefault(name, []).extend(PatchedRows(rows, patch, weight) for patch in own)
-    return Plan(num_tokens=start, segments=tuple(segments), patches=patches)
+    return Plan(num_tokens=start, segments=tuple(segments), patches=patches, mixes=mixes)
 
 
-def _summed(adapters: Sequence[Weighted]) -> Iterable[Weighted]:
+def _summed(adapters: Sequence[Weighted]) -> Sequence[Weighted]:
     """Each adapter once: patches are done once a row, so one that is named twice must count with both weights."""
     weights: dict[PagedAdapter, float] = {}
     for adapter, weight in adapters:
         weights[adapter] = weights.get(adapter, 0.0) + weight
-    return weights.items()
+    return tuple(weights.items())
 
 
 def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:
@@ -122,3 +151,7 @@ def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:
     if adjacent:
         return slice(parts[0].start, parts[-1].stop)
     return torch.tensor([row for part in parts for row in part], dtype=torch.int64, device=device)
+
+
+def _to(rows: RowIndex, device: torch.device) -> RowIndex:
+    return rows if isinstance(rows, slice) else rows.to(device)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from weft.errors import InvalidConfig
 
-LORA_BACKENDS = ("reference", "torch")
-"""As `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
+LORA_BACKENDS = ("auto", "reference", "torch")
+"""auto, or as `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class EngineConfig:
     threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
     machine runs best on one. memory_share: of what is left in the end, for the KV cache. adapter_host_bytes: what
     copies of adapters may take in host memory. prefix_cache: keep what was computed for prompts that begin alike.
-    speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
+    speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none. cuda_graphs: capture
+    decode steps where the device can, and replay them.
     max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
     decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
     """
@@ -57,11 +58,12 @@ class EngineConfig:
     memory_share: float | None = None
     adapter_pages: int | None = None
     adapter_host_bytes: int | None = None
-    lora_backend: str = "torch"
+    lora_backend: str = "auto"
     adapter_probe: bool = True
     allow_no_effect: bool = False
     speculative_tokens: int = 4
     threads: int | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)

@@ -149,6 +149,7 @@ SETTINGS = (
         "speculative-tokens", EngineConfig, "speculative_tokens", int, "The most tokens a step guesses for a request."
     ),
     Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
+    Setting("cuda-graphs", EngineConfig, "cuda_graphs", bool, "Capture decode steps on a GPU once, and replay them."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),
     Setting("max-prompt-bytes", ServerConfig, "max_prompt_bytes", int, "The longest text that is taken as a prompt."),

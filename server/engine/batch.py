@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -65,6 +65,7 @@ class Batch:
     the n that tokens are sampled from, in order; prompt_rows: those that report on prompts; checked_rows: those that
     say whether a chunk may be published; plan: the adapters' work, None where every row is a base row; logit_plan: the
     same on the logit rows alone, for the head, which has no rank rows; None where no adapter of the step has a patch.
+    is_decode: whether each row is the next token of a sequence, and the logits of each are wanted.
     """
 
     input_ids: torch.Tensor
@@ -79,11 +80,28 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decodes: tuple[tuple[int, int, list[int]], ...]
     block_tokens: int
+    is_decode: bool
     _groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; itself where it is there already."""
+        if self.input_ids.device == device:
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            logit_rows=self.logit_rows.to(device),
+            plan=self.plan and self.plan.to(device),
+            logit_plan=self.logit_plan and self.logit_plan.to(device),
+            chunks=tuple(replace(chunk, blocks=chunk.blocks.to(device)) for chunk in self.chunks),
+            _groups={},
+        )
 
     def decode_groups(self, window: int | None) -> list[DecodeGroup]:
         """The decodes for layers that see the last `window` tokens (None: all); made once for all such layers."""
@@ -211,6 +229,7 @@ def build_batch(
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=block_tokens,
+        is_decode=not chunks and wanted.rows == list(range(len(ids))),
     )
 
 

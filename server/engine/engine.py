@@ -32,6 +32,9 @@ from weft.server.metrics import Metrics, StepStats
 
 _log = logging.getLogger(__name__)
 
+_HOST = torch.device("cpu")
+"""Where a step is laid out; the model takes it to its device in the way that is quickest for the step."""
+
 Event = tuple[Request, Delta | WeftError]
 """What happened to a request: more of its answer, or the error that ended it."""
 
@@ -185,7 +188,7 @@ class Engine:
         complete = [item for item in picked if item.completes]
         try:
             block_tokens, check_chunks = self._scheduler.pool.block_tokens, self._scheduler.prefixes.enabled
-            batch = build_batch(picked, block_tokens, self._model.device, check_chunks=check_chunks)
+            batch = build_batch(picked, block_tokens, _HOST, check_chunks=check_chunks)
             logits = self._model.forward(batch)
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))

@@ -1,0 +1,29 @@
+"""How a device runs decode steps: what there is on this machine."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from weft.server.engine.decode_attention import attend_in_place
+from weft.server.engine.graphs import CudaCapture, Means
+
+
+def has_triton() -> bool:
+    """Whether it is installed; loading it takes long."""
+    return find_spec("triton") is not None
+
+
+def means_of(device: torch.device) -> Means | None:
+    """None where decode steps are not captured: without CUDA, or without Triton, which attends in place."""
+    if device.type != "cuda" or not has_triton():
+        return None
+    return Means(CudaCapture(device), attend_in_place, None)
+
+
+def backend_for(wanted: str) -> str:
+    """The name of the LoRA backend: the one that is wanted, or the fastest there is."""
+    if wanted != "auto":
+        return wanted
+    return "torch"

@@ -17,6 +17,7 @@ from weft.adapters.reading import Policy
 from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel, one_line
+from weft.kernels.native import find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
@@ -75,12 +76,12 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     Raises InvalidModel, InvalidConfig.
     """
     settings = config.engine
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    native = find_native(settings.threads or torch.get_num_threads())
+    torch.set_num_threads(1 if native is not None else settings.threads or torch.get_num_threads())
     sources = _sources(config)
     check_path(config.model.path)
     tokenizer = _load_tokenizer(config.model.path)
-    model = load_model(config.model)
+    model = load_model(config.model, native)
     expected = expect(model)
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device))
@@ -158,7 +159,7 @@ def _fit(
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
     trial = Trial.of(settings, model.device, longest, _max_reported(model))
     small = trial.pool(least)
-    model.attach(_cache(model, small), pages.sites, settings.lora_backend)
+    model.attach(_cache(model, small), pages.groups, settings.lora_backend)
     error = probe(model, small, expected)
     step_bytes = trial.run(model, small)
     if longest < NEVER - 1:

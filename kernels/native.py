@@ -20,7 +20,7 @@ _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "weft_level": (_INT, ()),
     "weft_panel": (_INT64, ()),
-    "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, _INT, _INT)),
+    "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, *(_INT,) * 3)),
 }
 
 

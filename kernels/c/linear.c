@@ -17,13 +17,13 @@ struct linear {
     const float *bias;
     void *y;
     int64_t rows, d_in, d_out, x_stride, y_stride;
-    int format;
+    int format, y_format;
 };
 
 static void store_row(const struct linear *job, int64_t row, int64_t column, vec low, vec high) {
     float numbers[PANEL];
     int64_t count = job->d_out - column < PANEL ? job->d_out - column : PANEL;
-    if (job->format == FLOAT32) {
+    if (job->y_format == FLOAT32) {
         float *to = (float *)job->y + row * job->y_stride + column;
         if (count == PANEL) {
             store_f32(to, low);
@@ -114,10 +114,11 @@ static void do_panels(void *of, int64_t first, int64_t last) {
     }
 }
 
-/* x: float32 [rows, d_in]; bias: float32, padded to whole panels, or NULL; y: [rows, d_out] in the packed weight's format. */
+/* x: float32 [rows, d_in]; packed: in `format`; bias: float32, padded to whole panels, or NULL; y: [rows, d_out] in `y_format`.
+ */
 void weft_linear(const float *x, const void *packed, const float *bias, void *y, int64_t rows, int64_t d_in, int64_t d_out,
-                 int64_t x_stride, int64_t y_stride, int format, int threads) {
-    struct linear job = {x, packed, bias, y, rows, d_in, d_out, x_stride, y_stride, format};
+                 int64_t x_stride, int64_t y_stride, int format, int y_format, int threads) {
+    struct linear job = {x, packed, bias, y, rows, d_in, d_out, x_stride, y_stride, format, y_format};
     int64_t panels = (d_out + PANEL - 1) / PANEL;
     int64_t grain = panels / (4 * threads);
     share(do_panels, &job, panels, grain > 0 ? grain : 1, threads);

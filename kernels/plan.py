@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -42,10 +42,9 @@ Weighted = tuple[PagedAdapter, float]
 """An adapter and its weight in a request's mix (1.0 for a single adapter)."""
 
 
-Made = TypeVar("Made")
-
-
 RowIndex = slice | torch.Tensor
+
+_L = TypeVar("_L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +75,19 @@ class Plan:
     """One step's work for every site. Rows that appear in no segment or patch are base rows and are never touched.
 
     patches: by the name of the module. mixes: the same work by rows: which use which adapters, each named once.
-    made: what a backend made of it, once it did.
     """
 
     num_tokens: int
     segments: tuple[Segment, ...]
     patches: Mapping[str, Sequence[PatchedRows]] = field(default_factory=dict)
     mixes: Sequence[tuple[range, Sequence[Weighted]]] = ()
-    made: list[Any] = field(default_factory=list)
+    _layouts: dict[object, object] = field(default_factory=dict)
 
-    def layout(self, make: Callable[[Plan], Made]) -> Made:
-        """What a backend makes of the plan; made once, since all sites of a step ask for it."""
-        if not self.made:
-            self.made.append(make(self))
-        made: Made = self.made[0]
-        return made
+    def layout(self, make: Callable[[Plan], _L]) -> _L:
+        """What a backend makes of the plan, made once for all sites."""
+        if make not in self._layouts:
+            self._layouts[make] = make(self)
+        return cast("_L", self._layouts[make])
 
     def to(self, device: torch.device) -> Plan:
         """The same for rows on a device."""
@@ -101,7 +98,7 @@ class Plan:
                 name: [replace(each, rows=_to(each.rows, device)) for each in patched]
                 for name, patched in self.patches.items()
             },
-            made=[],
+            _layouts={},
         )
 
 

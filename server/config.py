@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weft.errors import InvalidConfig
 
-LORA_BACKENDS = ("auto", "reference", "torch")
+LORA_BACKENDS = ("auto", "reference", "torch", "triton")
 """auto, or as `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
 
 

@@ -25,7 +25,7 @@ from weft.server.engine.attention import KvCache
 from weft.server.engine.batch import Batch
 from weft.server.engine.decode_attention import DecodeAttention, DecodeRows
 from weft.server.engine.decode_buffers import DecodeBuffers
-from weft.server.engine.step import AttentionOptions, Step
+from weft.server.engine.step import AttentionOptions, Shared, Step
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class DecodeStep:
         self._attention = attention
         self._adapting = adapting
         self._plan = plan
+        self.shared: Shared = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
@@ -99,15 +100,19 @@ class DecodeStep:
         values.index_copy_(0, self._slots, value.transpose(0, 1))
         return self._attention(query, keys, values, self._rows, options)
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         if self._plan is not None:
-            self._adapting.adapt(self._plan, module, inputs, outputs)
+            self._adapting.adapt(self._plan, modules, inputs, outputs)
 
 
 class Work(Protocol):
     """A work list on the device, in the one place where captured steps read it."""
 
     def load(self, work: WorkList) -> None: ...
+
+    def plan(self, num_tokens: int) -> Plan:
+        """One for so many rows, whose work is what was loaded last."""
+        ...
 
 
 Forward = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -143,7 +148,9 @@ class GraphRunner:
         self._adapting = adapting
         self._means = means
         self._buffers = DecodeBuffers(max_rows, width, cache, device)
-        self._room = Room(_PAIRS_A_ROW * max_rows, max_rows, len(adapting.sites))
+        self._room = Room(
+            _PAIRS_A_ROW * max_rows, max_rows, sum(len(group.sites) for group in adapting.groups.values())
+        )
         self._work = means.make_work(self._room, device) if means.make_work is not None else None
         self._replays: dict[tuple[int, bool], Run] = {}
         self._is_off = False
@@ -189,7 +196,7 @@ class GraphRunner:
 
     def _run_of(self, size: int, *, with_adapters: bool) -> Run:
         parts = self._buffers.parts
-        plan = Plan(num_tokens=size, segments=(), made=[self._work]) if with_adapters else None
+        plan = self._work.plan(size) if self._work is not None and with_adapters else None
         step = DecodeStep(
             self._cache,
             parts.slots[:size],

@@ -17,6 +17,7 @@ from weft.adapters.reading import Policy
 from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel, one_line
+from weft.kernels.native import find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
@@ -76,16 +77,16 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     Raises InvalidModel, InvalidConfig.
     """
     settings = config.engine
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    native = find_native(settings.threads or torch.get_num_threads())
+    torch.set_num_threads(1 if native is not None else settings.threads or torch.get_num_threads())
     sources = _sources(config)
     check_path(config.model.path)
     tokenizer = _load_tokenizer(config.model.path)
-    model = load_model(config.model)
+    model = load_model(config.model, native)
     expected = expect(model)
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device))
-    backend = backend_for(settings.lora_backend)
+    backend = backend_for(model.device, settings.lora_backend)
     fitted = _fit(model, settings, pages, room, expected, backend)
     pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens
     adapter_probe = AdapterProbe(model, backend) if settings.adapter_probe else None
@@ -94,7 +95,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
     limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
-    means = means_of(model.device) if settings.cuda_graphs else None
+    means = means_of(model.device, backend) if settings.cuda_graphs else None
     if means is not None:
         width = pool.blocks_for(limits.context_length)
         model.capture(means, settings.max_running_requests, width).warm_up()
@@ -164,7 +165,7 @@ def _fit(
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
     trial = Trial.of(settings, model.device, longest, _max_reported(model))
     small = trial.pool(least)
-    model.attach(_cache(model, small), pages.sites, backend)
+    model.attach(_cache(model, small), pages.groups, backend)
     error = probe(model, small, expected)
     step_bytes = trial.run(model, small)
     if longest < NEVER - 1:

@@ -15,15 +15,17 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def means_of(device: torch.device) -> Means | None:
+def means_of(device: torch.device, lora_backend: str) -> Means | None:
     """None where decode steps are not captured: without CUDA, or without Triton, which attends in place."""
     if device.type != "cuda" or not has_triton():
         return None
-    return Means(CudaCapture(device), attend_in_place, None)
+    from weft.kernels.triton_lora import DeviceWork  # noqa: PLC0415 - Triton is not everywhere
+
+    return Means(CudaCapture(device), attend_in_place, DeviceWork if lora_backend == "triton" else None)
 
 
-def backend_for(wanted: str) -> str:
-    """The name of the LoRA backend: the one that is wanted, or the fastest there is."""
+def backend_for(device: torch.device, wanted: str) -> str:
+    """The name of the LoRA backend: the one that is wanted, or the fastest there is for the device."""
     if wanted != "auto":
         return wanted
-    return "torch"
+    return "triton" if device.type == "cuda" and has_triton() else "torch"

@@ -22,7 +22,7 @@ def builds() -> tuple[Native, ...]:
     best, baseline, threaded = find_native(1), open_native("baseline", 1), find_native(3)
     if best is None or baseline is None or threaded is None:
         return ()
-    return tuple({build.level: build for build in (baseline, best)}.values()) + (threaded, *_wide())
+    return (*{build.level: build for build in (baseline, best)}.values(), threaded, *_wide())
 
 
 def _wide() -> tuple[Native, ...]:

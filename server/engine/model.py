@@ -157,7 +157,7 @@ def check_path(name: str) -> None:
 def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
     """Load a causal language model from a folder or the hub. Raises InvalidModel with one line that says why not."""
     check_path(config.path)
-    device = torch.device(_device(config.device))
+    device = torch.device(resolve_device(config.device))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -178,7 +178,8 @@ def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
     return PagedModel(model.eval().to(device), device, native)
 
 
-def _device(wanted: str) -> str:
+def resolve_device(wanted: str) -> str:
+    """The device that an option names. Raises InvalidModel where it is not to be had."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

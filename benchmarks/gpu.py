@@ -24,7 +24,7 @@ import torch
 import transformers
 import triton
 from gpu_checks import check_all
-from gpu_kernels import Timer, compare_kernels, copy_bandwidth, overlap
+from gpu_kernels import Timer, compare_attention, compare_kernels, copy_bandwidth, overlap
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from weft.adapters.pages import PageConfig, PagePool
@@ -239,6 +239,7 @@ def describe(result: dict[str, object]) -> str:
     checks: list[dict[str, object]] = result["checks"]  # type: ignore[assignment]
     steps: list[dict[str, float]] = result["steps"]  # type: ignore[assignment]
     kernels: list[dict[str, float]] = result["kernels"]  # type: ignore[assignment]
+    attention: list[dict[str, float]] = result["attention"]  # type: ignore[assignment]
     overlaps: list[dict[str, float]] = result["overlap"]  # type: ignore[assignment]
     graphs: dict[str, object] = result["graphs"]  # type: ignore[assignment]
     right = sum(bool(check["right"]) for check in checks)
@@ -272,6 +273,20 @@ def describe(result: dict[str, object]) -> str:
                     *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("gather_bmm_ms", "grouped_mm_ms")),
                 )
                 for row in kernels
+            ],
+        ),
+        "Attention of one layer's decode rows, in ms; of the copy's bandwidth.\n",
+        table(
+            ("rows", "context", "in place", "of the bandwidth", "gathered", "varlen_attn"),
+            [
+                (
+                    str(row["rows"]),
+                    str(row["context"]),
+                    f"{row['in_place_ms']:.3f}",
+                    f"{row['of_bandwidth']:.0%}",
+                    *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("gathered_ms", "varlen_ms")),
+                )
+                for row in attention
             ],
         ),
         "Shrink beside the base's product on a second stream, the projections of a few layers, in ms.\n",
@@ -320,6 +335,8 @@ def main() -> None:
         kernels.append(row)
         keep("kernels", kernels)
         print(row, flush=True)
+    keep("attention", list(compare_attention(bench, timer, bandwidth)))
+    print(result["attention"], flush=True)
     keep("overlap", list(overlap(bench, timer)))
     print(result["overlap"], flush=True)
     steps = []

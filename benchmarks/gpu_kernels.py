@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from weft.kernels import triton_lora
 from weft.kernels.plan import PAGE_ROWS, build_plan
 from weft.kernels.site import SiteGroup
 from weft.kernels.work_list import make_work_list
+from weft.server.engine.decode_attention import DecodeRows, attend_gathered, attend_in_place
+from weft.server.engine.step import AttentionOptions
 
 _CPU = torch.device("cpu")
 
@@ -119,10 +122,14 @@ def _time_all(timer: Timer, way: Callable[[SiteGroup], object], groups: list[Sit
         for group in groups:
             way(group)
 
+    return _time_or_none(timer, run)
+
+
+def _time_or_none(timer: Timer, run: Callable[[], object]) -> float | None:
     try:
         run()
         return timer.time(timer.capture(run))
-    except (RuntimeError, AttributeError, ValueError) as error:
+    except (RuntimeError, AttributeError, ValueError, TypeError, ImportError) as error:
         print("   not measured:", str(error).splitlines()[0][:120])
         return None
 
@@ -200,3 +207,54 @@ def overlap(bench: Any, timer: Timer, num_layers: int = 4) -> Iterator[dict[str,
 
         first, second = timer.compare(timer.capture(one), timer.capture(two))
         yield {"rows": rows, "one_stream_ms": first, "two_streams_ms": second}
+
+
+@torch.inference_mode()
+def compare_attention(bench: Any, timer: Timer, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Decode rows over a paged cache, one layer: in place, over a gathered copy, and by PyTorch's varlen_attn."""
+    device, dtype, config = bench.device, bench.shape.dtype, bench.shape.config
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config["hidden_size"] // heads
+    block_tokens = 16
+    for rows, context in ((8, 1024), (64, 1024), (8, 8192)) if timer.is_cuda else ((2, 40),):
+        width = -(-context // block_tokens)
+        keys, values = (
+            torch.randn(rows * width * block_tokens, kv_heads, dim, device=device).to(dtype) for _ in range(2)
+        )
+        query = torch.randn(heads, rows, dim, device=device).to(dtype)
+        tables = torch.randperm(rows * width, device=device).view(width, rows).int()
+        contexts = torch.full((rows,), context, dtype=torch.int32, device=device)
+        where, options = DecodeRows(tables, contexts, block_tokens), AttentionOptions(None, None, None, None)
+        row: dict[str, Any] = {"rows": rows, "context": context}
+        ways: dict[str, Callable[[], object]] = {
+            "in_place_ms": partial(attend_in_place, query, keys, values, where, options),
+            "gathered_ms": partial(attend_gathered, query, keys, values, where, options),
+            "varlen_ms": partial(_varlen, query, keys, values, where, context),
+        }
+        for name, way in ways.items():
+            row[name] = _time_or_none(timer, way)
+        row["of_bandwidth"] = (keys.nbytes + values.nbytes) / bandwidth * 1000 / row["in_place_ms"]
+        yield row
+
+
+def _varlen(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: DecodeRows, context: int
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - not in every PyTorch
+
+    count = query.shape[1]
+    starts = torch.arange(count + 1, dtype=torch.int32, device=query.device)
+    paged = (cache.view(-1, rows.block_tokens, *cache.shape[1:]) for cache in (keys, values))
+    made = varlen_attn(
+        query.transpose(0, 1).contiguous(),
+        *paged,
+        starts,
+        None,
+        1,
+        context,
+        enable_gqa=True,
+        seqused_k=rows.contexts,
+        block_table=rows.tables.t().contiguous(),
+    )
+    assert isinstance(made, torch.Tensor)
+    return made

@@ -135,6 +135,25 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     return Plan(num_tokens=start, segments=tuple(segments), patches=patches, mixes=mixes)
 
 
+class Plans:
+    """Makes plans, and gives the last one again where a step is laid out like the one before: most decode steps are.
+
+    So what a backend made of it is made once for all of them. An adapter that went and came again is another one.
+    """
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+        self._device: torch.device | None = None
+        self._plan: Plan | None = None
+
+    def __call__(self, spans: Iterable[Span], device: torch.device) -> Plan | None:
+        """As `build_plan`."""
+        wanted = list(spans)
+        if wanted != self._spans or device != self._device:
+            self._spans, self._device, self._plan = wanted, device, build_plan(wanted, device)
+        return self._plan
+
+
 def _summed(adapters: Sequence[Weighted]) -> Sequence[Weighted]:
     """Each adapter once: patches are done once a row, so one that is named twice must count with both weights."""
     weights: dict[PagedAdapter, float] = {}

@@ -11,7 +11,7 @@ import torch
 
 from weft.kernels.plan import PAGE_ROWS
 
-_T = TypeVar("_T")
+_L = TypeVar("_L")
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -94,13 +94,13 @@ class SiteGroup:
             for i, (part, d_out) in enumerate(zip(parts, d_outs, strict=True))
         )
 
-        self._tables: dict[object, object] = {}
+        self._layouts: dict[object, object] = {}
 
-    def tables(self, make: Callable[[SiteGroup], _T]) -> _T:
-        """What a backend needs to know of the group, made once."""
-        if make not in self._tables:
-            self._tables[make] = make(self)
-        return cast("_T", self._tables[make])
+    def layout(self, make: Callable[[SiteGroup], _L]) -> _L:
+        """What a backend makes of the group, made once."""
+        if make not in self._layouts:
+            self._layouts[make] = make(self)
+        return cast("_L", self._layouts[make])
 
     @property
     def d_out(self) -> int:

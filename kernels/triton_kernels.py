@@ -6,8 +6,9 @@ the shape alone. So results repeat bit for bit, and a row's does not depend on w
 
 The layout of `work`, int32, is `kernels.work_list`'s:
 header [HEADER]: number of entries, number of tiles
-entries [capacity, RECORD]: tile, two pages, 0, rows [16], scales [16] (float32 bits), sites (bit mask)
 tiles [capacity, TILE_RECORD]: first entry, one past the last, rows [16]
+entries [capacity, record], from entries_at on: tile, two pages, 0, rows [16], scales [16] (float32 bits), and the
+sites it adds to, one bit each
 A row below 0 stands for none. WIDEN has products made in float32 of the same numbers: Triton's interpreter has none of
 bfloat16.
 """
@@ -27,7 +28,7 @@ SITES_AT = tl.constexpr(36)
 TILE_RECORD = tl.constexpr(18)
 
 
-@triton.jit(do_not_specialize=["record"])
+@triton.jit(do_not_specialize=["entries_at", "record"])
 def shrink(
     x,
     x_stride,
@@ -36,6 +37,7 @@ def shrink(
     a_scale,
     planes,
     work,
+    entries_at,
     record,
     sites,
     num_pages,
@@ -59,7 +61,7 @@ def shrink(
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         split = item % SPLITS
         part = item // SPLITS % SLICES
-        entry = work + HEADER + item // (SLICES * SPLITS) * record
+        entry = work + entries_at + item // (SLICES * SPLITS) * record
         site = tl.load(sites + part)
         is_touched = (tl.load(entry + SITES_AT + site // 32) >> (site % 32)) & 1
         if is_touched != 0:
@@ -78,9 +80,10 @@ def shrink(
                     inside = (k < D_IN)[None, :]
                     x_part = tl.load(x_rows[:, None] + k[None, :], mask=(rows[:, None] >= 0) & inside, other=0.0)
                     a_part = tl.load(a_rows[:, None] + k[None, :], mask=inside, other=0)
-                a_part = a_part.to(x_part.dtype)
                 if WIDEN:
                     x_part, a_part = x_part.to(tl.float32), a_part.to(tl.float32)
+                else:
+                    a_part = a_part.to(x_part.dtype)
                 made = tl.dot(x_part, tl.trans(a_part), made, input_precision="ieee")
             if HAS_SCALES:
                 made *= tl.load(a_scale + tl.cast(part, tl.int64) * num_pages * 8 + page_rows)[None, :]
@@ -88,7 +91,7 @@ def shrink(
             tl.store(plane + member[:, None] * TILE + rank[None, :], made, mask=rows[:, None] >= 0)
 
 
-@triton.jit(do_not_specialize=["record", "tiles_at"])
+@triton.jit(do_not_specialize=["entries_at", "record"])
 def expand(
     y,
     y_stride,
@@ -96,8 +99,8 @@ def expand(
     b_scale,
     planes,
     work,
+    entries_at,
     record,
-    tiles_at,
     sites,
     columns,
     num_pages,
@@ -122,7 +125,7 @@ def expand(
     ns = tl.arange(0, BLOCK_N)
     total = tl.load(work + 1) * COLUMN_TILES
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        tile = work + tiles_at + item // COLUMN_TILES * TILE_RECORD
+        tile = work + HEADER + item // COLUMN_TILES * TILE_RECORD
         column = columns + item % COLUMN_TILES * 5
         part = tl.load(column).to(tl.int32)
         y_at = tl.multiple_of(tl.load(column + 1), ALIGN)
@@ -136,7 +139,7 @@ def expand(
         is_touched = first * 0
         made = tl.zeros((TILE, BLOCK_N), tl.float32)
         for index in range(first, last):
-            entry = work + HEADER + index * record
+            entry = work + entries_at + index * record
             touches = (tl.load(entry + SITES_AT + site // 32) >> (site % 32)) & 1
             is_touched = is_touched | touches
             page_rows = tl.load(entry + 1 + rank // 8).to(tl.int64) * 8 + rank % 8
@@ -166,11 +169,12 @@ def expand(
             else:
                 high = shrunk.to(tl.bfloat16)
                 low = (shrunk - high.to(tl.float32)).to(tl.bfloat16)
-                b_half = b_part.to(tl.bfloat16)
                 if WIDEN:
-                    high, low, b_half = high.to(tl.float32), low.to(tl.float32), b_half.to(tl.float32)
-                made = tl.dot(high, b_half, made)
-                made = tl.dot(low, b_half, made)
+                    high, low, b_part = high.to(tl.float32), low.to(tl.float32), b_part.to(tl.float32)
+                else:
+                    b_part = b_part.to(tl.bfloat16)
+                made = tl.dot(high, b_part, made)
+                made = tl.dot(low, b_part, made)
         if is_touched != 0:
             y_here = y + rows.to(tl.int64)[:, None] * y_stride + y_at + ns[None, :]
             mask = (rows[:, None] >= 0) & inside[None, :]

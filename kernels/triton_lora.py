@@ -93,8 +93,8 @@ class DeviceWork:
         """Have the kernels that are launched from now on read this list."""
         if self._copied is not None:
             self._copied.synchronize()  # of the list before: long past, but for a host that runs far ahead
-        work.write(self._staging.numpy(), self.room)
-        self.numbers.copy_(self._staging, non_blocking=True)
+        end = work.write(self._staging.numpy(), self.room)
+        self.numbers[:end].copy_(self._staging[:end], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
@@ -138,7 +138,7 @@ def run(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, work: DeviceWork) ->
 
 def shrink(x: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch = launch) -> None:
     """Fill the planes from x; the first of the two kernels."""
-    tables = group.tables(GroupTables.of)
+    tables = group.layout(GroupTables.of)
     blocking, slices = tables.blocking, len(group.sites)
     planes = work.planes(slices * blocking.splits)
     launch(
@@ -151,6 +151,7 @@ def shrink(x: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
         getattr(group, "a_scale", None),
         planes,
         work.numbers,
+        work.room.entries_at,
         work.room.record,
         tables.sites,
         group.a.shape[1],
@@ -168,7 +169,7 @@ def shrink(x: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
 
 def expand(y: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch = launch) -> torch.Tensor:
     """Add to y from the planes; the second."""
-    tables = group.tables(GroupTables.of)
+    tables = group.layout(GroupTables.of)
     blocking, slices = tables.blocking, len(group.sites)
     planes = work.planes(slices * blocking.splits)
     launch(
@@ -180,8 +181,8 @@ def expand(y: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
         getattr(group, "b_scale", None),
         planes,
         work.numbers,
+        work.room.entries_at,
         work.room.record,
-        work.room.tiles_at,
         tables.sites,
         tables.columns,
         group.a.shape[1],

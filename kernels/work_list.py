@@ -40,13 +40,13 @@ class Room:
         return SITES_AT + -(-self.sites // 32)
 
     @property
-    def tiles_at(self) -> int:
-        """Where the tiles begin."""
-        return HEADER + self.entries * self.record
+    def entries_at(self) -> int:
+        """Where the entries begin, behind the tiles."""
+        return HEADER + self.tiles * TILE_RECORD
 
     @property
     def size(self) -> int:
-        return self.tiles_at + self.tiles * TILE_RECORD
+        return self.entries_at + self.entries * self.record
 
     def holds(self, other: Room) -> bool:
         return self.entries >= other.entries and self.tiles >= other.tiles and self.sites >= other.sites
@@ -71,11 +71,12 @@ class WorkList:
         """What it needs."""
         return Room(len(self.tile), len(self.rows), 1 + max((max(each, default=0) for each in self.sites), default=0))
 
-    def write(self, into: Ints, room: Room) -> None:
-        """Lay it out in an array of `room.size`."""
+    def write(self, into: Ints, room: Room) -> int:
+        """Lay it out in an array of `room.size`; returns how much of that it takes, from the beginning."""
         num_entries, num_tiles = len(self.tile), len(self.rows)
         into[:2] = num_entries, num_tiles
-        entries = into[HEADER : HEADER + num_entries * room.record].reshape(num_entries, room.record)
+        end = room.entries_at + num_entries * room.record
+        entries = into[room.entries_at : end].reshape(num_entries, room.record)
         entries[:, 0] = self.tile
         entries[:, 1:3] = self.pages
         entries[:, 3] = 0
@@ -84,10 +85,11 @@ class WorkList:
         words = room.record - SITES_AT
         if num_entries:
             entries[:, SITES_AT:] = [_bits(each, words) for each in self.sites]
-        tiles = into[room.tiles_at : room.tiles_at + num_tiles * TILE_RECORD].reshape(num_tiles, TILE_RECORD)
+        tiles = into[HEADER : HEADER + num_tiles * TILE_RECORD].reshape(num_tiles, TILE_RECORD)
         tiles[:, 0] = self.bounds[:-1]
         tiles[:, 1] = self.bounds[1:]
         tiles[:, 2:] = self.rows
+        return end
 
 
 def make_work_list(plan: Plan) -> WorkList:

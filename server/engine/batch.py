@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -182,11 +183,13 @@ def build_batch(
     *,
     check_chunks: bool = False,
     every_row: bool = False,
+    make_plan: Callable[[Iterable[Span], torch.device], Plan | None] = build_plan,
 ) -> Batch:
     """Lay out the picked tokens in the scheduler's order, each sequence's drafts after its own.
 
     check_chunks asks for a row of each chunk that fills a block and does not complete its prompt. every_row asks for
-    the logits of each row, not only those that a token is sampled from or a prompt is reported by.
+    the logits of each row, not only those that a token is sampled from or a prompt is reported by. make_plan: for the
+    rows of the step; of one that was laid out alike it may give the same.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -215,7 +218,7 @@ def build_batch(
             wanted.add(item, at, start)
             if check_chunks and not item.completes and end // block_tokens > sequence.num_published:
                 wanted.add_check(sequence, at, start)
-    plan = build_plan(spans, device)
+    plan = make_plan(spans, device)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),

@@ -61,7 +61,7 @@ class CudaCapture:
                 run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             made = run()
 
         def replay() -> torch.Tensor:
@@ -153,6 +153,7 @@ class GraphRunner:
         )
         self._work = means.make_work(self._room, device) if means.make_work is not None else None
         self._replays: dict[tuple[int, bool], Run] = {}
+        self._taken: Plan | None = None
         self._is_off = False
 
     def run(self, batch: Batch) -> torch.Tensor | None:
@@ -178,10 +179,12 @@ class GraphRunner:
         """Have the captured steps read this plan's work list, if they can do all of it."""
         if plan.patches or self._work is None:
             return False
-        work = make_work_list(plan)
-        if not self._room.holds(work.room):
-            return False
-        self._work.load(work)
+        if plan is not self._taken:
+            work = make_work_list(plan)
+            if not self._room.holds(work.room):
+                return False
+            self._work.load(work)
+            self._taken = plan
         return True
 
     def _replay(self, size: int, *, with_adapters: bool) -> Run | None:

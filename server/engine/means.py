@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
 
+from weft.errors import InvalidConfig
 from weft.server.engine.decode_attention import attend_in_place
 from weft.server.engine.graphs import CudaCapture, Means
 
@@ -25,7 +27,14 @@ def means_of(device: torch.device, lora_backend: str) -> Means | None:
 
 
 def backend_for(device: torch.device, wanted: str) -> str:
-    """The name of the LoRA backend: the one that is wanted, or the fastest there is for the device."""
+    """The name of the LoRA backend: the one that is wanted, or the fastest there is for the device.
+
+    Raises InvalidConfig for one that this machine has not.
+    """
+    if wanted == "triton" and not has_triton():
+        raise InvalidConfig("--lora-backend is triton, which is not installed: pip install 'weft[cuda]'")
+    if wanted == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        raise InvalidConfig(f"--lora-backend is triton, which does not run on {device}: use auto")
     if wanted != "auto":
         return wanted
     return "triton" if device.type == "cuda" and has_triton() else "torch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,22 @@ class PagedModel:
         """
         if self.cache is None or self.adapting is None:
             raise RuntimeError("attach() comes before forward()")
-        made = self._graphs.run(batch) if self._graphs is not None else None
-        if made is not None:
-            return made
-        batch = batch.to(self.device)
+        with self._on_device():
+            made = self._graphs.run(batch) if self._graphs is not None else None
+            return made if made is not None else self._run_as_it_comes(batch.to(self.device))
+
+    def _run_as_it_comes(self, batch: Batch) -> torch.Tensor:
+        assert self.cache is not None
+        assert self.adapting is not None
         head = self.base.head if self._selects_logits else ""
         step = PagedStep(batch, self.cache, self.adapting, head)
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         logits = self._run(step, batch.input_ids, batch.positions, **keep)
         return logits if self._selects_logits else logits[batch.logit_rows]
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, which each thread has its own of."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _run(self, step: Step, input_ids: torch.Tensor, positions: torch.Tensor, **keep: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: int64 [1, T]; keep: whether not all logits are wanted. Returns [T, vocab]."""

@@ -43,14 +43,14 @@ def test_it_is_laid_out_in_a_room_that_may_be_larger() -> None:
     assert room.holds(work.room)
     assert not work.room.holds(room)
     numbers = numpy.full(room.size, -7, numpy.int32)
-    work.write(numbers, room)
+    assert work.write(numbers, room) == room.entries_at + 3 * room.record
     assert numbers[:2].tolist() == [3, 2]
-    entry = numbers[HEADER : HEADER + room.record]
+    entry = numbers[room.entries_at : room.entries_at + room.record]
     assert entry[:3].tolist() == [0, 1, 4]
     assert entry[ROWS_AT : ROWS_AT + 2].tolist() == [0, -1]
     assert entry[SCALES_AT:SITES_AT].view(numpy.float32)[0] == 0.5
     assert entry[SITES_AT:].tolist() == [1, 2, 0]
-    tile = numbers[room.tiles_at :]
+    tile = numbers[HEADER:]
     assert tile[:3].tolist() == [0, 2, 0]
     assert tile[2 + TILE : 5 + TILE].tolist() == [2, 3, 1]
 

@@ -208,7 +208,7 @@ def check_graphs(bench: Bench) -> dict[str, object]:
     rows = bench.shape.batches[-1]
     batch, _ = bench.with_adapters(bench.batch(rows), "skewed", bench.shape.ranks[0])
     captured = bench.model.forward(batch).float().clone()
-    fresh = replace(batch, is_decode=False)
+    fresh = replace(batch, wants_all=False)
     eager = bench.model.forward(fresh).float()
     agree = int((captured.argmax(-1) == eager.argmax(-1)).sum())
     return {

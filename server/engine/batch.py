@@ -66,7 +66,7 @@ class Batch:
     the n that tokens are sampled from, in order; prompt_rows: those that report on prompts; checked_rows: those that
     say whether a chunk may be published; plan: the adapters' work, None where every row is a base row; logit_plan: the
     same on the logit rows alone, for the head, which has no rank rows; None where no adapter of the step has a patch.
-    is_decode: whether each row is the next token of a sequence, and the logits of each are wanted.
+    wants_all: whether the logits of every row are wanted, in order: as a rule, decodes and what is guessed after them.
     """
 
     input_ids: torch.Tensor
@@ -81,7 +81,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decodes: tuple[tuple[int, int, list[int]], ...]
     block_tokens: int
-    is_decode: bool
+    wants_all: bool
     _groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
 
     @property
@@ -232,7 +232,7 @@ def build_batch(
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=block_tokens,
-        is_decode=not chunks and wanted.rows == list(range(len(ids))),
+        wants_all=wanted.rows == list(range(len(ids))),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class DecodeBuffers:
         self._host.slots[:n] = batch.slots
         contexts = self._host.contexts.numpy()
         depth = 0
-        for row, context, blocks in batch.decodes:
+        for row, context, blocks in _rows(batch):
             contexts[row] = context
             used = -(-context // self._block_tokens)
             depth = max(depth, used)
@@ -96,3 +97,12 @@ class _Parts:
         """Views of an int32 array of rows * (7 + width) numbers."""
         ids, positions, slots = numbers[: 6 * rows].view(torch.int64).view(3, rows)
         return cls(ids, positions, slots, numbers[6 * rows : 7 * rows], numbers[7 * rows :].view(-1, rows))
+
+
+def _rows(batch: Batch) -> Iterator[tuple[int, int, list[int]]]:
+    """Each row: its index, the tokens it sees, and the blocks that hold them."""
+    yield from batch.decodes
+    for chunk in batch.chunks:
+        blocks = chunk.blocks.tolist()
+        for i in range(chunk.num_tokens):
+            yield chunk.start + i, chunk.context - chunk.num_tokens + 1 + i, blocks

@@ -1,10 +1,11 @@
 """Decode steps from buffers of fixed places, captured once a number of rows and replayed.
 
-A step of one row a sequence, whose logits are all wanted and whose adapters are rank rows alone, differs from another
-one of its size only in numbers that the device can read: token ids, positions, block tables, lengths, and the work list
-of the adapters. So one captured CUDA graph serves all of them, whatever their adapters; and a step without adapters has
-a graph of its own, which does nothing for them. A step of fewer rows is padded with rows that see nothing and write
-into a block that nobody reads.
+A step whose logits are all wanted and whose adapters are rank rows alone differs from another one of its size only in
+numbers that the device can read: token ids, positions, block tables, lengths, and the work list of the adapters. Each
+row attends by itself, also where it is one of several that a sequence was guessed ahead by: what those before it wrote
+is in the cache by then. So one captured CUDA graph serves all such steps of a size, whatever their adapters; and steps
+without adapters have a graph of their own, which does nothing for them. A step of fewer rows is padded with rows that
+see nothing and write into a block that nobody reads.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class GraphRunner:
 
     def run(self, batch: Batch) -> torch.Tensor | None:
         """Logits [num_tokens, vocab], valid until the next step; None for a step that must be run otherwise."""
-        if self._is_off or not batch.is_decode or not batch.num_tokens <= self._buffers.max_rows:
+        if self._is_off or not batch.wants_all or not batch.num_tokens <= self._buffers.max_rows:
             return None
         if batch.plan is not None and not self._take(batch.plan):
             return None

@@ -23,13 +23,16 @@ class Counting:
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self.most_rows = 0
 
     def __call__(self, run: Run) -> Run:
         self.captured += 1
 
         def replay() -> torch.Tensor:
             self.replayed += 1
-            return run()
+            made = run()
+            self.most_rows = max(self.most_rows, len(made))
+            return made
 
         return replay
 
@@ -86,6 +89,19 @@ def test_one_captured_step_serves_any_adapters(tmp_path: Path) -> None:
     means = Means(capture, attend_gathered, DeviceWork)
     assert serve(tmp_path / "base", adapters, means, requests, lora_backend="triton", **options) == expected
     assert capture.replayed > 2
+
+
+def test_guesses_are_rows_of_a_captured_step(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    save_tokenizer(tmp_path)
+    requests = [
+        Request(f"r{i}", tuple([5, 6, 7, 8 + i] * 5), (), Sampling(seed=i), Stopping(max_tokens=14, ignore_eos=True))
+        for i in range(3)
+    ]
+    capture = Counting()
+    expected = serve(tmp_path, {}, None, requests, speculative_tokens=0)
+    assert serve(tmp_path, {}, Means(capture, attend_gathered, None), requests, speculative_tokens=4) == expected
+    assert capture.most_rows > len(requests)
 
 
 def test_attention_in_place_gives_the_same_tokens(tmp_path: Path) -> None:

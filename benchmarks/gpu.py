@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from weft.adapters.pages import PageConfig, PagePool
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter, build_plan
-from weft.kernels.triton_lora import DeviceWork
+from weft.kernels.triton_lora import Beside, DeviceWork
 from weft.server.engine.attention import ATTENTION, KvCache
 from weft.server.engine.batch import Batch, build_batch
 from weft.server.engine.decode_attention import attend_in_place
@@ -107,7 +107,7 @@ def popularity(kind: str, batch: int) -> list[int]:
 class Bench:
     """A model, its cache and its adapters, all random, and its captured decode steps."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    def __init__(self, shape: Shape, device: torch.device, *, beside: bool) -> None:
         self.shape, self.device = shape, device
         config = LlamaConfig(**shape.config, max_position_embeddings=8192, tie_word_embeddings=False)
         torch.manual_seed(0)
@@ -129,7 +129,7 @@ class Bench:
                 site.b[1:].normal_(0, 0.02)
         self.model.attach(self.cache, self.pages.groups, "triton")
         capture = CudaCapture(device) if device.type == "cuda" else replay_nothing
-        self.means = Means(capture, attend_in_place, DeviceWork)
+        self.means = Means(capture, attend_in_place, DeviceWork, Beside(device) if beside else None)
         self.graphs = self.model.capture(self.means, most, self.blocks_a_row)
 
     def adapter(self, index: int, rank: int) -> PagedAdapter:
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--minutes", type=float, default=8.0, help="no new row of the table is begun after them")
+    parser.add_argument("--beside", action="store_true", help="in the table, shrink on a stream beside the product")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--report", type=Path, help="the document whose section `gpu` to replace")
     options = parser.parse_args()
@@ -327,7 +328,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(timer)
     keep("copy_tb_s", bandwidth / 1e12)
     print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    bench = Bench(shape, device)
+    bench = Bench(shape, device, beside=options.beside)
     keep("graphs", check_graphs(bench))
     print("captured against eager:", result["graphs"], flush=True)
     kernels = []

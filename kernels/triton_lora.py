@@ -110,6 +110,31 @@ class DeviceWork:
         return self._planes
 
 
+class Beside:
+    """The two kernels apart: shrink beside other work, on a stream of its own, and expand behind both."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin(self, x: torch.Tensor, group: SiteGroup, plan: Plan) -> None:
+        """x: [T, d_in], which must stay as it is until `finish`."""
+        work = plan.layout(MakeWork(x.device))
+        if self._stream is None:
+            shrink(x, group, work)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            shrink(x, group, work)
+
+    def finish(self, y: torch.Tensor, group: SiteGroup, plan: Plan) -> None:
+        """y: [T, d_out of the group]: what there is to add is added."""
+        if self._stream is not None:
+            torch.cuda.current_stream(y.device).wait_stream(self._stream)
+        expand(y, group, plan.layout(MakeWork(y.device)))
+
+
 @dataclass(frozen=True, slots=True)
 class MakeWork:
     """Makes the work list of a plan on a device."""

@@ -175,6 +175,9 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
 
+    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
+        """There is nothing to come."""
+
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
@@ -210,6 +213,9 @@ class PagedStep:
             rows = slice(chunk.start, chunk.start + chunk.num_tokens)
             out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
         return out
+
+    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
+        """All of it is done in one go."""
 
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if modules == self._head else self._batch.plan

@@ -137,7 +137,7 @@ static void turn_bf16(const char *const *keys, int64_t d, float *to) {
 #define DEFINE_SCORES(ROWS)                                                                             \
     static void scores_##ROWS(const float *query, const float *turned, int64_t d, float *scores) {      \
         vec low[ROWS], high[ROWS];                                                                      \
-        for (int r = 0; r < ROWS; r++) low[r] = high[r] = (vec){0};                                     \
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) low[r] = high[r] = (vec){0}; \
         for (int64_t k = 0; k < d; k++, turned += TURNED) {                                             \
             vec first = load_f32(turned), second = load_f32(turned + VL);                               \
             _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                   \
@@ -146,7 +146,7 @@ static void turn_bf16(const char *const *keys, int64_t d, float *to) {
                 high[r] += number * second;                                                             \
             }                                                                                           \
         }                                                                                               \
-        for (int r = 0; r < ROWS; r++) {                                                                \
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
             store_f32(scores + r * TILE, low[r]);                                                       \
             store_f32(scores + r * TILE + VL, high[r]);                                                 \
         }                                                                                               \
@@ -158,7 +158,7 @@ static void turn_bf16(const char *const *keys, int64_t d, float *to) {
                                       int64_t columns, float *sums) {                                               \
         for (int64_t c = 0; c < columns; c += 2 * VL) {                                                             \
             vec low[ROWS], high[ROWS];                                                                              \
-            for (int r = 0; r < ROWS; r++) {                                                                        \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
                 low[r] = load_f32(sums + r * columns + c);                                                          \
                 high[r] = load_f32(sums + r * columns + c + VL);                                                    \
             }                                                                                                       \
@@ -171,7 +171,7 @@ static void turn_bf16(const char *const *keys, int64_t d, float *to) {
                     high[r] += weight * second;                                                                     \
                 }                                                                                                   \
             }                                                                                                       \
-            for (int r = 0; r < ROWS; r++) {                                                                        \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
                 store_f32(sums + r * columns + c, low[r]);                                                          \
                 store_f32(sums + r * columns + c + VL, high[r]);                                                    \
             }                                                                                                       \
@@ -261,31 +261,74 @@ static void take_queries(const struct place *at, struct desk *desk) {
         }
 }
 
-/* Find the tokens [low, high) of the tile in the cache; what is beside them stands for nothing. */
+/* A token of the KV head in the cache. */
+struct token {
+    const int64_t *block;
+    int64_t offset;
+};
+
+static inline struct token token_at(const struct place *at, int64_t position) {
+    int64_t block = position / at->of->block_tokens;
+    return (struct token){at->of->table + at->run.first_block + block, position - block * at->of->block_tokens};
+}
+
+static inline void go_on(const struct place *at, struct token *token) {
+    if (++token->offset == at->of->block_tokens) token->block++, token->offset = 0;
+}
+
+static inline int64_t slot_of(const struct place *at, struct token token) {
+    return (*token.block * at->of->block_tokens + token.offset) * at->of->kv_heads + at->kv_head;
+}
+
+static inline const char *key_of(const struct place *at, int64_t slot) {
+    return (const char *)at->of->keys + slot * at->of->d * size_of(at->of->format);
+}
+
+static inline const char *value_of(const struct place *at, int64_t slot) {
+    return (const char *)at->of->values + slot * at->of->d_v * size_of(at->of->format);
+}
+
+/* Find the tokens [low, high) of the tile; those beside them are never used, and only must be somewhere. */
 static void find_tokens(const struct place *at, struct desk *desk, int64_t low, int64_t high) {
-    const struct attention *of = at->of;
-    int64_t size = size_of(of->format), block_tokens = of->block_tokens;
-    const int64_t *block = of->table + at->run.first_block + (at->tile + low) / block_tokens;
-    int64_t offset = (at->tile + low) % block_tokens;
-    for (int64_t j = low; j < high; j++) {
-        int64_t slot = (*block * block_tokens + offset) * of->kv_heads + at->kv_head;
-        desk->keys[j] = (const char *)of->keys + slot * of->d * size;
-        desk->values[j] = (const char *)of->values + slot * of->d_v * size;
-        if (++offset == block_tokens) block++, offset = 0;
+    struct token token = token_at(at, at->tile + low);
+    for (int64_t j = low; j < high; j++, go_on(at, &token)) {
+        int64_t slot = slot_of(at, token);
+        desk->keys[j] = key_of(at, slot);
+        desk->values[j] = value_of(at, slot);
     }
     for (int64_t j = 0; j < low; j++) desk->keys[j] = desk->keys[low];
     for (int64_t j = high; j < TILE; j++) desk->keys[j] = desk->keys[low];
-    if (at->columns == of->d_v) return;
+    if (at->columns == at->of->d_v) return;
+    int64_t size = size_of(at->of->format);
     for (int64_t j = low; j < high; j++) {
         char *copy = desk->padded + j * at->columns * size;
-        memcpy(copy, desk->values[j], of->d_v * size);
+        memcpy(copy, desk->values[j], at->of->d_v * size);
         desk->values[j] = copy;
     }
 }
 
-static void score(const struct place *at, struct desk *desk, int64_t rows, struct view all) {
+static inline void fetch_line_by_line(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* Ask for tokens [low, high) of the tile, which is the next one that will be looked at. */
+static void fetch(const struct place *at, int64_t low, int64_t high) {
+    high = least(high, at->position + at->count - at->tile);
+    if (low >= high) return;
+    struct token token = token_at(at, at->tile + low);
+    int64_t size = size_of(at->of->format);
+    for (int64_t j = low; j < high; j++, go_on(at, &token)) {
+        int64_t slot = slot_of(at, token);
+        fetch_line_by_line(key_of(at, slot), at->of->d * size);
+        fetch_line_by_line(value_of(at, slot), at->of->d_v * size);
+    }
+}
+
+/* All scores of the tile. next: which tile comes after it. */
+static void score(const struct place *at, struct desk *desk, int64_t rows, struct view all, const struct place *next) {
     const struct attention *of = at->of;
     for (int64_t first = all.any_low / TURNED * TURNED; first < all.any_high; first += TURNED) {
+        if (next) fetch(next, first, first + TURNED);
         (of->format == FLOAT32 ? turn_f32 : turn_bf16)(desk->keys + first, of->d, desk->turned);
         const group *group;
         for (int64_t r = 0; r < rows; r += group->rows) {
@@ -303,9 +346,16 @@ static inline vec lanes_from(int64_t first) {
 }
 
 static inline float largest_of(vec v) {
-    float largest = v[0];
-    for (int i = 1; i < VL; i++) largest = v[i] > largest ? v[i] : largest;
-    return largest;
+#define ACROSS(l, h) ((l) ^ (h))
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 1)));
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 2)));
+#if VL >= 8
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 4)));
+#endif
+#if VL >= 16
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 8)));
+#endif
+    return v[0];
 }
 
 /* A row's scores of tokens [low, high) become weights, and what it has so far is measured by the new peak. */
@@ -396,30 +446,31 @@ static void give_row(const struct place *at, const struct desk *desk, int64_t de
     }
 }
 
-static void attend_item(struct place *at, struct desk *desk) {
-    int64_t rows = at->count * at->per_query;
-    take_queries(at, desk);
-    memset(desk->sums, 0, rows * at->columns * sizeof(float));
+/* after: the item that comes next, or NULL. */
+static void attend_item(struct place at, struct desk *desk, const struct place *after) {
+    int64_t rows = at.count * at.per_query;
+    take_queries(&at, desk);
+    memset(desk->sums, 0, rows * at.columns * sizeof(float));
     memset(desk->mass, 0, rows * VL * sizeof(float));
     for (int64_t r = 0; r < rows; r++) desk->peaks[r] = -INFINITY;
-    int64_t window = at->of->window, end = at->position + at->count;
-    int64_t start = window ? most(0, at->position + 1 - window) : 0;
-    for (at->tile = start / TILE * TILE; at->tile < end; at->tile += TILE) {
-        struct view all = view_of(at, 0, rows);
-        find_tokens(at, desk, all.any_low, all.any_high);
-        score(at, desk, rows, all);
+    for (int64_t end = at.position + at.count; at.tile < end; at.tile += TILE) {
+        struct place next = at;
+        next.tile += TILE;
+        struct view all = view_of(&at, 0, rows);
+        find_tokens(&at, desk, all.any_low, all.any_high);
+        score(&at, desk, rows, all, next.tile < end ? &next : after);
         for (int64_t r = 0; r < rows; r++) {
             int64_t low, high;
-            see(at, r, &low, &high);
-            if (low < high) weigh(at, desk, r, low, high);
+            see(&at, r, &low, &high);
+            if (low < high) weigh(&at, desk, r, low, high);
         }
         const group *group;
         for (int64_t r = 0; r < rows; r += group->rows) {
             group = largest_group(rows - r);
-            mix(at, desk, r, group);
+            mix(&at, desk, r, group);
         }
     }
-    for (int64_t r = 0; r < rows; r++) give_row(at, desk, r);
+    for (int64_t r = 0; r < rows; r++) give_row(&at, desk, r);
 }
 
 /* ---- The job ---- */
@@ -443,19 +494,29 @@ static char *set_desk(const struct attention_job *job, struct desk *desk) {
     return (char *)at;
 }
 
+/* Where an item begins. */
+static struct place place_of(const struct attention_job *job, int64_t item) {
+    const struct attention *of = job->of;
+    const struct part *part = &job->parts[item / of->kv_heads];
+    struct place at = {.of = of, .count = part->count, .kv_head = item % of->kv_heads, .columns = job->columns};
+    memcpy(&at.run, of->runs + 4 * part->run, sizeof at.run);
+    at.per_query = of->heads / of->kv_heads;
+    at.row = at.run.first_row + part->first;
+    at.position = at.run.context - at.run.num_rows + part->first;
+    at.tile = of->window ? most(0, at.position + 1 - of->window) / TILE * TILE : 0;
+    return at;
+}
+
 static void attend_items(void *of_job, int64_t first, int64_t last) {
     const struct attention_job *job = of_job;
-    const struct attention *of = job->of;
     struct desk desk;
     char *memory = set_desk(job, &desk);
+    struct place at = place_of(job, first);
     for (int64_t item = first; item < last; item++) {
-        const struct part *part = &job->parts[item / of->kv_heads];
-        struct place at = {.of = of, .count = part->count, .kv_head = item % of->kv_heads, .columns = job->columns};
-        memcpy(&at.run, of->runs + 4 * part->run, sizeof at.run);
-        at.per_query = of->heads / of->kv_heads;
-        at.row = at.run.first_row + part->first;
-        at.position = at.run.context - at.run.num_rows + part->first;
-        attend_item(&at, &desk);
+        struct place after = at;
+        if (item + 1 < last) after = place_of(job, item + 1);
+        attend_item(at, &desk, item + 1 < last ? &after : NULL);
+        at = after;
     }
     free(memory);
 }

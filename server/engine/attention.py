@@ -1,21 +1,24 @@
 """Paged attention behind transformers' attention interface.
 
 A transformers model that asks for the implementation `ATTENTION` calls `_attend` once a layer; it lets the running step
-do the work. The maths is PyTorch's scaled_dot_product_attention, or the
-same written out where a model wants soft-capped scores or attention sinks.
+do the work. On a CPU the C library reads the cache where it lies (see `kernels/attention.py`). Elsewhere blocks are
+gathered, and the maths is PyTorch's scaled_dot_product_attention, or the same written out where a model wants
+soft-capped scores or attention sinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from weft.errors import InvalidModel
+from weft.kernels.attention import DTYPES, PagedAttention, Run
+from weft.kernels.native import Native
 from weft.kernels.site import lazy_zeros
 from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch, Chunk, DecodeGroup
@@ -131,6 +134,8 @@ class KvCache:
         device: torch.device,
     ) -> None:
         slots = num_blocks * block_tokens
+        self.dtype = dtype
+        self.device = device
         self.block_tokens = block_tokens
         self.layers = {
             layer: (
@@ -175,17 +180,100 @@ class WholePrompt:
         """The base's output stays as it is."""
 
 
-class PagedStep:
-    """A step over the paged cache: each layer writes its new keys and values, then reads what its rows may see."""
+class CacheAttention(Protocol):
+    """How a step attends over the paged cache: it writes each layer's new keys and values, then reads what rows see."""
 
-    def __init__(self, batch: Batch, cache: KvCache, adapting: Adapting, head: str) -> None:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """As `Step.attend`."""
+        ...
+
+
+class PagedStep:
+    """A step over the paged cache."""
+
+    def __init__(
+        self, batch: Batch, cache: KvCache, adapting: Adapting, head: str, native: Native | None = None
+    ) -> None:
         """head: the module that sees only the rows whose logits are wanted; "" where none does."""
         self._batch = batch
-        self._cache = cache
+        self._attention = attention_of(batch, cache, native)
         self._adapting = adapting
         self._head = (head,)
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self.shared: Shared = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        return self._attention.attend(layer, query, key, value, options)
+
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        plan = self._batch.logit_plan if modules == self._head else self._batch.plan
+        if plan is not None:
+            self._adapting.adapt(plan, modules, inputs, outputs)
+
+
+def attends_in_place(native: Native | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a cache is read where it lies, with no copies and no masks."""
+    return native is not None and device.type == "cpu" and dtype in DTYPES
+
+
+def attention_of(batch: Batch, cache: KvCache, native: Native | None) -> CacheAttention:
+    """The fastest there is for the cache."""
+    if native is not None and attends_in_place(native, cache.dtype, cache.device):
+        return InPlace(batch, cache, native)
+    return Gathering(batch, cache)
+
+
+class InPlace:
+    """By the C library: a row comes out the same to the bit, however its prompt is cut and whatever is beside it."""
+
+    def __init__(self, batch: Batch, cache: KvCache, native: Native) -> None:
+        self._layers = cache.layers
+        self._attend = PagedAttention(native, _runs(batch), batch.slots, batch.block_tokens)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        return self._attend(
+            *(query, key, value, *self._layers[layer]),
+            scale=query.shape[2] ** -0.5 if options.scaling is None else options.scaling,
+            window=options.window,
+            softcap=options.softcap,
+            sinks=options.sinks,
+        )
+
+
+def _runs(batch: Batch) -> Iterator[Run]:
+    for row, context, blocks in batch.decodes:
+        yield Run(row, 1, context, blocks)
+    for chunk in batch.chunks:
+        yield Run(chunk.start, chunk.num_tokens, chunk.context, chunk.blocks.tolist())
+
+
+class Gathering:
+    """By PyTorch, over copies of the blocks: decodes of similar length together, chunks one by one."""
+
+    def __init__(self, batch: Batch, cache: KvCache) -> None:
+        self._batch = batch
+        self._cache = cache
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     def attend(
         self,
@@ -206,11 +294,6 @@ class PagedStep:
             rows = slice(chunk.start, chunk.start + chunk.num_tokens)
             out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
         return out
-
-    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        plan = self._batch.logit_plan if modules == self._head else self._batch.plan
-        if plan is not None:
-            self._adapting.adapt(plan, modules, inputs, outputs)
 
     def _decode(
         self,

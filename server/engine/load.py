@@ -179,7 +179,7 @@ def _fit(
     model.attach(_cache(model, small), pages.groups, settings.lora_backend)
     error = probe(model, small, expected)
     step_bytes = trial.run(model, small)
-    if longest < NEVER - 1:
+    if longest < NEVER - 1 and not model.attends_in_place:
         step_bytes += mask_bytes(min(settings.max_batch_tokens, longest), longest, model.dtype.itemsize)
     owed_bytes = room.on_host_bytes if model.device.type == "cpu" else 0
     num_tokens = fit_kv_tokens(model, settings, memory_of(model.device), step_bytes, owed_bytes)

@@ -20,11 +20,11 @@ from weft.errors import InvalidConfig, InvalidModel, one_line
 from weft.kernels.native import Native, find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
-from weft.server.engine.attention import KvCache
 from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace

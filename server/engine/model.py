@@ -17,8 +17,9 @@ from weft.kernels.native import Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
-from weft.server.engine.attention import ATTENTION, KvCache, KvShape, PagedStep, WholePrompt, attends_in_place
+from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
+from weft.server.engine.kv_cache import KvCache, KvShape
 from weft.server.engine.linear import freeze
 from weft.server.engine.step import running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey

@@ -187,7 +187,8 @@ def fit_kv_tokens(model: PagedModel, settings: EngineConfig, memory: Memory, ste
             )
         return wanted
     share = settings.memory_share or KV_SHARE[model.device.type]
-    copied_bytes = 0 if model.attends_in_place else 2 * max(shape.numbers for shape in model.kv_shapes.values()) * model.dtype.itemsize
+    largest = max(shape.numbers for shape in model.kv_shapes.values())
+    copied_bytes = 0 if model.attends_in_place else 2 * largest * model.dtype.itemsize
     fits = int(left_bytes * share) // (model.token_bytes + copied_bytes)
     context = settings.context_length or model.context_length or fits
     wanted = min(fits, context * settings.max_running_requests)

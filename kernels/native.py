@@ -52,9 +52,12 @@ def find_native(threads: int) -> Native | None:
 def open_native(level: str, threads: int) -> Native | None:
     """The build for one level of processor; None where it was not made."""
     spec = importlib.util.find_spec(f"weft.kernels._native_{level}")
-    if spec is None or spec.origin is None:
-        return None
-    call = ctypes.CDLL(spec.origin)
+    return load_native(spec.origin, level, threads) if spec is not None and spec.origin is not None else None
+
+
+def load_native(path: str, level: str, threads: int) -> Native:
+    """The build in a file."""
+    call = ctypes.CDLL(path)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(call, name)
         function.restype, function.argtypes = result, arguments

@@ -6,7 +6,8 @@
 #include "pool.h"
 #include "vectors.h"
 
-enum { PANEL = 2 * VL };
+/* FEW_LINES: bytes that loads from memory are asked for ahead; of floats, one row alone reads as fast as the processor guesses. */
+enum { PANEL = 2 * VL, FEW_LINES = 1024 };
 
 /* Columns of a panel. */
 int64_t weft_panel(void) { return PANEL; }
@@ -58,8 +59,8 @@ static inline void load_bf16_pair(const uint16_t *from, vec *low, vec *high) {
     static void NAME(const struct linear *job, int64_t row, int64_t panel) {                                          \
         const NUMBER *w = (const NUMBER *)job->packed + panel * job->d_in * PANEL;                                    \
         const float *x = job->x + row * job->x_stride;                                                                \
-        /* The first rows of a panel wait for memory; the others have the time to ask for the next panel. */          \
-        int64_t ahead = row ? job->d_in * PANEL : 0;                                                                  \
+        /* The first rows of a panel wait for memory; those after them have the time to ask for the next panel. */    \
+        int64_t ahead = row ? job->d_in * PANEL : ROWS > 1 || sizeof *w < 4 ? FEW_LINES / (int64_t)sizeof *w : 0;    \
         vec low[ROWS], high[ROWS];                                                                                    \
         vec first = {0}, second = {0};                                                                                \
         if (job->bias) first = load_f32(job->bias + panel * PANEL), second = load_f32(job->bias + panel * PANEL + VL); \

@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(VL) /* set for a trial of one width on another processor */
+#elif defined(__AVX512F__)
 #define VL 16
 #elif defined(__AVX2__)
 #define VL 8

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from natives import builds, each_build
 from torch.nn import functional
 
 from weft.kernels.linear import PackedLinear
-from weft.kernels.native import Native, find_native, open_native
+from weft.kernels.native import Native
 
-NATIVE = find_native(1)
-if NATIVE is None:
+if not builds():
     pytest.skip("the C library was not built", allow_module_level=True)
-BUILDS: list[Native] = [
-    NATIVE,
-    *(build for build in (open_native("baseline", 1), find_native(3)) if build is not None),
-]
-each_build = pytest.mark.parametrize("native", BUILDS, ids=[f"{b.level} on {b.threads}" for b in BUILDS])
+
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -53,7 +49,7 @@ def test_float32_weights_that_bfloat16_holds_take_half_the_memory_and_give_the_s
     weight = halves.float()
     odd = weight.clone()
     odd[0, 0] += 1e-3
-    half, whole = PackedLinear(weight, None, BUILDS[0]), PackedLinear(odd, None, BUILDS[0])
+    half, whole = PackedLinear(weight, None, builds()[0]), PackedLinear(odd, None, builds()[0])
     assert (half.nbytes, whole.nbytes) == (weight.nbytes // 2, weight.nbytes)
     x = torch.randn(9, 128)
     assert torch.equal(half(x)[:, 1:], whole(x)[:, 1:])

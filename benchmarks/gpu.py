@@ -30,10 +30,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from weft.adapters.pages import PageConfig, PagePool
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter, build_plan
 from weft.kernels.triton_lora import Beside, DeviceWork
-from weft.server.engine.attention import ATTENTION, KvCache
+from weft.server.engine.attention import ATTENTION
 from weft.server.engine.batch import Batch, build_batch
 from weft.server.engine.decode_attention import attend_in_place
 from weft.server.engine.graphs import CudaCapture, Means, replay_nothing
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.model import PagedModel
 from weft.server.engine.request import Request
 from weft.server.engine.scheduler import Scheduled

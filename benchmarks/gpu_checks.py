@@ -11,7 +11,7 @@ from weft.kernels import reference, triton_lora
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter, Span, build_plan
 from weft.kernels.site import SiteGroup
 from weft.kernels.triton_attention import attend_paged
-from weft.server.engine.attention import attend
+from weft.server.engine.gathering import attend
 from weft.server.engine.step import AttentionOptions
 
 KINDS = ("same", "distinct", "uniform", "skewed", "some base", "composed", "one token")

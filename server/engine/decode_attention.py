@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.server.engine.attention import attend
+from weft.server.engine.gathering import attend
 from weft.server.engine.step import AttentionOptions
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.server.engine.attention import KvCache
 from weft.server.engine.batch import Batch
 from weft.server.engine.decode_attention import DecodeRows
+from weft.server.engine.kv_cache import KvCache
 
 
 class DecodeBuffers:

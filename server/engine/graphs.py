@@ -23,10 +23,10 @@ from weft.kernels.plan import Plan
 from weft.kernels.site import SiteGroup
 from weft.kernels.work_list import Room, WorkList, make_work_list
 from weft.server.engine.adapting import Adapting, rows_of
-from weft.server.engine.attention import KvCache
 from weft.server.engine.batch import Batch
 from weft.server.engine.decode_attention import DecodeAttention, DecodeRows
 from weft.server.engine.decode_buffers import DecodeBuffers
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.step import AttentionOptions, Shared, Step
 
 _log = logging.getLogger(__name__)

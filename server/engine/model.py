@@ -18,9 +18,10 @@ from weft.kernels.native import Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
-from weft.server.engine.attention import ATTENTION, KvCache, KvShape, PagedStep, WholePrompt
+from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
 from weft.server.engine.graphs import GraphRunner, Means
+from weft.server.engine.kv_cache import KvCache, KvShape
 from weft.server.engine.linear import freeze
 from weft.server.engine.step import Step, running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey
@@ -77,6 +78,11 @@ class PagedModel:
         """Bytes of KV cache one token takes."""
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
 
+    @property
+    def attends_in_place(self) -> bool:
+        """Whether attention takes no memory for copies of the cache and for masks."""
+        return attends_in_place(self.native, self.dtype, self.device)
+
     def attach(self, cache: KvCache, groups: Mapping[tuple[str, ...], SiteGroup], lora_backend: str) -> None:
         """Give the model its cache, adapters their place, and every product its fastest form."""
         self.cache = cache
@@ -116,7 +122,7 @@ class PagedModel:
         assert self.cache is not None
         assert self.adapting is not None
         head = self.base.head if self._selects_logits else ""
-        step = PagedStep(batch, self.cache, self.adapting, head)
+        step = PagedStep(batch, self.cache, self.adapting, head, self.native)
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         logits = self._run(step, batch.input_ids, batch.positions, **keep)
         return logits if self._selects_logits else logits[batch.logit_rows]

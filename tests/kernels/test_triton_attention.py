@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from weft.server.engine.attention import attend
+from weft.server.engine.gathering import attend
 from weft.server.engine.step import AttentionOptions
 
 pytest.importorskip("triton")

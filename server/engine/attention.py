@@ -18,6 +18,7 @@ from weft.kernels.attention import DTYPES, PagedAttention, Run
 from weft.kernels.native import Native
 from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch
+from weft.server.engine.decode_attention import InPlaceDecodes, has_triton
 from weft.server.engine.gathering import Gathering, attend
 from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.step import AttentionOptions, Shared, current_step
@@ -134,6 +135,8 @@ def attention_of(batch: Batch, cache: KvCache, native: Native | None) -> CacheAt
     """The fastest there is for the cache."""
     if native is not None and attends_in_place(native, cache.dtype, cache.device):
         return InPlace(batch, cache, native)
+    if cache.device.type == "cuda" and has_triton():
+        return InPlaceDecodes(batch, cache)
     return Gathering(batch, cache)
 
 

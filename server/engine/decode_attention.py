@@ -1,13 +1,17 @@
-"""Attention of a decode step's rows over the paged cache, from tensors of fixed places: what a captured step calls."""
+"""Attention of single rows over the paged cache, on a GPU: from tensors of fixed places, as captured steps need it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import numpy
 import torch
 
-from weft.server.engine.gathering import attend
+from weft.server.engine.batch import Batch
+from weft.server.engine.gathering import Gathering, attend
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.step import AttentionOptions
 
 
@@ -66,3 +70,37 @@ def attend_gathered(
     kv_heads = heads if options.sinks is not None else key.shape[1]
     packed = query.transpose(0, 1).reshape(num_rows, kv_heads, heads // kv_heads, dim)
     return attend(packed, key, value, visible[:, None, None], options).reshape(num_rows, heads, -1)
+
+
+def has_triton() -> bool:
+    """Whether it is installed; loading it takes long."""
+    return find_spec("triton") is not None
+
+
+class InPlaceDecodes(Gathering):
+    """A step that is run as it comes: decode rows in place, as in a captured step, and chunks over copies."""
+
+    def __init__(self, batch: Batch, cache: KvCache) -> None:
+        super().__init__(batch, cache)
+        rows = [row for row, _, _ in batch.decodes]
+        device = batch.input_ids.device
+        self._rows: torch.Tensor | slice = slice(None)
+        if rows != list(range(batch.num_tokens)):
+            self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        used = [blocks[: -(-context // batch.block_tokens)] for _, context, blocks in batch.decodes]
+        tables = numpy.zeros((max(map(len, used), default=0), len(rows)), dtype=numpy.int32)
+        for column, blocks in enumerate(used):
+            tables[: len(blocks), column] = blocks
+        contexts = torch.tensor([context for _, context, _ in batch.decodes], dtype=torch.int32, device=device)
+        self._where = DecodeRows(torch.from_numpy(tables).to(device), contexts, batch.block_tokens)
+
+    def attend_decodes(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        options: AttentionOptions,
+    ) -> None:
+        if len(self._where.contexts):
+            out[self._rows] = attend_in_place(query[:, self._rows], keys, values, self._where, options)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 import torch
 
 from weft.errors import InvalidConfig
-from weft.server.engine.decode_attention import attend_in_place
+from weft.server.engine.decode_attention import attend_in_place, has_triton
 from weft.server.engine.graphs import CudaCapture, Means
-
-
-def has_triton() -> bool:
-    """Whether it is installed; loading it takes long."""
-    return find_spec("triton") is not None
 
 
 def means_of(device: torch.device, lora_backend: str) -> Means | None:

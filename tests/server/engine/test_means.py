@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from weft.errors import InvalidConfig
-from weft.server.engine.means import backend_for, has_triton, means_of
+from weft.server.engine.decode_attention import has_triton
+from weft.server.engine.means import backend_for, means_of
 
 CPU = torch.device("cpu")
 

@@ -82,9 +82,9 @@ SHAPES = {
             "vocab_size": 64,
         },
         torch.float32,
-        (1, 3),
+        (2,),
         (12,),
-        20,
+        8,
     ),
 }
 POPULARITIES = ("identical", "distinct", "uniform", "skewed")

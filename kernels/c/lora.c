@@ -77,10 +77,11 @@ static inline float f32_to_f32(float value) { return value; }
             }                                                                                                       \
     }
 
-/* RANKS rows of B, each times ROWS rows of coefficients, onto sums [ROWS, BLOCK], for `width` columns. */
-#define DEFINE_EXPAND(NAME, RANKS, ROWS, NUMBER, LOAD, WIDEN)                                                       \
-    static void NAME(const void *from, int64_t d_out, int64_t width, const float *restrict coefs, int64_t stride,   \
-                     float *restrict sums) {                                                                        \
+/* RANKS rows of B, each times ROWS rows of coefficients, onto sums [ROWS, BLOCK], for `width` columns. KEPT: restrict where
+ * all coefficients go into registers; else GCC must not know that it could load them but once. */
+#define DEFINE_EXPAND(NAME, RANKS, ROWS, NUMBER, LOAD, WIDEN, KEPT)                                                 \
+    static void NAME(const void *from, int64_t d_out, int64_t width, const float *KEPT coefs, int64_t stride,       \
+                     float *sums) {                                                                                 \
         const NUMBER *b = from;                                                                                     \
         int64_t c = 0;                                                                                              \
         for (; c + 2 * VL <= width; c += 2 * VL) {                                                                  \
@@ -116,14 +117,14 @@ typedef void (*expand)(const void *, int64_t, int64_t, const float *, int64_t, f
     DEFINE_SHRINK(shrink_4_1_##NAME, HALF, 1, NUMBER, LOAD, WIDEN)                 \
     DEFINE_SHRINK(shrink_4_2_##NAME, HALF, 2, NUMBER, LOAD, WIDEN)                 \
     DEFINE_SHRINK(shrink_4_3_##NAME, HALF, 3, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_8_1_##NAME, PAGE, 1, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_8_2_##NAME, PAGE, 2, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_8_4_##NAME, PAGE, 4, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_8_6_##NAME, PAGE, TILE, NUMBER, LOAD, WIDEN)              \
-    DEFINE_EXPAND(expand_4_1_##NAME, HALF, 1, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_4_2_##NAME, HALF, 2, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_4_4_##NAME, HALF, 4, NUMBER, LOAD, WIDEN)                 \
-    DEFINE_EXPAND(expand_4_6_##NAME, HALF, TILE, NUMBER, LOAD, WIDEN)              \
+    DEFINE_EXPAND(expand_8_1_##NAME, PAGE, 1, NUMBER, LOAD, WIDEN, restrict)         \
+    DEFINE_EXPAND(expand_8_2_##NAME, PAGE, 2, NUMBER, LOAD, WIDEN, )                 \
+    DEFINE_EXPAND(expand_8_4_##NAME, PAGE, 4, NUMBER, LOAD, WIDEN, )                 \
+    DEFINE_EXPAND(expand_8_6_##NAME, PAGE, TILE, NUMBER, LOAD, WIDEN, )              \
+    DEFINE_EXPAND(expand_4_1_##NAME, HALF, 1, NUMBER, LOAD, WIDEN, restrict)         \
+    DEFINE_EXPAND(expand_4_2_##NAME, HALF, 2, NUMBER, LOAD, WIDEN, )                 \
+    DEFINE_EXPAND(expand_4_4_##NAME, HALF, 4, NUMBER, LOAD, WIDEN, )                 \
+    DEFINE_EXPAND(expand_4_6_##NAME, HALF, TILE, NUMBER, LOAD, WIDEN, )              \
     static const struct tiles TILES_##NAME = {                                     \
         sizeof(NUMBER),                                                            \
         shrink_8_1_##NAME,                                                         \

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
-import numpy
+import numpy.typing
 import torch
 
 from weft.kernels.native import FORMATS, Native
@@ -15,6 +16,9 @@ from weft.kernels.site import SiteGroup
 
 CHUNK_ROWS = 48
 """Rows with the same pages that one piece of work is for: enough that reading pages costs little beside using them."""
+
+
+_Array = numpy.typing.NDArray[Any]
 
 
 class _Group(ctypes.Structure):
@@ -96,7 +100,7 @@ class _Layout:
 
     struct: _Plan
     sets: tuple[frozenset[int], ...]
-    arrays: tuple[numpy.ndarray, ...]
+    arrays: tuple[_Array, ...]
     coefs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     touched: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -123,12 +127,11 @@ class _Layout:
         first_row = list(accumulate((len(rows) for rows, _ in chunks), initial=0))
         coef = list(accumulate((PAGE_ROWS * len(chunks[number][0]) for number, *_ in entries), initial=0))
         columns = numpy.array(entries, dtype=numpy.int32).reshape(-1, 4).T
-        arrays = (
-            *(numpy.array(numbers, dtype=numpy.int32) for numbers in (sum((rows for rows, _ in chunks), []), first_row)),
-            numpy.array(first_entry, dtype=numpy.int32),
-            *map(numpy.ascontiguousarray, columns),
-            numpy.array(scales, dtype=numpy.float32),
-            numpy.array(coef, dtype=numpy.int64),
+        rows = numpy.array(list(chain.from_iterable(rows for rows, _ in chunks)), dtype=numpy.int32)
+        arrays: tuple[_Array, ...] = (
+            *(rows, numpy.array(first_row, dtype=numpy.int32), numpy.array(first_entry, dtype=numpy.int32)),
+            *(numpy.ascontiguousarray(column) for column in columns),
+            *(numpy.array(scales, dtype=numpy.float32), numpy.array(coef, dtype=numpy.int64)),
         )
         struct = _Plan(*(array.ctypes.data for array in arrays), None, None, 0, len(chunks), len(entries), coef[-1])
         return cls(struct, tuple(sets), arrays)

@@ -11,8 +11,8 @@ from weft.kernels.site import SiteGroup
 def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> torch.Tensor:
     """y[rows] += scale * (x[rows] A^T) B for every segment of the plan and every site of the group that it touches.
 
-    x: [T, d_in], y: [T, d_out of the group], both of the sites' dtype, or any where that is int8. y is written in place and returned; base rows
-    are untouched. Each adapter costs its own rank, whatever the others' ranks are.
+    x: [T, d_in], y: [T, d_out of the group], both of the sites' dtype, or any where that is int8. y is written in place
+    and returned; base rows are untouched. Each adapter costs its own rank, whatever the others' ranks are.
     """
     for site in group.sites:
         part = y[:, site.columns]

@@ -29,7 +29,7 @@ def to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return steps.round().to(torch.int8), scale
 
 
-def page_bytes(d_in: int, d_out: int, dtype: torch.dtype) -> int:
+def bytes_of_page(d_in: int, d_out: int, dtype: torch.dtype) -> int:
     """Of one page at a module of this shape."""
     scales = 2 * torch.float32.itemsize if dtype == torch.int8 else 0
     return PAGE_ROWS * ((d_in + d_out) * dtype.itemsize + scales)

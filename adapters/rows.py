@@ -60,8 +60,8 @@ class RowForm:
 
     def _memory(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Numpy's memory where it need not be page-locked: in huge pages, which take a fraction of the time to come."""
-        if self.pinned:
-            return torch.empty(count, dtype=dtype, pin_memory=True)
+        if self.pinned or count == 0:
+            return torch.empty(count, dtype=dtype, pin_memory=self.pinned)
         return torch.from_numpy(numpy.empty(count * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
 
 

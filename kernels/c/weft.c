@@ -3,6 +3,7 @@
 #include "pool.c"
 #include "linear.c"
 #include "attention.c"
+#include "lora.c"
 
 /* The x86-64 level of this processor, 1 to 4; 0 on other kinds. */
 int weft_level(void) {

@@ -16,8 +16,8 @@ setup(
     ext_modules=[
         Extension(
             f"weft.kernels._native_{level}",
-            sources=["kernels/c/weft.c"],
-            depends=sorted(str(path) for path in Path("kernels/c").iterdir() if path.name != "weft.c"),
+            sources=sorted(map(str, Path("kernels/c").glob("*.c"))),
+            depends=sorted(map(str, Path("kernels/c").glob("*.h"))),
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-pthread"],
             optional=True,

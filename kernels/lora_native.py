@@ -124,7 +124,10 @@ class _Layout:
         coef = list(accumulate((PAGE_ROWS * len(chunks[number][0]) for number, *_ in entries), initial=0))
         columns = numpy.array(entries, dtype=numpy.int32).reshape(-1, 4).T
         arrays = (
-            *(numpy.array(numbers, dtype=numpy.int32) for numbers in (sum((rows for rows, _ in chunks), []), first_row)),
+            *(
+                numpy.array(numbers, dtype=numpy.int32)
+                for numbers in (sum((rows for rows, _ in chunks), []), first_row)
+            ),
             numpy.array(first_entry, dtype=numpy.int32),
             *map(numpy.ascontiguousarray, columns),
             numpy.array(scales, dtype=numpy.float32),

@@ -65,6 +65,19 @@ static inline vec load_i8(const int8_t *from) {
 #endif
 }
 
+static inline void load_f32_pair(const float *from, vec *low, vec *high) {
+    *low = load_f32(from);
+    *high = load_f32(from + VL);
+}
+
+/* Two vectors whose numbers lie in pairs, the low one's first. */
+static inline void load_bf16_pair(const uint16_t *from, vec *low, vec *high) {
+    vec_bits pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    *low = (vec)(pairs << 16);
+    *high = (vec)(pairs & 0xffff0000);
+}
+
 static inline float bf16_to_f32(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;

@@ -20,7 +20,8 @@ _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "weft_level": (_INT, ()),
     "weft_panel": (_INT64, ()),
-    "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, _INT, _INT)),
+    "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, *(_INT,) * 3)),
+    "weft_attend": (None, (_POINTER,)),
     "weft_lora": (None, (*(_POINTER,) * 4, _INT64, _INT64, _INT, _INT)),
 }
 
@@ -52,9 +53,12 @@ def find_native(threads: int) -> Native | None:
 def open_native(level: str, threads: int) -> Native | None:
     """The build for one level of processor; None where it was not made."""
     spec = importlib.util.find_spec(f"weft.kernels._native_{level}")
-    if spec is None or spec.origin is None:
-        return None
-    call = ctypes.CDLL(spec.origin)
+    return load_native(spec.origin, level, threads) if spec is not None and spec.origin is not None else None
+
+
+def load_native(path: str, level: str, threads: int) -> Native:
+    """The build in a file."""
+    call = ctypes.CDLL(path)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(call, name)
         function.restype, function.argtypes = result, arguments

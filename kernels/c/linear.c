@@ -6,7 +6,8 @@
 #include "pool.h"
 #include "vectors.h"
 
-enum { PANEL = 2 * VL };
+/* FEW_LINES: bytes that loads from memory are asked for ahead; of floats, one row alone reads as fast as the processor guesses. */
+enum { PANEL = 2 * VL, FEW_LINES = 1024 };
 
 /* Columns of a panel. */
 int64_t weft_panel(void) { return PANEL; }
@@ -17,13 +18,13 @@ struct linear {
     const float *bias;
     void *y;
     int64_t rows, d_in, d_out, x_stride, y_stride;
-    int format;
+    int format, y_format;
 };
 
 static void store_row(const struct linear *job, int64_t row, int64_t column, vec low, vec high) {
     float numbers[PANEL];
     int64_t count = job->d_out - column < PANEL ? job->d_out - column : PANEL;
-    if (job->format == FLOAT32) {
+    if (job->y_format == FLOAT32) {
         float *to = (float *)job->y + row * job->y_stride + column;
         if (count == PANEL) {
             store_f32(to, low);
@@ -41,25 +42,13 @@ static void store_row(const struct linear *job, int64_t row, int64_t column, vec
     memcpy(to, halves, count * sizeof *to);
 }
 
-static inline void load_f32_pair(const float *from, vec *low, vec *high) {
-    *low = load_f32(from);
-    *high = load_f32(from + VL);
-}
-
-static inline void load_bf16_pair(const uint16_t *from, vec *low, vec *high) {
-    vec_bits pairs;
-    memcpy(&pairs, from, sizeof pairs);
-    *low = (vec)(pairs << 16);
-    *high = (vec)(pairs & 0xffff0000);
-}
-
 /* ROWS rows of one panel: the sums stay in registers. */
 #define DEFINE_TILE(NAME, ROWS, NUMBER, LOAD)                                                                         \
     static void NAME(const struct linear *job, int64_t row, int64_t panel) {                                          \
         const NUMBER *w = (const NUMBER *)job->packed + panel * job->d_in * PANEL;                                    \
         const float *x = job->x + row * job->x_stride;                                                                \
-        /* The first rows of a panel wait for memory; the others have the time to ask for the next panel. */          \
-        int64_t ahead = row ? job->d_in * PANEL : 0;                                                                  \
+        /* The first rows of a panel wait for memory; those after them have the time to ask for the next panel. */    \
+        int64_t ahead = row ? job->d_in * PANEL : ROWS > 1 || sizeof *w < 4 ? FEW_LINES / (int64_t)sizeof *w : 0;    \
         vec low[ROWS], high[ROWS];                                                                                    \
         vec first = {0}, second = {0};                                                                                \
         if (job->bias) first = load_f32(job->bias + panel * PANEL), second = load_f32(job->bias + panel * PANEL + VL); \
@@ -114,10 +103,11 @@ static void do_panels(void *of, int64_t first, int64_t last) {
     }
 }
 
-/* x: float32 [rows, d_in]; bias: float32, padded to whole panels, or NULL; y: [rows, d_out] in the packed weight's format. */
+/* x: float32 [rows, d_in]; packed: in `format`; bias: float32, padded to whole panels, or NULL; y: [rows, d_out] in `y_format`.
+ */
 void weft_linear(const float *x, const void *packed, const float *bias, void *y, int64_t rows, int64_t d_in, int64_t d_out,
-                 int64_t x_stride, int64_t y_stride, int format, int threads) {
-    struct linear job = {x, packed, bias, y, rows, d_in, d_out, x_stride, y_stride, format};
+                 int64_t x_stride, int64_t y_stride, int format, int y_format, int threads) {
+    struct linear job = {x, packed, bias, y, rows, d_in, d_out, x_stride, y_stride, format, y_format};
     int64_t panels = (d_out + PANEL - 1) / PANEL;
     int64_t grain = panels / (4 * threads);
     share(do_panels, &job, panels, grain > 0 ? grain : 1, threads);

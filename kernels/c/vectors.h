@@ -13,7 +13,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(VL) /* set for a trial of one width on another processor */
+#elif defined(__AVX512F__)
 #define VL 16
 #elif defined(__AVX2__)
 #define VL 8
@@ -62,6 +63,19 @@ static inline vec load_i8(const int8_t *from) {
     memcpy(&byte, from, sizeof byte);
     return __builtin_convertvector(byte, vec);
 #endif
+}
+
+static inline void load_f32_pair(const float *from, vec *low, vec *high) {
+    *low = load_f32(from);
+    *high = load_f32(from + VL);
+}
+
+/* Two vectors whose numbers lie in pairs, the low one's first. */
+static inline void load_bf16_pair(const uint16_t *from, vec *low, vec *high) {
+    vec_bits pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    *low = (vec)(pairs << 16);
+    *high = (vec)(pairs & 0xffff0000);
 }
 
 static inline float bf16_to_f32(uint16_t half) {

@@ -17,8 +17,9 @@ from weft.kernels.native import Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
-from weft.server.engine.attention import ATTENTION, KvCache, KvShape, PagedStep, WholePrompt
+from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
+from weft.server.engine.kv_cache import KvCache, KvShape
 from weft.server.engine.linear import freeze
 from weft.server.engine.step import running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey
@@ -74,6 +75,11 @@ class PagedModel:
         """Bytes of KV cache one token takes."""
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
 
+    @property
+    def attends_in_place(self) -> bool:
+        """Whether attention takes no memory for copies of the cache and for masks."""
+        return attends_in_place(self.native, self.dtype, self.device)
+
     def attach(self, cache: KvCache, groups: Mapping[tuple[str, ...], SiteGroup], lora_backend: str) -> None:
         """Give the model its cache, adapters their place, and every product its fastest form."""
         self.cache = cache
@@ -93,7 +99,7 @@ class PagedModel:
             raise RuntimeError("attach() comes before forward()")
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         head = self.base.head if self._selects_logits else ""
-        with running(PagedStep(batch, self.cache, self.adapting, head)):
+        with running(PagedStep(batch, self.cache, self.adapting, head, self.native)):
             output = self.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.positions,
@@ -137,7 +143,7 @@ def check_path(name: str) -> None:
 def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
     """Load a causal language model from a folder or the hub. Raises InvalidModel with one line that says why not."""
     check_path(config.path)
-    device = torch.device(_device(config.device))
+    device = torch.device(resolve_device(config.device))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -158,7 +164,8 @@ def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
     return PagedModel(model.eval().to(device), device, native)
 
 
-def _device(wanted: str) -> str:
+def resolve_device(wanted: str) -> str:
+    """The device that an option names. Raises InvalidModel where it is not to be had."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

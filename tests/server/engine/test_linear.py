@@ -7,10 +7,11 @@ import weakref
 
 import pytest
 import torch
+from natives import builds
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from weft.kernels.native import Native, find_native, open_native
+from weft.kernels.native import Native
 from weft.server.engine.attention import WholePrompt
 from weft.server.engine.linear import FrozenLinear, Joint, _is_packable, freeze, read
 from weft.server.engine.step import running
@@ -18,8 +19,7 @@ from weft.server.engine.step import running
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-LEVEL = find_native(1)
-NATIVES = [None, *filter(None, [LEVEL, LEVEL and open_native("baseline", 1), find_native(3)])]
+NATIVES = [None, *builds()]
 each_native = pytest.mark.parametrize(
     "native", NATIVES, ids=[f"{n.level} on {n.threads}" if n else "torch" for n in NATIVES]
 )
@@ -70,16 +70,6 @@ def test_a_frozen_weight_can_be_read_as_it_was(kind: str, dtype: torch.dtype, na
     frozen = frozen_of(module, native)
     assert torch.equal(read(frozen, "weight"), weight)
     assert torch.equal(read(frozen, "bias"), module.bias)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_the_same_to_the_bit_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
-    if LEVEL is None:
-        pytest.skip("the C library was not built")
-    x = torch.randn(1, 50, 48).to(dtype)
-    whole = frozen_of(make("linear", dtype), find_native(3))(x)
-    alone = frozen_of(make("linear", dtype), LEVEL)
-    assert all(torch.equal(alone(x[:, i : i + 1])[:, 0], whole[:, i]) for i in range(50))
 
 
 @each_native

@@ -157,7 +157,8 @@ def expand(
                 shrunk += tl.load(plane + split * (TILE * TILE), mask=wanted, other=0.0)
             shrunk *= scales[:, None]
             if HAS_SCALES:
-                shrunk *= tl.load(b_scale + tl.cast(part, tl.int64) * num_pages * 8 + page_rows)[None, :]
+                b_scales = b_scale + tl.cast(part, tl.int64) * num_pages * 8 + page_rows
+                shrunk *= tl.load(b_scales, mask=(rank >= 0) & (touches != 0), other=0.0)[None, :]
             # Nearly float32's precision: the left factor goes in two parts that a tensor core takes exactly. Whole
             # numbers and bfloat16 go as bfloat16, which has float32's range; float16 has not, and goes as TF32.
             if b_part.dtype == tl.float32:

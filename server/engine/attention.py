@@ -15,10 +15,11 @@ from transformers import AttentionInterface
 
 from weft.errors import InvalidModel
 from weft.kernels.attention import DTYPES, PagedAttention, Run
+from weft.kernels.lora import has_triton
 from weft.kernels.native import Native
 from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch
-from weft.server.engine.decode_attention import InPlaceDecodes, has_triton
+from weft.server.engine.decode_attention import InPlaceDecodes
 from weft.server.engine.gathering import Gathering, attend
 from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.step import AttentionOptions, Shared, current_step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy
 import torch
@@ -70,11 +69,6 @@ def attend_gathered(
     kv_heads = heads if options.sinks is not None else key.shape[1]
     packed = query.transpose(0, 1).reshape(num_rows, kv_heads, heads // kv_heads, dim)
     return attend(packed, key, value, visible[:, None, None], options).reshape(num_rows, heads, -1)
-
-
-def has_triton() -> bool:
-    """Whether it is installed; loading it takes long."""
-    return find_spec("triton") is not None
 
 
 class InPlaceDecodes(Gathering):

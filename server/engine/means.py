@@ -7,7 +7,8 @@ import os
 import torch
 
 from weft.errors import InvalidConfig
-from weft.server.engine.decode_attention import attend_in_place, has_triton
+from weft.kernels.lora import has_triton
+from weft.server.engine.decode_attention import attend_in_place
 from weft.server.engine.graphs import CudaCapture, Means
 
 
@@ -29,6 +30,6 @@ def backend_for(device: torch.device, wanted: str) -> str:
         raise InvalidConfig("--lora-backend is triton, which is not installed: pip install 'weft[cuda]'")
     if wanted == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise InvalidConfig(f"--lora-backend is triton, which does not run on {device}: use auto")
-    if wanted != "auto":
-        return wanted
-    return "triton" if device.type == "cuda" and has_triton() else "torch"
+    if wanted == "auto" and device.type == "cuda" and has_triton():
+        return "triton"  # until there is a table of a GPU
+    return wanted

@@ -44,14 +44,17 @@ class Groups:
             self.adapters.append(PagedAdapter(runs, 16 / rank, frozenset(site.index for site in sites)))
         self.device.a.copy_(self.host.a)
         self.device.b.copy_(self.host.b)
+        for mine, theirs in ((self.device.a_scale, self.host.a_scale), (self.device.b_scale, self.host.b_scale)):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
 
-    def check(self, spans: Sequence[Span]) -> torch.Tensor | None:
-        """Raises AssertionError unless the backend does what the reference does."""
+    def check(self, spans: Sequence[Span], dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """Raises AssertionError unless the backend does as the reference; dtype: of the rows, else the pages'."""
         plan = build_plan(spans, CPU)
         if plan is None:
             return None
         generator = torch.Generator().manual_seed(2)
-        dtype, num_tokens = self.host.a.dtype, plan.num_tokens
+        dtype, num_tokens = dtype or self.host.a.dtype, plan.num_tokens
         # Rows lie apart, as they do where they are a part of something wider.
         widths = (self.host.d_in, self.host.d_out)
         x, y = (torch.randn(128, d + 8, generator=generator).to(dtype)[:num_tokens, :d] for d in widths)
@@ -95,6 +98,13 @@ def test_each_rank_alone(rank: int) -> None:
 def test_shapes_that_no_block_divides(d_in: int, d_outs: tuple[int, ...]) -> None:
     groups = Groups(torch.bfloat16, [12, 4], d_in, d_outs)
     groups.check([(1, [(adapter, 1.0)]) for adapter in groups.adapters])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_of_8_bits(dtype: torch.dtype) -> None:
+    groups = Groups(torch.int8, (4, 12, 33), d_in=72, d_outs=(40, 16))
+    one, two, three = groups.adapters
+    groups.check([(1, [(one, 1.0)]), (2, [(two, -1.5)]), (1, []), (1, [(three, 1.0), (two, 0.5)])], dtype)
 
 
 @pytest.mark.slow

@@ -80,6 +80,11 @@ def main() -> None:
             work = triton_lora.DeviceWork(room, CPU)
             triton_lora.shrink(torch.zeros(4, d_in, dtype=dtype), group, work, launch)
             triton_lora.expand(torch.zeros(4, sum(d_outs), dtype=dtype), group, work, launch)
+    launch.name = "qkv torch.int8"
+    group = SiteGroup(0, *LLAMA_3_8B["qkv"], 2, torch.int8, CPU)
+    work = triton_lora.DeviceWork(room, CPU)
+    triton_lora.shrink(torch.zeros(4, group.d_in, dtype=torch.bfloat16), group, work, launch)
+    triton_lora.expand(torch.zeros(4, group.d_out, dtype=torch.bfloat16), group, work, launch)
     for dtype, dim in (
         (torch.bfloat16, 128),
         (torch.float16, 64),

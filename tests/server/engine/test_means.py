@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weft.errors import InvalidConfig
-from weft.server.engine.decode_attention import has_triton
+from weft.kernels.lora import has_triton
 from weft.server.engine.means import backend_for, means_of
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def test_nothing_is_captured_on_a_cpu() -> None:
 
 def test_the_backend_that_is_asked_for_is_taken() -> None:
     assert backend_for(CPU, "reference") == "reference"
-    assert backend_for(CPU, "auto") == "torch"
+    assert backend_for(CPU, "auto") == "auto"
 
 
 def test_triton_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

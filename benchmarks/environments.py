@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +18,11 @@ from typing import IO, Any
 
 SCRIPTS = Path(__file__).parent / "peers"
 LLAMA_CPP_PYTHON = "0.3.36"
+LIMIT_S = 300.0
+"""For one answer: what takes longer is no peer on this machine."""
+
+LOAD_LIMIT_S = 1800.0
+"""For converting, compiling and loading a model."""
 
 Tokens = list[list[int]]
 
@@ -117,15 +123,20 @@ class Peer:
             start_new_session=True,
         )
 
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises NotRun where the peer says that it can't, or is gone."""
+    def ask(self, question: Mapping[str, Any], limit_s: float = LIMIT_S) -> dict[str, Any]:
+        """Raises NotRun where the peer says that it can't, is gone, or takes longer than it may."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if self._process.returncode is not None:
+            raise NotRun("it ended")
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise NotRun("it ended") from None
+        if not select.select([self._process.stdout], [], [], limit_s)[0]:
+            self.close(0)
+            raise NotRun(f"no answer within {limit_s:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise NotRun(f"it ended with {self._process.wait()}")
@@ -134,12 +145,14 @@ class Peer:
             raise NotRun(answer["error"])
         return answer
 
-    def close(self) -> None:
+    def close(self, grace_s: float = 10) -> None:
         """End it and all that it started."""
         assert self._process.stdin is not None
         with suppress(OSError, subprocess.TimeoutExpired):
             self._process.stdin.close()
-            self._process.wait(10)
+            self._process.wait(grace_s)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()

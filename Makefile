@@ -1,4 +1,4 @@
-# Every target sets up $(VENV) first, anew when pyproject.toml or constraints.txt changes.
+# Every target sets up $(VENV) first, anew when its requirements or the C sources change.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,7 +45,7 @@ protos: $(STUBS)/.ready
 generate = $(STUBS)/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
 	--plugin=$(STUBS)/bin/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:$(1) protos/weft/v1/*.proto
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt setuptools uv
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt torch \

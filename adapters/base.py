@@ -59,12 +59,14 @@ class Base:
     """Every module that an adapter may change, by name.
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
+    groups: the LINEAR modules, those together that read the same input.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
     embedding: str = ""
     head: str = ""
     is_tied: bool = False
+    groups: tuple[tuple[str, ...], ...] = ()
 
     def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
         return {name: module for name, module in self.modules.items() if module.kind is kind}

@@ -11,14 +11,14 @@ from typing import Protocol
 
 import torch
 
-from weft.adapters.base import Base, ModuleKind
+from weft.adapters.base import Base
 from weft.adapters.content import LoraWeights, is_finite
 from weft.adapters.effect import has_effect
 from weft.adapters.fold import Folded, fold
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
 from weft.kernels.patches import Patch, tensors_of
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
-from weft.kernels.site import Site
+from weft.kernels.site import Site, SiteGroup
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -141,6 +141,7 @@ class PageConfig:
 class PagePool:
     """The device memory of all adapters: one `Site` a module, and the allocator of their common pages.
 
+    groups: of sites, by the names of their modules, which read the same input.
     page_bytes: that one page takes over all sites.
     """
 
@@ -149,15 +150,25 @@ class PagePool:
         self._dtype = config.dtype
         self._device = config.device
         self.allocator = PageAllocator(config.num_pages)
+        self.groups: Mapping[tuple[str, ...], SiteGroup] = self._make_groups(config)
         self.sites: Mapping[str, Site] = {
-            name: Site(index, module.d_in, module.d_out, config.num_pages, config.dtype, config.device)
-            for index, (name, module) in enumerate(base.of_kind(ModuleKind.LINEAR).items())
+            name: site for names, group in self.groups.items() for name, site in zip(names, group.sites, strict=True)
         }
         self.page_bytes = sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
         self._flat = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
         self._stream: torch.cuda.Stream | None = None
         if config.device.type == "cuda":
             self._stream = torch.cuda.Stream(config.device)  # type: ignore[no-untyped-call]
+
+    def _make_groups(self, config: PageConfig) -> dict[tuple[str, ...], SiteGroup]:
+        groups: dict[tuple[str, ...], SiteGroup] = {}
+        index = 0
+        for names in self.base.groups:
+            first, *_ = modules = [self.base.modules[name] for name in names]
+            d_outs = [module.d_out for module in modules]
+            groups[names] = SiteGroup(index, first.d_in, d_outs, config.num_pages, config.dtype, config.device)
+            index += len(names)
+        return groups
 
     @property
     def num_pages(self) -> int:

@@ -93,7 +93,7 @@ class Mover:
         self.pool = PagePool(model.base, PageConfig(2 * 64 // PAGE_ROWS + 1, model.dtype, model.device))
         blocks = BlockPool(2, 16)
         cache = KvCache(model.kv_shapes, blocks.num_blocks, blocks.block_tokens, model.dtype, model.device)
-        model.attach(cache, self.pool.sites, "torch")
+        model.attach(cache, self.pool.groups, "torch")
         sources = Sources([adapters])
         self.plain_reader = Reader(self.pool, sources, Policy())
         self.probing_reader = Reader(self.pool, sources, Policy(probe=AdapterProbe(model, "torch")))

@@ -8,9 +8,9 @@ import torch
 
 from weft.kernels import reference, segments
 from weft.kernels.plan import Plan
-from weft.kernels.site import Site
+from weft.kernels.site import SiteGroup
 
-AddLora = Callable[[torch.Tensor, torch.Tensor, Site, Plan], torch.Tensor]
+AddLora = Callable[[torch.Tensor, torch.Tensor, SiteGroup, Plan], torch.Tensor]
 
 BACKENDS: dict[str, AddLora] = {"reference": reference.add_lora, "torch": segments.add_lora}
 """Backends by name; all obey `reference.add_lora`'s docstring."""

@@ -7,9 +7,10 @@ Page 0 is all zeros and belongs to no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import torch
 
@@ -38,6 +39,8 @@ class PagedAdapter:
 
 
 RowIndex = slice | torch.Tensor
+
+_L = TypeVar("_L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,13 @@ class Plan:
     num_tokens: int
     segments: tuple[Segment, ...]
     patches: Mapping[str, Sequence[PatchedRows]] = field(default_factory=dict)
+    _layouts: dict[object, object] = field(default_factory=dict)
+
+    def layout(self, make: Callable[[Plan], _L]) -> _L:
+        """What a backend makes of the plan, made once for all sites."""
+        if make not in self._layouts:
+            self._layouts[make] = make(self)
+        return cast("_L", self._layouts[make])
 
 
 Weighted = tuple[PagedAdapter, float]

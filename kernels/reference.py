@@ -5,25 +5,27 @@ from __future__ import annotations
 import torch
 
 from weft.kernels.plan import Plan
-from weft.kernels.site import Site
+from weft.kernels.site import SiteGroup
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, site: Site, plan: Plan) -> torch.Tensor:
+def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> torch.Tensor:
     """y[t] += sum over (page p, scale s) of token t:  s * B[p]^T (A[p] x[t]),  token by token, page by page.
 
-    x: [T, d_in], y: [T, d_out] of any float dtype; sums run in float64 and are rounded once. y is written in place and
-    returned.
+    x: [T, d_in], y: [T, d_out of the group] of any float dtype, each site in its own columns; rows of either may lie
+    apart. Sums run in float64 and are rounded once. y is written in place and returned.
     """
-    delta = torch.zeros(y.shape, dtype=torch.float64, device=y.device)
-    touched: set[int] = set()
-    for segment in plan.segments:
-        if site.index not in segment.sites:
-            continue
-        for t in torch.arange(plan.num_tokens)[segment.rows].tolist():
-            touched.add(t)
-            for page in range(segment.first, segment.last):
-                shrunk = site.a[page].double() @ x[t].double()
-                delta[t] += segment.scale * (site.b[page].double().t() @ shrunk)
-    for t in touched:
-        y[t] = (y[t].double() + delta[t]).to(y.dtype)
+    for site in group.sites:
+        part = y[:, site.columns]
+        delta = torch.zeros(part.shape, dtype=torch.float64, device=y.device)
+        touched: set[int] = set()
+        for segment in plan.segments:
+            if site.index not in segment.sites:
+                continue
+            for t in torch.arange(plan.num_tokens)[segment.rows].tolist():
+                touched.add(t)
+                for page in range(segment.first, segment.last):
+                    shrunk = site.a[page].double() @ x[t].double()
+                    delta[t] += segment.scale * (site.b[page].double().t() @ shrunk)
+        for t in touched:
+            part[t] = (part[t].double() + delta[t]).to(y.dtype)
     return y

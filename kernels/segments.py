@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 
 from weft.kernels.plan import Plan
-from weft.kernels.site import Site
+from weft.kernels.site import SiteGroup
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, site: Site, plan: Plan) -> torch.Tensor:
-    """y[rows] += scale * (x[rows] A^T) B for every segment of the plan that touches the site.
+def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> torch.Tensor:
+    """y[rows] += scale * (x[rows] A^T) B for every segment of the plan and every site of the group that it touches.
 
-    x: [T, d_in], y: [T, d_out], both of the site's dtype. y is written in place and returned; base rows are untouched.
-    Each adapter costs its own rank, whatever the others' ranks are.
+    x: [T, d_in], y: [T, d_out of the group], both of the sites' dtype. y is written in place and returned; base rows
+    are untouched. Each adapter costs its own rank, whatever the others' ranks are.
     """
-    for segment in plan.segments:
-        if site.index not in segment.sites:
-            continue
-        a_t, b = site.rows(segment.first, segment.last)
-        rows = segment.rows
-        shrunk = torch.mm(x[rows], a_t)
-        if isinstance(rows, slice):
-            y[rows].addmm_(shrunk, b, alpha=segment.scale)
-        else:
-            y.index_add_(0, rows, torch.mm(shrunk, b), alpha=segment.scale)
+    for site in group.sites:
+        part = y[:, site.columns]
+        for segment in plan.segments:
+            if site.index not in segment.sites:
+                continue
+            a_t, b = site.rows(segment.first, segment.last)
+            rows = segment.rows
+            shrunk = torch.mm(x[rows], a_t)
+            if isinstance(rows, slice):
+                part[rows].addmm_(shrunk, b, alpha=segment.scale)
+            else:
+                part.index_add_(0, rows, torch.mm(shrunk, b), alpha=segment.scale)
     return y

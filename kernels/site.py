@@ -1,8 +1,9 @@
-"""The stacked A and B rows of every resident adapter at one site."""
+"""The stacked A and B rows of every resident adapter at the model's sites."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -19,19 +20,23 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 class Site:
-    """Page storage for one adapted module.
+    """Page storage for one adapted module: its share of its group's.
 
-    a: [pages, PAGE_ROWS, d_in], b: [pages, PAGE_ROWS, d_out], zero-filled. B is rank-major, so that any rank reads
-    whole contiguous rows. On a CPU the operating system commits the memory of a page only when it is first written.
+    a: [pages, PAGE_ROWS, d_in], b: [pages, PAGE_ROWS, d_out], both contiguous. B is rank-major, so that any rank reads
+    whole contiguous rows. first_column: where the module's output begins in the group's.
     """
 
-    def __init__(
-        self, index: int, d_in: int, d_out: int, num_pages: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, index: int, a: torch.Tensor, b: torch.Tensor, first_column: int) -> None:
         self.index = index
-        self.a = lazy_zeros(num_pages, PAGE_ROWS, d_in, dtype=dtype, device=device)
-        self.b = lazy_zeros(num_pages, PAGE_ROWS, d_out, dtype=dtype, device=device)
+        self.a = a
+        self.b = b
+        self.first_column = first_column
         self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def columns(self) -> slice:
+        """The module's part of its group's output."""
+        return slice(self.first_column, self.first_column + self.b.shape[2])
 
     def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (Aᵀ: [d_in, rank rows], B: [rank rows, d_out]) of pages [first, last).
@@ -57,3 +62,36 @@ class Site:
                 pages[: len(part)].copy_(part)
                 pages[len(part) :].zero_()
             row += (last - first) * PAGE_ROWS
+
+
+class SiteGroup:
+    """Sites whose modules read the same x, so that one call serves all: q, k and v, or gate and up, or one alone.
+
+    a: [sites, pages, PAGE_ROWS, d_in]; b: flat, the sites' own [pages, PAGE_ROWS, d_out] one after the other. Both are
+    zero-filled; on a CPU the operating system commits the memory of a page only when it is first written.
+    sites: in the order of their columns in the group's output.
+    """
+
+    def __init__(
+        self,
+        first_index: int,
+        d_in: int,
+        d_outs: Sequence[int],
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.d_in = d_in
+        self.d_outs = tuple(d_outs)
+        self.a = lazy_zeros(len(d_outs), num_pages, PAGE_ROWS, d_in, dtype=dtype, device=device)
+        self.b = lazy_zeros(num_pages * PAGE_ROWS * sum(d_outs), dtype=dtype, device=device)
+        parts = torch.split(self.b, [num_pages * PAGE_ROWS * d_out for d_out in d_outs])
+        self.sites = tuple(
+            Site(first_index + i, self.a[i], part.view(num_pages, PAGE_ROWS, d_out), sum(self.d_outs[:i]))
+            for i, (part, d_out) in enumerate(zip(parts, d_outs, strict=True))
+        )
+
+    @property
+    def d_out(self) -> int:
+        """Columns of the group's output."""
+        return sum(self.d_outs)

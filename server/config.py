@@ -35,9 +35,9 @@ class ModelConfig:
 class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
-    threads: how many a step computes with on a CPU; None leaves it to PyTorch, one a core. A small model on a busy
-    machine runs best on one. memory_share: of what is left in the end, for the KV cache. adapter_host_bytes: what
-    copies of adapters may take in host memory. prefix_cache: keep what was computed for prompts that begin alike.
+    threads: how many a step computes with on a CPU; None measures how many pay. memory_share: of what is left in the
+    end, for the KV cache. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep what
+    was computed for prompts that begin alike.
     speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
     max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
     decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -134,12 +137,12 @@ except importlib.metadata.PackageNotFoundError:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_real_files(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", reason="builds the wheel without the network")
+def build(tmp_path: Path, hook: str, environment: Mapping[str, str] | None = None) -> Path:
+    """What setuptools makes of the sources by `build_wheel` or `build_sdist`."""
+    pytest.importorskip("setuptools", reason="builds without the network")
     source = tmp_path / "source"
     source.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "_native_*.so")
     for name in ("adapters", "examples", "kernels", "server", "src"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     for path in ROOT.glob("*.*"):
@@ -147,10 +150,15 @@ def test_a_wheel_holds_real_files(tmp_path: Path) -> None:
             shutil.copy(path, source)
     shutil.copy(ROOT / "LICENSE", source)
 
-    program = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", program], cwd=source, check=True, capture_output=True)
+    program = f"from setuptools import build_meta; build_meta.{hook}({str(tmp_path)!r})"
+    everything = {**os.environ, **(environment or {})}
+    subprocess.run([sys.executable, "-c", program], cwd=source, check=True, capture_output=True, env=everything)
+    return next(tmp_path.glob("weft-*"))
 
-    with zipfile.ZipFile(next(tmp_path.glob("weft-*.whl"))) as wheel:
+
+@pytest.mark.slow
+def test_a_wheel_holds_real_files(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build(tmp_path, "build_wheel")) as wheel:
         held = {info.filename: wheel.read(info) for info in wheel.infolist()}
     wanted = {"weft/__init__.py": SOURCE / "__init__.py", "weft/py.typed": SOURCE / "py.typed"}
     for package, folder in FOLDERS.items():
@@ -159,3 +167,22 @@ def test_a_wheel_holds_real_files(tmp_path: Path) -> None:
             kept += [path for part in ("base", "adapters") for path in (folder / part).rglob("*")]
         wanted |= {f"{package}/{path.relative_to(folder)}": path for path in kept if path.is_file()}
     assert {name: held.get(name) for name in wanted} == {name: path.read_bytes() for name, path in wanted.items()}
+    libraries = [name for name in held if name.startswith("weft/kernels/_native_")]
+    assert len(libraries) == (3 if platform.machine() in ("x86_64", "AMD64") else 1)
+    assert not [name for name in held if name.endswith((".c", ".h"))]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_wheel_is_built_all_the_same(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build(tmp_path, "build_wheel", {"CC": "no-such-compiler"})) as wheel:
+        names = wheel.namelist()
+    assert "weft/kernels/native.py" in names
+    assert not [name for name in names if "_native_" in name]
+
+
+@pytest.mark.slow
+def test_a_source_distribution_can_build_the_library(tmp_path: Path) -> None:
+    with tarfile.open(build(tmp_path, "build_sdist")) as sources:
+        names = {name.partition("/")[2] for name in sources.getnames()}
+    assert {f"kernels/c/{path.name}" for path in (ROOT / "kernels" / "c").iterdir()} <= names
+    assert "setup.py" in names

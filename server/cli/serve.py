@@ -148,7 +148,13 @@ SETTINGS = (
     Setting(
         "speculative-tokens", EngineConfig, "speculative_tokens", int, "The most tokens a step guesses for a request."
     ),
-    Setting("threads", EngineConfig, "threads", int, "That a step computes with on a CPU; else one a core."),
+    Setting(
+        "threads",
+        EngineConfig,
+        "threads",
+        int,
+        "That a step computes with on a CPU; else as many as pay (measured).",
+    ),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),
     Setting("max-prompt-bytes", ServerConfig, "max_prompt_bytes", int, "The longest text that is taken as a prompt."),

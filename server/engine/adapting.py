@@ -11,28 +11,32 @@ from torch import nn
 
 from weft.kernels.lora import AddLora
 from weft.kernels.plan import Plan
-from weft.kernels.site import Site
+from weft.kernels.site import SiteGroup
 from weft.server.engine.step import current_step
 
 
 @dataclass(frozen=True, slots=True)
 class Adapting:
-    """Where the adapters' rows are, by module, and the kernel that adds them."""
+    """Where the adapters' rows are, by the modules that share a product, and the kernel that adds them."""
 
-    sites: Mapping[str, Site]
+    groups: Mapping[tuple[str, ...], SiteGroup]
     add_lora: AddLora
 
-    def adapt(self, plan: Plan, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        """Change the outputs' rows in place: first each adapter's patches of the module, then all rank rows."""
-        for patched in plan.patches.get(module, ()):
-            rows = [rows_of(tensor, plan.num_tokens) for tensor in outputs]
-            mine = [rows_of(tensor, plan.num_tokens)[patched.rows] for tensor in inputs]
-            made = patched.patch.apply(rows[0][patched.rows], mine, patched.weight)
-            for whole, part in zip(rows, as_tuple(made), strict=True):
-                whole[patched.rows] = part
-        site = self.sites.get(module)
-        if site is not None:
-            self.add_lora(rows_of(outputs[0], plan.num_tokens), rows_of(inputs[0], plan.num_tokens), site, plan)
+    def adapt(
+        self, plan: Plan, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        """Change the outputs' rows in place: first each adapter's patches of the modules, then all rank rows."""
+        rows = [rows_of(tensor, plan.num_tokens) for tensor in outputs]
+        group = self.groups.get(modules)
+        for index, module in enumerate(modules if plan.patches else ()):
+            wholes = rows if len(modules) == 1 or group is None else [rows[0][:, group.sites[index].columns]]
+            for patched in plan.patches.get(module, ()):
+                mine = [rows_of(tensor, plan.num_tokens)[patched.rows] for tensor in inputs]
+                made = patched.patch.apply(wholes[0][patched.rows], mine, patched.weight)
+                for whole, part in zip(wholes, as_tuple(made), strict=True):
+                    whole[patched.rows] = part
+        if group is not None:
+            self.add_lora(rows[0], rows_of(inputs[0], plan.num_tokens), group, plan)
 
 
 def as_tuple(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -59,4 +63,4 @@ class _Hook:
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         step = current_step()
         if step is not None:
-            step.adapt(self.name, inputs, as_tuple(output))
+            step.adapt((self.name,), inputs, as_tuple(output))

@@ -19,7 +19,7 @@ from weft.errors import InvalidModel
 from weft.kernels.site import lazy_zeros
 from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch, Chunk, DecodeGroup
-from weft.server.engine.step import AttentionOptions, current_step
+from weft.server.engine.step import AttentionOptions, Shared, current_step
 
 ATTENTION = "weft"
 
@@ -158,6 +158,9 @@ class KvCache:
 class WholePrompt:
     """A step that is one whole prompt, without a cache and without adapters."""
 
+    def __init__(self) -> None:
+        self.shared: Shared = {}
+
     def attend(
         self,
         layer: int,
@@ -168,7 +171,7 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
 
@@ -180,8 +183,9 @@ class PagedStep:
         self._batch = batch
         self._cache = cache
         self._adapting = adapting
-        self._head = head
+        self._head = (head,)
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self.shared: Shared = {}
 
     def attend(
         self,
@@ -203,10 +207,10 @@ class PagedStep:
             out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
         return out
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        plan = self._batch.logit_plan if module == self._head else self._batch.plan
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        plan = self._batch.logit_plan if modules == self._head else self._batch.plan
         if plan is not None:
-            self._adapting.adapt(plan, module, inputs, outputs)
+            self._adapting.adapt(plan, modules, inputs, outputs)
 
     def _decode(
         self,

@@ -17,6 +17,7 @@ from weft.adapters.reading import Policy
 from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidConfig, InvalidModel, one_line
+from weft.kernels.native import Native, find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.attention import KvCache
@@ -25,7 +26,7 @@ from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.memory import host_memory, memory_of
-from weft.server.engine.model import PagedModel, check_path, load_model
+from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
@@ -34,6 +35,7 @@ from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import AdapterRoom, Trial, adapter_room, describe_pages, fit_kv_tokens, mask_bytes, mib
 from weft.server.engine.speculation import SMALL_STEP, Speculation
 from weft.server.engine.text import Decode
+from weft.server.engine.threads import fastest_threads
 from weft.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -75,12 +77,11 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     Raises InvalidModel, InvalidConfig.
     """
     settings = config.engine
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    native = _native(config)
     sources = _sources(config)
     check_path(config.model.path)
     tokenizer = _load_tokenizer(config.model.path)
-    model = load_model(config.model)
+    model = load_model(config.model, native)
     expected = expect(model)
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device))
@@ -128,14 +129,31 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
         startup_line=(
-            f"{type(model.model).__name__} in {dtype} on {model.device}, {fitted.error:.1e} from transformers' own; "
-            f"fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "
+            f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
+            f"own; fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "
             f"{limits.context_length:,}, and {describe_pages(room.pages)} of {PAGE_ROWS} rank rows "
             f"({mib(pages.page_bytes)} each) over {len(pages.sites)} modules; a step takes up to "
             f"{mib(fitted.step_bytes)}"
         ),
     )
     return LoadedEngine(engine, store, tokenizer, info, _compiler(tokenizer, model.vocab_size, eos_token_ids))
+
+
+def _native(config: ServerConfig) -> Native | None:
+    """The C library, with as many threads as are wanted or worth it; PyTorch then keeps to one."""
+    threads = config.engine.threads
+    if resolve_device(config.model.device) != "cpu" or find_native(1) is None:
+        torch.set_num_threads(threads or torch.get_num_threads())
+        return None
+    native = find_native(threads or fastest_threads(find_native, torch.get_num_threads()))
+    torch.set_num_threads(1)
+    return native
+
+
+def _describe(model: PagedModel) -> str:
+    if model.native is None:
+        return str(model.device)
+    return f"{model.device} ({model.native.level}, {model.native.threads} threads)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +176,7 @@ def _fit(
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
     trial = Trial.of(settings, model.device, longest, _max_reported(model))
     small = trial.pool(least)
-    model.attach(_cache(model, small), pages.sites, settings.lora_backend)
+    model.attach(_cache(model, small), pages.groups, settings.lora_backend)
     error = probe(model, small, expected)
     step_bytes = trial.run(model, small)
     if longest < NEVER - 1:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from weft.adapters.base import Base, ModuleKind
 from weft.errors import InvalidModel, one_line
 from weft.kernels.lora import BACKENDS
-from weft.kernels.site import Site
+from weft.kernels.native import Native
+from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
 from weft.server.engine.attention import ATTENTION, KvCache, KvShape, PagedStep, WholePrompt
@@ -26,18 +27,21 @@ from weft.server.engine.survey import NO_INTERFACE, refusing, survey
 class PagedModel:
     """A base model, its KV cache and its adapter sites.
 
+    native: the C library that computes on a CPU, where there is one.
+
     Made in three moves, since sizes are known only once the model is loaded: `load`, then `attach` with the memory.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, native: Native | None = None) -> None:
         self.model = model
         self.device = device
+        self.native = native
         self.dtype: torch.dtype = model.dtype
         surveyed = survey(model, device)
         self.kv_shapes: Mapping[int, KvShape] = surveyed.kv_shapes
         self.windows = surveyed.windows
         self.base: Base = surveyed.base
-        self._linear_names = surveyed.linear_names
+        self._linear_groups = surveyed.linear_groups
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
         self.adapting: Adapting | None = None
@@ -70,11 +74,11 @@ class PagedModel:
         """Bytes of KV cache one token takes."""
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
 
-    def attach(self, cache: KvCache, sites: Mapping[str, Site], lora_backend: str) -> None:
+    def attach(self, cache: KvCache, groups: Mapping[tuple[str, ...], SiteGroup], lora_backend: str) -> None:
         """Give the model its cache, adapters their place, and every product its fastest form."""
         self.cache = cache
-        self.adapting = Adapting(sites, BACKENDS[lora_backend])
-        freeze(self.model, self._linear_names)
+        self.adapting = Adapting(groups, BACKENDS[lora_backend])
+        freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
 
@@ -130,10 +134,10 @@ def check_path(name: str) -> None:
         raise InvalidModel(f"{name} holds no config.json: it is not a Hugging Face model folder")
 
 
-def load_model(config: ModelConfig) -> PagedModel:
+def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
     """Load a causal language model from a folder or the hub. Raises InvalidModel with one line that says why not."""
     check_path(config.path)
-    device = torch.device(_device(config.device))
+    device = torch.device(resolve_device(config.device))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -151,10 +155,11 @@ def load_model(config: ModelConfig) -> PagedModel:
     if lacking:
         raise InvalidModel(f"{config.path} lacks {len(lacking)} weights of its model, {lacking[0]} among them")
     model.requires_grad_(False)
-    return PagedModel(model.eval().to(device), device)
+    return PagedModel(model.eval().to(device), device, native)
 
 
-def _device(wanted: str) -> str:
+def resolve_device(wanted: str) -> str:
+    """The device that an option names. Raises InvalidModel where it is not to be had."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from weft.kernels.plan import Plan, build_plan
 from weft.server.engine.adapting import Adapting, rows_of
 from weft.server.engine.attention import WholePrompt
 from weft.server.engine.model import PagedModel
-from weft.server.engine.step import running
+from weft.server.engine.step import Shared, running
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, as ‖ours - plain‖ / ‖plain‖ over what is added to a module's output, or all of it."""
@@ -44,7 +44,7 @@ class AdapterProbe:
         paged = pool.write(pool.allocate(host), host)
         plan = build_plan([(len(prompt), [(paged, 1.0)])], model.device)
         assert plan is not None, "a prompt has rows"
-        step = _Comparing(model, weights, Adapting(pool.sites, BACKENDS[self.lora_backend]), plan)
+        step = _Comparing(model, weights, Adapting(pool.groups, BACKENDS[self.lora_backend]), plan)
         ids = torch.tensor([prompt], device=model.device)
         with running(step):
             model.run_whole(ids)
@@ -72,19 +72,32 @@ class _Comparing(WholePrompt):
     adapting: Adapting
     plan: Plan
     errors: dict[str, float] = field(default_factory=dict)
+    shared: Shared = field(default_factory=dict)
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        if module not in self.weights.touched:
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        touched = [name for name in modules if name in self.weights.touched]
+        if not touched:
             return
-        base, num_tokens = self.model.base.modules[module], self.plan.num_tokens
+        num_tokens = self.plan.num_tokens
         rows = [rows_of(tensor, num_tokens) for tensor in inputs]
-        seen = outputs
-        if is_added(module, base, self.weights):  # on nothing, so that no rounding of the base's output hides it
-            seen = tuple(map(torch.zeros_like, outputs))
-        plain = plain_output(module, rows, rows_of(seen[0], num_tokens).clone(), base, self.weights)
-        self.adapting.adapt(self.plan, module, inputs, seen)
-        if seen is not outputs:
-            self.adapting.adapt(self.plan, module, inputs, outputs)
-        ours = rows_of(seen[0], num_tokens).float()
-        error = (ours - plain).norm() / plain.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        self.errors[module] = float(error.nan_to_num(nan=float("inf")))
+        seen = tuple(tensor.clone() for tensor in outputs)
+        parts = self._parts(modules, rows_of(seen[0], num_tokens))
+        plain = {}
+        for name in touched:
+            base = self.model.base.modules[name]
+            if is_added(name, base, self.weights):  # on nothing, so that no rounding of the base's output hides it
+                parts[name].zero_()
+            plain[name] = plain_output(name, rows, parts[name].clone(), base, self.weights)
+        self.adapting.adapt(self.plan, modules, inputs, seen)
+        self.adapting.adapt(self.plan, modules, inputs, outputs)
+        for name in touched:
+            error = (parts[name].float() - plain[name]).norm()
+            error = error / plain[name].norm().clamp(min=torch.finfo(torch.float32).tiny)
+            self.errors[name] = float(error.nan_to_num(nan=float("inf")))
+
+    def _parts(self, modules: tuple[str, ...], y: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each module's columns of what all gave."""
+        if len(modules) == 1:
+            return {modules[0]: y}
+        sites = self.adapting.groups[modules].sites
+        return {name: y[:, site.columns] for name, site in zip(modules, sites, strict=True)}

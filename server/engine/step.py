@@ -6,7 +6,7 @@ variable, and let it do their work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,8 +25,16 @@ class AttentionOptions:
     sinks: torch.Tensor | None
 
 
+Shared = MutableMapping[Hashable, tuple[torch.Tensor, torch.Tensor]]
+
+
 class Step(Protocol):
-    """What is running: it attends for one layer at a time, and does what adapters do to one module at a time."""
+    """What is running: it attends for one layer at a time, and does what adapters do to a module at a time.
+
+    shared: what modules that read the same x have made of it so far, by their joint product: (x, y).
+    """
+
+    shared: Shared
 
     def attend(
         self,
@@ -39,10 +47,11 @@ class Step(Protocol):
         """query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v] -> [T, heads, d_v]."""
         ...
 
-    def adapt(self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Change, in place, what the base's module of this name made of its inputs.
 
-        One row a token: inputs and outputs are [1, T, ...] or [T, ...], T the rows that the module sees.
+        One row a token: inputs and outputs are [1, T, ...] or [T, ...], T the rows that the module sees. Several are
+        linear modules that read the same input: their one output has the columns of all.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,11 +33,15 @@ NO_INTERFACE = "does not use transformers' attention interface, so Weft can't pa
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """kv_shapes: by layer. windows: attention windows, in tokens. linear_names: linear modules that are called."""
+    """What was found.
+
+    kv_shapes: by layer. windows: attention windows, in tokens. linear_groups: linear modules that are called, those
+    together that read the same input.
+    """
 
     kv_shapes: Mapping[int, KvShape]
     windows: frozenset[int]
-    linear_names: tuple[str, ...]
+    linear_groups: tuple[tuple[str, ...], ...]
     base: Base
 
 
@@ -66,11 +70,13 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
         raise InvalidModel(f"{name} {NO_INTERFACE}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not step.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
+    base = _describe(model, calls)
+    linear = [path for path, seen in calls.items() if seen.count and is_linear(model.get_submodule(path))]
     return Survey(
         kv_shapes=step.kv_shapes,
         windows=frozenset(step.windows),
-        linear_names=tuple(path for path, seen in calls.items() if seen.count and is_linear(model.get_submodule(path))),
-        base=_describe(model, calls),
+        linear_groups=(*base.groups, *((name,) for name in linear if name not in base.of_kind(ModuleKind.LINEAR))),
+        base=base,
     )
 
 
@@ -87,6 +93,7 @@ class _Watching(WholePrompt):
     """Notes each layer's shapes and options."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.kv_shapes: dict[int, KvShape] = {}
         self.windows: set[int] = set()
 
@@ -146,7 +153,16 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
         embedding=names.get(id(embedding), ""),
         head=names.get(id(head), "") if head is not None else "",
         is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
+        groups=_groups([name for name, module in modules.items() if module.kind is ModuleKind.LINEAR], calls),
     )
+
+
+def _groups(linear: Sequence[str], calls: Mapping[str, _Calls]) -> tuple[tuple[str, ...], ...]:
+    """Modules of one parent that were given the very same tensor."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in linear:
+        groups.setdefault((name.rpartition(".")[0], id(calls[name].inputs[0])), []).append(name)
+    return tuple(map(tuple, groups.values()))
 
 
 def _kind(module: nn.Module, seen: _Calls, *, is_head: bool) -> ModuleKind | None:

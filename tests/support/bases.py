@@ -11,7 +11,10 @@ from weft.adapters.base import Base, BaseModule, ModuleKind
 
 def linear_base(shapes: Mapping[str, tuple[int, int]]) -> Base:
     """Linear modules of these (d_in, d_out), with zeros for weights."""
-    return Base({name: _linear(d_in, d_out) for name, (d_in, d_out) in shapes.items()})
+    return Base(
+        {name: _linear(d_in, d_out) for name, (d_in, d_out) in shapes.items()},
+        groups=tuple((name,) for name in shapes),
+    )
 
 
 def _linear(d_in: int, d_out: int) -> BaseModule:

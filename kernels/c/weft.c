@@ -1,0 +1,16 @@
+/* The whole library as one unit. */
+#define _GNU_SOURCE
+#include "pool.c"
+#include "linear.c"
+
+/* The x86-64 level of this processor, 1 to 4; 0 on other kinds. */
+int weft_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("x86-64-v4")) return 4;
+    if (__builtin_cpu_supports("x86-64-v3")) return 3;
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,65 @@
+"""Products with frozen weights, packed once for the C library."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from weft.kernels.native import FORMATS, Native
+
+
+class PackedLinear:
+    """y = x W^T + b; each number of y is summed in float32, in the same order whatever the other rows are.
+
+    linear.c describes the layout. A float32 weight whose numbers are all bfloat16's, as those of most checkpoints are,
+    is kept in bfloat16: the same products from half the bytes.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, native: Native) -> None:
+        """weight: [d_out, d_in], float32 or bfloat16; bias: [d_out] of the same dtype; both are copied."""
+        self.d_out, self.d_in = weight.shape
+        self.dtype = weight.dtype
+        self._linear = native.call.weft_linear
+        self._threads = native.threads
+        self._panel = native.panel
+        halved = weight.bfloat16()
+        kept = halved if torch.equal(halved.to(weight.dtype), weight) else weight
+        self._formats = FORMATS[kept.dtype], FORMATS[weight.dtype]
+        missing = -self.d_out % native.panel
+        self._packed = self._by_column(functional.pad(kept, (0, 0, 0, missing))).contiguous()
+        self._bias = None if bias is None else functional.pad(bias.float(), (0, missing))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., d_in] of the weight's dtype -> [..., d_out]."""
+        rows = x.reshape(-1, self.d_in).float()
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        y = torch.empty(*x.shape[:-1], self.d_out, dtype=self.dtype)
+        self._linear(
+            rows.data_ptr(),
+            self._packed.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            y.data_ptr(),
+            len(rows),
+            self.d_in,
+            self.d_out,
+            rows.stride(0),
+            self.d_out,
+            *self._formats,
+            self._threads,
+        )
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weight takes."""
+        return self._packed.nbytes
+
+    def weight(self) -> torch.Tensor:
+        """The weight as it was given, [d_out, d_in]."""
+        by_panel = self._packed.permute(0, 2, 1) if self._packed.dim() == 3 else self._packed.permute(0, 3, 2, 1)
+        return by_panel.reshape(-1, self.d_in)[: self.d_out].to(self.dtype)
+
+    def _by_column(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype == torch.float32:
+            return weight.view(-1, self._panel, self.d_in).permute(0, 2, 1)
+        return weight.view(-1, 2, self._panel // 2, self.d_in).permute(0, 3, 2, 1)

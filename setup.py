@@ -1,0 +1,27 @@
+"""The C library of kernels/, once for each level of processor; an install without a compiler goes on without it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+FLAGS = ["-std=gnu11", "-O3", "-fvisibility=default", "-pthread"]
+LEVELS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+
+setup(
+    ext_modules=[
+        Extension(
+            f"weft.kernels._native_{level}",
+            sources=["kernels/c/weft.c"],
+            depends=sorted(str(path) for path in Path("kernels/c").iterdir() if path.name != "weft.c"),
+            extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+        for level, flags in LEVELS.items()
+    ]
+)

@@ -31,6 +31,10 @@ class NotRun(Exception):
     """A peer that can't be had here, or can't do what is asked; the message says why."""
 
 
+class Gone(NotRun):
+    """The peer has ended, by itself or because it took too long: it can be started again."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How an environment is made. variables: what its scripts need to be told of it."""
@@ -128,18 +132,18 @@ class Peer:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if self._process.returncode is not None:
-            raise NotRun("it ended")
+            raise Gone("it ended")
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise NotRun("it ended") from None
+            raise Gone("it ended") from None
         if not select.select([self._process.stdout], [], [], limit_s)[0]:
             self.close(0)
-            raise NotRun(f"no answer within {limit_s:.0f} s")
+            raise Gone(f"no answer within {limit_s:.0f} s")
         line = self._process.stdout.readline()
         if not line:
-            raise NotRun(f"it ended with {self._process.wait()}")
+            raise Gone(f"it ended with {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise NotRun(answer["error"])

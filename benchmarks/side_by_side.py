@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import click
 import transformers
-from environments import NotRun, Tokens
+from environments import Gone, NotRun, Tokens
 from floor import Rates, Sizes, measure_rates
 from peers.protocol import Job, Setup
 from report import machine, write_section
@@ -117,6 +118,9 @@ def measure(contest: Contest, standing: Standing, scenario: Scenario, turn: int,
         whole = standing.system.answer(effort.job(scenario, turn, effort.new_tokens))
     except NotRun as error:
         cell.error = str(error)
+        if isinstance(error, Gone):
+            standing.system.stop()
+            standing.system.start()
         return
     if any(len(tokens) != effort.new_tokens for tokens in whole.tokens):
         cell.error = "answers of the wrong length"
@@ -170,6 +174,7 @@ def main(
     write: bool | None,
 ) -> None:
     chosen = choose(systems)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end, too
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     length = 16 if shape == "tiny" else 64

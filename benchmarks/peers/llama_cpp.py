@@ -5,6 +5,7 @@ A base request names an adapter at scale 0: without a `lora` field it was wrong 
 
 from __future__ import annotations
 
+import atexit
 import http.client
 import json
 import os
@@ -73,6 +74,7 @@ def start(setup: Setup) -> int:
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
     )
+    atexit.register(process.kill)
     while process.poll() is None:
         try:
             if post(port, "/health", None).get("status") == "ok":

@@ -51,7 +51,7 @@ def plot(path: Path, axis: str, points: Sequence[tuple[float | str, Sequence[Poi
         firsts.set(xlabel=axis, ylabel="seconds", title="Time to first token")
         firsts.legend(frameon=False)
         for axes in (rates, firsts):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, metadata=metadata)
 

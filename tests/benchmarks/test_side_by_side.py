@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from environments import NotRun, Peer, Recipe, environment, run
+from environments import Gone, NotRun, Peer, Recipe, environment, run
 from floor import Rates, Sizes, ratios, step_s
 from peers.protocol import Job
 from shapes import SHAPES, module_shapes
@@ -41,7 +41,7 @@ class Fake(System):
 
     def answer(self, job: Job) -> Answer:
         if self.cell_error and any(job.adapters):
-            raise NotRun(self.cell_error)
+            raise (Gone if self.cell_error == "gone" else NotRun)(self.cell_error)
         self.calls += 1
         return Answer(float(job.new_tokens), [[prompt[0]] * job.new_tokens for prompt in job.prompts])
 
@@ -115,6 +115,13 @@ class TestContest:
         assert "Weft: 16 adapters" in report
         assert [standing.system.started for standing in made.standings] == [0, 1, 1, 1]
         assert json.loads(json.dumps(to_json(made, Rates(1e9, 1e9))))["systems"]["gone"]["error"] == "no wheel"
+
+    def test_one_that_is_gone_is_started_again_for_what_is_left(self) -> None:
+        made = contest(Fake(WEFT, cell_error="gone"))
+        (standing,) = made.standings
+        assert standing.cells[DISTINCT.name].error == "gone"
+        assert standing.system.started == 1
+        assert len(standing.cells[ALL.name].whole_s) == EFFORT.rounds
 
     def test_a_large_shape_has_one_system_up_at_a_time(self) -> None:
         made = contest(Fake(WEFT), Fake(PLAIN), resident=False)

@@ -17,8 +17,8 @@ from weft.adapters.reading import Policy, Reader
 from weft.adapters.sources import Sources
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import ModelConfig
-from weft.server.engine.attention import KvCache
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.model import load_model
 from weft.server.engine.parity import AdapterProbe
 

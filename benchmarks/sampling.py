@@ -26,9 +26,9 @@ from shapes import SHAPES, make_base
 
 import weft
 from weft.server.config import ModelConfig
-from weft.server.engine.attention import KvCache
 from weft.server.engine.batch import build_batch
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.model import PagedModel, load_model
 from weft.server.engine.request import Request, Sampling
 from weft.server.engine.sampler import sample

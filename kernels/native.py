@@ -21,6 +21,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "weft_level": (_INT, ()),
     "weft_panel": (_INT64, ()),
     "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, *(_INT,) * 3)),
+    "weft_attend": (None, (_POINTER,)),
 }
 
 

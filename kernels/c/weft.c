@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "pool.c"
 #include "linear.c"
+#include "attention.c"
 
 /* The x86-64 level of this processor, 1 to 4; 0 on other kinds. */
 int weft_level(void) {

@@ -1,24 +1,25 @@
 """Paged attention behind transformers' attention interface.
 
 A transformers model that asks for the implementation `ATTENTION` calls `_attend` once a layer; it lets the running step
-do the work. The maths is PyTorch's scaled_dot_product_attention, or the
-same written out where a model wants soft-capped scores or attention sinks.
+do the work. On a CPU the C library reads the cache where it lies (see `kernels/attention.py`); elsewhere
+blocks are gathered (see `gathering.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from weft.errors import InvalidModel
-from weft.kernels.site import lazy_zeros
+from weft.kernels.attention import DTYPES, PagedAttention, Run
+from weft.kernels.native import Native
 from weft.server.engine.adapting import Adapting
-from weft.server.engine.batch import Batch, Chunk, DecodeGroup
+from weft.server.engine.batch import Batch
+from weft.server.engine.gathering import Gathering, attend
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.step import AttentionOptions, Shared, current_step
 
 ATTENTION = "weft"
@@ -54,107 +55,6 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: AttentionOptions,
-    *,
-    causal: bool = False,
-) -> torch.Tensor:
-    """softmax(scaling * q k^T) v with grouped queries.
-
-    query: [n, heads, q, d], key: [n, kv_heads, k, d], value: [n, kv_heads, k, d_v]; mask: bool, broadcast to
-    [n, 1, q, k], True where a query sees a key. Returns [n, heads, q, d_v].
-    """
-    if options.softcap is None and options.sinks is None:
-        grouped = key.shape[1] != query.shape[1]
-        return scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=options.scaling, enable_gqa=grouped
-        )
-    return _attend_written_out(query, key, value, _causal_mask(query, key) if causal else mask, options)
-
-
-def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
-
-
-def _attend_written_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: AttentionOptions,
-) -> torch.Tensor:
-    """As `attend`, with soft cap (Gemma 2) and sinks (gpt-oss), softmax in float32."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (options.scaling if options.scaling is not None else query.shape[-1] ** -0.5)
-    if options.softcap is not None:
-        scores = torch.tanh(scores / options.softcap) * options.softcap
-    scores = scores.float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if options.sinks is not None:
-        sinks = options.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return weights.to(value.dtype) @ value
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """Heads and head sizes of one layer's keys and values."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def numbers(self) -> int:
-        """Numbers stored for one token."""
-        return self.kv_heads * (self.key_dim + self.value_dim)
-
-
-class KvCache:
-    """Keys and values of every layer: [num_blocks * block_tokens, kv_heads, d], zero-filled, addressed by slot."""
-
-    def __init__(
-        self,
-        shapes: Mapping[int, KvShape],
-        num_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        slots = num_blocks * block_tokens
-        self.block_tokens = block_tokens
-        self.layers = {
-            layer: (
-                lazy_zeros(slots, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
-                lazy_zeros(slots, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
-            )
-            for layer, shape in shapes.items()
-        }
-
-    def scrub(self, blocks: list[int]) -> None:
-        """Zero blocks whose content was never seen to be finite: masked out is not enough, since 0 * NaN is NaN."""
-        for tensors in self.layers.values():
-            for tensor in tensors:
-                self._by_block(tensor)[blocks] = 0
-
-    def read(self, tensor: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Gather blocks: int64 [..., m] -> [..., m * block_tokens, kv_heads, d]."""
-        gathered = self._by_block(tensor).index_select(0, blocks.flatten())
-        return gathered.view(*blocks.shape[:-1], -1, *tensor.shape[1:])
-
-    def _by_block(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view(-1, self.block_tokens, *tensor.shape[1:])
-
-
 class WholePrompt:
     """A step that is one whole prompt, without a cache and without adapters."""
 
@@ -175,16 +75,32 @@ class WholePrompt:
         """The base's output stays as it is."""
 
 
-class PagedStep:
-    """A step over the paged cache: each layer writes its new keys and values, then reads what its rows may see."""
+class CacheAttention(Protocol):
+    """How a step attends over the paged cache: it writes each layer's new keys and values, then reads what rows see."""
 
-    def __init__(self, batch: Batch, cache: KvCache, adapting: Adapting, head: str) -> None:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """As `Step.attend`."""
+        ...
+
+
+class PagedStep:
+    """A step over the paged cache."""
+
+    def __init__(
+        self, batch: Batch, cache: KvCache, adapting: Adapting, head: str, native: Native | None = None
+    ) -> None:
         """head: the module that sees only the rows whose logits are wanted; "" where none does."""
         self._batch = batch
-        self._cache = cache
+        self._attention = attention_of(batch, cache, native)
         self._adapting = adapting
         self._head = (head,)
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self.shared: Shared = {}
 
     def attend(
@@ -195,70 +111,52 @@ class PagedStep:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        keys, values = self._cache.layers[layer]
-        keys.index_copy_(0, self._batch.slots, key.transpose(0, 1))
-        values.index_copy_(0, self._batch.slots, value.transpose(0, 1))
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
-        for group in self._batch.decode_groups(options.window):
-            rows = slice(None) if group.rows is None else group.rows
-            out[rows] = self._decode(query[:, rows], keys, values, group, options)
-        for chunk in self._batch.chunks:
-            rows = slice(chunk.start, chunk.start + chunk.num_tokens)
-            out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
-        return out
+        return self._attention.attend(layer, query, key, value, options)
 
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if modules == self._head else self._batch.plan
         if plan is not None:
             self._adapting.adapt(plan, modules, inputs, outputs)
 
-    def _decode(
+
+def attends_in_place(native: Native | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a cache is read where it lies, with no copies and no masks."""
+    return native is not None and device.type == "cpu" and dtype in DTYPES
+
+
+def attention_of(batch: Batch, cache: KvCache, native: Native | None) -> CacheAttention:
+    """The fastest there is for the cache."""
+    if native is not None and attends_in_place(native, cache.dtype, cache.device):
+        return InPlace(batch, cache, native)
+    return Gathering(batch, cache)
+
+
+class InPlace:
+    """By the C library: a row comes out the same to the bit, however its prompt is cut and whatever is beside it."""
+
+    def __init__(self, batch: Batch, cache: KvCache, native: Native) -> None:
+        self._layers = cache.layers
+        self._attend = PagedAttention(native, _runs(batch), batch.slots, batch.block_tokens)
+
+    def attend(
         self,
+        layer: int,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        group: DecodeGroup,
+        key: torch.Tensor,
+        value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """query: [heads, n, d] -> [n, heads, d_v]: one query a sequence.
-
-        Without sinks, the query heads of one KV head stand in for a sequence of queries: no key is repeated.
-        """
-        heads, n, dim = query.shape
-        key = self._cache.read(keys, group.blocks).transpose(1, 2)
-        value = self._cache.read(values, group.blocks).transpose(1, 2)
-        by_row = query.transpose(0, 1)
-        kv_heads = heads if options.sinks is not None else key.shape[1]
-        packed = by_row.reshape(n, kv_heads, heads // kv_heads, dim)
-        return attend(packed, key, value, group.visible, options).reshape(n, heads, -1)
-
-    def _chunk(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        chunk: Chunk,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """query: [heads, n, d] -> [n, heads, d_v]: some tokens of one sequence, over all of it so far."""
-        key = self._cache.read(keys, chunk.blocks)[: chunk.context].transpose(0, 1)[None]
-        value = self._cache.read(values, chunk.blocks)[: chunk.context].transpose(0, 1)[None]
-        mask = self._mask(chunk, options.window)
-        return attend(query[None], key, value, mask, options, causal=mask is None)[0].transpose(0, 1)
-
-    def _mask(self, chunk: Chunk, window: int | None) -> torch.Tensor | None:
-        """What a chunk's rows see, made once for all layers of a kind; None where plain causality says it."""
-        if (chunk.start, window) not in self._masks:
-            whole = chunk.num_tokens == chunk.context
-            windowed = window is not None and chunk.context > window
-            plain = whole and not windowed
-            self._masks[chunk.start, window] = None if plain else _chunk_mask(chunk, window, self._batch.slots.device)
-        return self._masks[chunk.start, window]
+        return self._attend(
+            *(query, key, value, *self._layers[layer]),
+            scale=query.shape[2] ** -0.5 if options.scaling is None else options.scaling,
+            window=options.window,
+            softcap=options.softcap,
+            sinks=options.sinks,
+        )
 
 
-def _chunk_mask(chunk: Chunk, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [n, context]: query i of the chunk sees the tokens up to its own, the last `window` of them."""
-    queries = torch.arange(chunk.context - chunk.num_tokens, chunk.context, device=device)[:, None]
-    keys = torch.arange(chunk.context, device=device)[None, :]
-    visible = keys <= queries
-    return visible if window is None else visible & (keys > queries - window)
+def _runs(batch: Batch) -> Iterator[Run]:
+    for row, context, blocks in batch.decodes:
+        yield Run(row, 1, context, blocks)
+    for chunk in batch.chunks:
+        yield Run(chunk.start, chunk.num_tokens, chunk.context, chunk.blocks.tolist())

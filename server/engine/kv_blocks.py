@@ -1,4 +1,4 @@
-"""Blocks of the KV cache: who holds which, and which are kept for later. Bookkeeping; the tensors: `attention.py`."""
+"""Blocks of the KV cache: who holds which, and which are kept for later. Bookkeeping; the tensors: `kv_cache.py`."""
 
 from __future__ import annotations
 

@@ -20,11 +20,11 @@ from weft.errors import InvalidConfig, InvalidModel, one_line
 from weft.kernels.native import Native, find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
-from weft.server.engine.attention import KvCache
 from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
@@ -179,7 +179,7 @@ def _fit(
     model.attach(_cache(model, small), pages.groups, settings.lora_backend)
     error = probe(model, small, expected)
     step_bytes = trial.run(model, small)
-    if longest < NEVER - 1:
+    if longest < NEVER - 1 and not model.attends_in_place:
         step_bytes += mask_bytes(min(settings.max_batch_tokens, longest), longest, model.dtype.itemsize)
     owed_bytes = room.on_host_bytes if model.device.type == "cpu" else 0
     num_tokens = fit_kv_tokens(model, settings, memory_of(model.device), step_bytes, owed_bytes)

@@ -17,8 +17,9 @@ from weft.kernels.native import Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
-from weft.server.engine.attention import ATTENTION, KvCache, KvShape, PagedStep, WholePrompt
+from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
+from weft.server.engine.kv_cache import KvCache, KvShape
 from weft.server.engine.linear import freeze
 from weft.server.engine.step import running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey
@@ -74,6 +75,11 @@ class PagedModel:
         """Bytes of KV cache one token takes."""
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
 
+    @property
+    def attends_in_place(self) -> bool:
+        """Whether attention takes no memory for copies of the cache and for masks."""
+        return attends_in_place(self.native, self.dtype, self.device)
+
     def attach(self, cache: KvCache, groups: Mapping[tuple[str, ...], SiteGroup], lora_backend: str) -> None:
         """Give the model its cache, adapters their place, and every product its fastest form."""
         self.cache = cache
@@ -93,7 +99,7 @@ class PagedModel:
             raise RuntimeError("attach() comes before forward()")
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         head = self.base.head if self._selects_logits else ""
-        with running(PagedStep(batch, self.cache, self.adapting, head)):
+        with running(PagedStep(batch, self.cache, self.adapting, head, self.native)):
             output = self.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.positions,

@@ -169,7 +169,8 @@ def fit_kv_tokens(model: PagedModel, settings: EngineConfig, memory: Memory, ste
     """Tokens of the KV cache: what the option says, else the KV cache's share of what is left.
 
     memory: as it is once all but the KV cache has been made. owed_bytes: that others have been promised of it. A step
-    reads the cache layer by layer into copies, which padding doubles at the most. Raises InvalidConfig.
+    that does not attend in place reads the cache layer by layer into copies, which padding doubles at the most. Raises
+    InvalidConfig.
     """
     left_bytes = max(0, memory.free_bytes - step_bytes - owed_bytes)
     wanted = settings.kv_tokens
@@ -186,7 +187,8 @@ def fit_kv_tokens(model: PagedModel, settings: EngineConfig, memory: Memory, ste
             )
         return wanted
     share = settings.memory_share or KV_SHARE[model.device.type]
-    copied_bytes = 2 * max(shape.numbers for shape in model.kv_shapes.values()) * model.dtype.itemsize
+    largest = max(shape.numbers for shape in model.kv_shapes.values())
+    copied_bytes = 0 if model.attends_in_place else 2 * largest * model.dtype.itemsize
     fits = int(left_bytes * share) // (model.token_bytes + copied_bytes)
     context = settings.context_length or model.context_length or fits
     wanted = min(fits, context * settings.max_running_requests)

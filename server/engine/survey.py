@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.adapters.base import Base, BaseModule, Function, ModuleKind, Parameters
 from weft.errors import InvalidModel, one_line
-from weft.server.engine.attention import KvShape, WholePrompt
+from weft.server.engine.attention import WholePrompt
 from weft.server.engine.experts import LowRankExperts, are_experts
+from weft.server.engine.kv_cache import KvShape
 from weft.server.engine.linear import is_linear, linear_with, read
 from weft.server.engine.step import AttentionOptions, running
 

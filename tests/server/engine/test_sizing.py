@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import make_model, save_tokenizer
 
 from weft.errors import InvalidConfig
+from weft.kernels.native import find_native
 from weft.server.config import EngineConfig, ModelConfig
 from weft.server.engine.memory import Memory
 from weft.server.engine.model import PagedModel, load_model
@@ -75,6 +76,15 @@ def test_the_cache_gets_its_share_of_what_is_left(model: PagedModel) -> None:
     assert tokens(model, Memory(GIB, 100 * MIB), memory_share=0.05, **options) == pytest.approx(alone / 10, abs=1)
     layers = 3
     assert alone * model.token_bytes == pytest.approx(50 * MIB / (1 + 2 / layers), rel=0.01), "and room for copies"
+
+
+def test_attention_in_place_needs_no_room_for_copies(folder: Path) -> None:
+    native = find_native(1)
+    if native is None:
+        pytest.skip("the C library was not built")
+    model = load_model(ModelConfig(str(folder), dtype="float32", device="cpu"), native)
+    plenty = {"max_batch_tokens": 1 << 16, "max_running_requests": 1 << 16}
+    assert tokens(model, Memory(GIB, 100 * MIB), **plenty) * model.token_bytes == pytest.approx(50 * MIB, rel=0.01)
 
 
 def test_the_cache_is_no_larger_than_all_running_requests_need(model: PagedModel) -> None:

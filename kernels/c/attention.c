@@ -1,0 +1,558 @@
+/* Attention over a paged KV cache, read where it lies: softmax(scale q k^T) v of each query row over its own sequence.
+ *
+ * The context is taken in tiles of TILE tokens, counted from the first token of the sequence, one after the other, with a
+ * running peak, mass and weighted sum of the values (Milakov and Gimelshein 2018). What a row and head come to depends on
+ * their query and on the tokens that they see, and on nothing else: not on the chunk, the batch or the threads.
+ */
+#include <math.h>
+#include <stdlib.h>
+
+#include "curves.h"
+#include "pool.h"
+#include "vectors.h"
+
+enum { TILE = 64, ITEM_ROWS = 48, TURNED = 2 * VL, WRITTEN_AT_ONCE = 64 };
+
+/* As in attention.py. Strides in numbers; the last dimension of each tensor is dense. */
+struct attention {
+    const void *query, *key, *value; /* [heads, rows, d], [kv_heads, rows, d], [kv_heads, rows, d_v] */
+    void *out;                       /* [rows, heads, d_v] */
+    void *keys, *values;             /* the cache: [slots, kv_heads, d], [slots, kv_heads, d_v] */
+    const int64_t *slots;            /* [rows]: where the new keys and values go */
+    const int64_t *runs;             /* [num_runs, 4]: see struct run */
+    const int64_t *table;            /* blocks of all runs */
+    const float *sinks;              /* [heads] or NULL */
+    int64_t query_head, query_row, key_head, key_row, value_head, value_row;
+    int64_t rows, num_runs, heads, kv_heads, d, d_v, block_tokens;
+    int64_t window; /* tokens that a row sees, itself among them; 0: all */
+    float scale;
+    float softcap; /* 0: none */
+    int format, threads;
+};
+
+/* Rows of one sequence that follow each other: they are the last of its `context` tokens. */
+struct run {
+    int64_t first_row, num_rows, context, first_block;
+};
+
+/* Some rows of a run; one item of work is that and a KV head. */
+struct part {
+    int64_t run, first, count;
+};
+
+struct attention_job {
+    const struct attention *of;
+    const struct part *parts;
+    int64_t columns; /* d_v, padded to whole pairs of vectors */
+};
+
+/* What one thread works on: the rows of an item, those of a query's heads beside each other. */
+struct desk {
+    float *query;   /* [rows, d], scaled */
+    float *sums;    /* [rows, columns]: the values, weighted */
+    float *weights; /* [rows, TILE]: scores, then weights */
+    float *turned;  /* [d, TURNED]: keys of some tokens */
+    float *mass;    /* [rows, VL] */
+    float *peaks;   /* [rows] */
+    char *padded;   /* [TILE, columns]: values whose rows don't fill whole vectors */
+    const char *keys[TILE], *values[TILE];
+};
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t size_of(int format) { return format == FLOAT32 ? 4 : 2; }
+
+/* ---- Keys of TURNED tokens, with one number of each beside the other ---- */
+
+#if VL == 4
+#define OF_LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
+#elif VL == 8
+#define OF_LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
+#else
+#define OF_LANES(F, h)                                                                                              \
+    F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), F(8, h), F(9, h), F(10, h), F(11, h),   \
+        F(12, h), F(13, h), F(14, h), F(15, h)
+#endif
+#define UPPER(l, h) ((l) & (h) ? (l) - (h) + VL : (l))
+#define LOWER(l, h) ((l) & (h) ? (l) + VL : (l) + (h))
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_int){__VA_ARGS__})
+#endif
+/* Swaps squares of side h across the diagonal. */
+#define SWAP(v, h)                                                  \
+    _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) {         \
+        if (i & (h)) continue;                                      \
+        vec a = (v)[i], b = (v)[i + (h)];                           \
+        (v)[i] = SHUFFLE(a, b, OF_LANES(UPPER, h));                 \
+        (v)[i + (h)] = SHUFFLE(a, b, OF_LANES(LOWER, h));           \
+    }
+
+static inline __attribute__((always_inline)) void transpose(vec v[VL]) {
+    SWAP(v, 1)
+    SWAP(v, 2)
+#if VL >= 8
+    SWAP(v, 4)
+#endif
+#if VL >= 16
+    SWAP(v, 8)
+#endif
+}
+
+static void turn_f32(const char *const *keys, int64_t d, float *to) {
+    int64_t k = 0;
+    for (; k + VL <= d; k += VL)
+        for (int half = 0; half < TURNED; half += VL) {
+            vec v[VL];
+            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) v[i] = load_f32((const float *)keys[half + i] + k);
+            transpose(v);
+            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) store_f32(to + (k + i) * TURNED + half, v[i]);
+        }
+    for (; k < d; k++)
+        for (int i = 0; i < TURNED; i++) to[k * TURNED + i] = ((const float *)keys[i])[k];
+}
+
+/* Two halves are turned as one word. */
+static void turn_bf16(const char *const *keys, int64_t d, float *to) {
+    int64_t k = 0;
+    for (; k + 2 * VL <= d; k += 2 * VL)
+        for (int half = 0; half < TURNED; half += VL) {
+            vec v[VL];
+            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++)
+                memcpy(&v[i], (const uint16_t *)keys[half + i] + k, sizeof v[i]);
+            transpose(v);
+            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) {
+                store_f32(to + (k + 2 * i) * TURNED + half, (vec)((vec_bits)v[i] << 16));
+                store_f32(to + (k + 2 * i + 1) * TURNED + half, (vec)((vec_bits)v[i] & 0xffff0000));
+            }
+        }
+    for (; k < d; k++)
+        for (int i = 0; i < TURNED; i++) to[k * TURNED + i] = bf16_to_f32(((const uint16_t *)keys[i])[k]);
+}
+
+/* ---- Products of ROWS rows: the sums stay in registers ---- */
+
+/* Scores of TURNED tokens. */
+#define DEFINE_SCORES(ROWS)                                                                             \
+    static void scores_##ROWS(const float *query, const float *turned, int64_t d, float *scores) {      \
+        vec low[ROWS], high[ROWS];                                                                      \
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) low[r] = high[r] = (vec){0}; \
+        for (int64_t k = 0; k < d; k++, turned += TURNED) {                                             \
+            vec first = load_f32(turned), second = load_f32(turned + VL);                               \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                   \
+                vec number = splat(query[r * d + k]);                                                   \
+                low[r] += number * first;                                                               \
+                high[r] += number * second;                                                             \
+            }                                                                                           \
+        }                                                                                               \
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
+            store_f32(scores + r * TILE, low[r]);                                                       \
+            store_f32(scores + r * TILE + VL, high[r]);                                                 \
+        }                                                                                               \
+    }
+
+/* Adds the values of tokens [from, to), weighted. Of halves, `low` has the even columns and `high` the odd ones. */
+#define DEFINE_MIX(SUFFIX, ROWS, NUMBER, LOAD)                                                                      \
+    static void mix_##ROWS##_##SUFFIX(const float *weights, const char *const *values, int64_t from, int64_t to,    \
+                                      int64_t columns, float *sums) {                                               \
+        for (int64_t c = 0; c < columns; c += 2 * VL) {                                                             \
+            vec low[ROWS], high[ROWS];                                                                              \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
+                low[r] = load_f32(sums + r * columns + c);                                                          \
+                high[r] = load_f32(sums + r * columns + c + VL);                                                    \
+            }                                                                                                       \
+            for (int64_t j = from; j < to; j++) {                                                                   \
+                vec first, second;                                                                                  \
+                LOAD((const NUMBER *)values[j] + c, &first, &second);                                               \
+                _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                           \
+                    vec weight = splat(weights[r * TILE + j]);                                                      \
+                    low[r] += weight * first;                                                                       \
+                    high[r] += weight * second;                                                                     \
+                }                                                                                                   \
+            }                                                                                                       \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
+                store_f32(sums + r * columns + c, low[r]);                                                          \
+                store_f32(sums + r * columns + c + VL, high[r]);                                                    \
+            }                                                                                                       \
+        }                                                                                                           \
+    }
+
+#define DEFINE_GROUP(ROWS)                           \
+    DEFINE_SCORES(ROWS)                              \
+    DEFINE_MIX(f32, ROWS, float, load_f32_pair)      \
+    DEFINE_MIX(bf16, ROWS, uint16_t, load_bf16_pair)
+
+DEFINE_GROUP(1)
+DEFINE_GROUP(2)
+DEFINE_GROUP(3)
+DEFINE_GROUP(4)
+DEFINE_GROUP(5)
+DEFINE_GROUP(6)
+#if VL == 16
+DEFINE_GROUP(8)
+DEFINE_GROUP(12)
+#endif
+
+#define GROUP(ROWS) {ROWS, scores_##ROWS, {mix_##ROWS##_f32, mix_##ROWS##_bf16}}
+
+typedef struct {
+    int rows;
+    void (*score)(const float *, const float *, int64_t, float *);
+    void (*mix[2])(const float *, const char *const *, int64_t, int64_t, int64_t, float *);
+} group;
+
+static const group GROUPS[] = {
+#if VL == 16
+    GROUP(12), GROUP(8),
+#endif
+    GROUP(6), GROUP(5), GROUP(4), GROUP(3), GROUP(2), GROUP(1),
+};
+static const group *const ONE_ROW = &GROUPS[sizeof GROUPS / sizeof *GROUPS - 1];
+
+static const group *largest_group(int64_t rows) {
+    const group *found = GROUPS;
+    while (found->rows > rows) found++;
+    return found;
+}
+
+/* ---- One item ---- */
+
+/* Where an item is: its rows, and the tile at hand. */
+struct place {
+    const struct attention *of;
+    struct run run;
+    int64_t row, count, kv_head, per_query; /* row: the first of `count` queries; per_query: heads of the KV head */
+    int64_t position;                       /* of the first query in its sequence */
+    int64_t columns, tile;
+};
+
+/* Tokens of the tile that a row of the desk sees, from `low` to before `high`; none where low >= high. */
+static inline void see(const struct place *at, int64_t desk_row, int64_t *low, int64_t *high) {
+    int64_t position = at->position + desk_row / at->per_query;
+    int64_t first = at->of->window ? most(0, position + 1 - at->of->window) : 0;
+    *low = most(0, first - at->tile);
+    *high = least(TILE, position + 1 - at->tile);
+}
+
+/* What some rows see, all of them and any of them. They see as far as their positions, so the first and last tell. */
+struct view {
+    int64_t any_low, any_high, all_low, all_high;
+};
+
+static inline struct view view_of(const struct place *at, int64_t desk_row, int64_t rows) {
+    struct view v;
+    see(at, desk_row, &v.any_low, &v.all_high);
+    see(at, desk_row + rows - 1, &v.all_low, &v.any_high);
+    return v;
+}
+
+static void take_queries(const struct place *at, struct desk *desk) {
+    const struct attention *of = at->of;
+    float *to = desk->query;
+    for (int64_t i = 0; i < at->count; i++)
+        for (int64_t g = 0; g < at->per_query; g++, to += of->d) {
+            int64_t from = (at->kv_head * at->per_query + g) * of->query_head + (at->row + i) * of->query_row;
+            for (int64_t k = 0; k < of->d; k++) {
+                float number = of->format == FLOAT32 ? ((const float *)of->query)[from + k]
+                                                     : bf16_to_f32(((const uint16_t *)of->query)[from + k]);
+                to[k] = number * of->scale;
+            }
+        }
+}
+
+/* A token of the KV head in the cache. */
+struct token {
+    const int64_t *block;
+    int64_t offset;
+};
+
+static inline struct token token_at(const struct place *at, int64_t position) {
+    int64_t block = position / at->of->block_tokens;
+    return (struct token){at->of->table + at->run.first_block + block, position - block * at->of->block_tokens};
+}
+
+static inline void go_on(const struct place *at, struct token *token) {
+    if (++token->offset == at->of->block_tokens) token->block++, token->offset = 0;
+}
+
+static inline int64_t slot_of(const struct place *at, struct token token) {
+    return (*token.block * at->of->block_tokens + token.offset) * at->of->kv_heads + at->kv_head;
+}
+
+static inline const char *key_of(const struct place *at, int64_t slot) {
+    return (const char *)at->of->keys + slot * at->of->d * size_of(at->of->format);
+}
+
+static inline const char *value_of(const struct place *at, int64_t slot) {
+    return (const char *)at->of->values + slot * at->of->d_v * size_of(at->of->format);
+}
+
+/* Find the tokens [low, high) of the tile; those beside them are never used, and only must be somewhere. */
+static void find_tokens(const struct place *at, struct desk *desk, int64_t low, int64_t high) {
+    struct token token = token_at(at, at->tile + low);
+    for (int64_t j = low; j < high; j++, go_on(at, &token)) {
+        int64_t slot = slot_of(at, token);
+        desk->keys[j] = key_of(at, slot);
+        desk->values[j] = value_of(at, slot);
+    }
+    for (int64_t j = 0; j < low; j++) desk->keys[j] = desk->keys[low];
+    for (int64_t j = high; j < TILE; j++) desk->keys[j] = desk->keys[low];
+    if (at->columns == at->of->d_v) return;
+    int64_t size = size_of(at->of->format);
+    for (int64_t j = low; j < high; j++) {
+        char *copy = desk->padded + j * at->columns * size;
+        memcpy(copy, desk->values[j], at->of->d_v * size);
+        desk->values[j] = copy;
+    }
+}
+
+static inline void fetch_line_by_line(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* Ask for tokens [low, high) of the tile, which is the next one that will be looked at. */
+static void fetch(const struct place *at, int64_t low, int64_t high) {
+    high = least(high, at->position + at->count - at->tile);
+    if (low >= high) return;
+    struct token token = token_at(at, at->tile + low);
+    int64_t size = size_of(at->of->format);
+    for (int64_t j = low; j < high; j++, go_on(at, &token)) {
+        int64_t slot = slot_of(at, token);
+        fetch_line_by_line(key_of(at, slot), at->of->d * size);
+        fetch_line_by_line(value_of(at, slot), at->of->d_v * size);
+    }
+}
+
+/* All scores of the tile. next: which tile comes after it. */
+static void score(const struct place *at, struct desk *desk, int64_t rows, struct view all, const struct place *next) {
+    const struct attention *of = at->of;
+    for (int64_t first = all.any_low / TURNED * TURNED; first < all.any_high; first += TURNED) {
+        if (next) fetch(next, first, first + TURNED);
+        (of->format == FLOAT32 ? turn_f32 : turn_bf16)(desk->keys + first, of->d, desk->turned);
+        const group *group;
+        for (int64_t r = 0; r < rows; r += group->rows) {
+            group = largest_group(rows - r);
+            struct view seen = view_of(at, r, group->rows);
+            if (seen.any_low < first + TURNED && seen.any_high > first)
+                group->score(desk->query + r * of->d, desk->turned, of->d, desk->weights + r * TILE + first);
+        }
+    }
+}
+
+static inline vec lanes_from(int64_t first) {
+#define LANE(l, unused) l
+    return (vec){OF_LANES(LANE, 0)} + (float)first;
+}
+
+static inline float largest_of(vec v) {
+#define ACROSS(l, h) ((l) ^ (h))
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 1)));
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 2)));
+#if VL >= 8
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 4)));
+#endif
+#if VL >= 16
+    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 8)));
+#endif
+    return v[0];
+}
+
+/* A row's scores of tokens [low, high) become weights, and what it has so far is measured by the new peak. */
+static void weigh(const struct place *at, struct desk *desk, int64_t row, int64_t low, int64_t high) {
+    float *scores = desk->weights + row * TILE, *sums = desk->sums + row * at->columns, *mass = desk->mass + row * VL;
+    float softcap = at->of->softcap;
+    int64_t start = low / VL * VL;
+    vec top = splat(-INFINITY);
+    for (int64_t j = start; j < high; j += VL) {
+        vec s = load_f32(scores + j);
+        if (softcap) s = tanh_of(s / softcap) * softcap;
+        if (j < low || j + VL > high) {
+            vec lanes = lanes_from(j);
+            s = choose((lanes >= (float)low) & (lanes < (float)high), s, splat(-INFINITY));
+        }
+        store_f32(scores + j, s);
+        top = larger(s, top);
+    }
+    float before = desk->peaks[row], peak = largest_of(top);
+    peak = peak > before ? peak : before;
+    float base = peak == -INFINITY ? 0 : peak;
+    vec total = load_f32(mass);
+    if (peak != before) {
+        vec factor = splat(exp_of_one(before - base));
+        total *= factor;
+        for (int64_t c = 0; c < at->columns; c += VL) store_f32(sums + c, load_f32(sums + c) * factor);
+        desk->peaks[row] = peak;
+    }
+    for (int64_t j = start; j < high; j += VL) {
+        vec weight = exp_of(load_f32(scores + j) - base);
+        store_f32(scores + j, weight);
+        total += weight;
+    }
+    store_f32(mass, total);
+}
+
+/* Add the values that some rows see. Those that not all of them see are added row by row: 0 times NaN is NaN. */
+static void mix(const struct place *at, struct desk *desk, int64_t row, const group *group) {
+    int format = at->of->format;
+    struct view seen = view_of(at, row, group->rows);
+    float *weights = desk->weights + row * TILE, *sums = desk->sums + row * at->columns;
+    int64_t low = seen.all_low, high = most(low, seen.all_high);
+    if (low != seen.any_low || high != seen.any_high)
+        for (int64_t r = 0; r < group->rows; r++) {
+            int64_t own_low, own_high;
+            see(at, row + r, &own_low, &own_high);
+            ONE_ROW->mix[format](weights + r * TILE, desk->values, own_low, least(low, own_high), at->columns,
+                                 sums + r * at->columns);
+        }
+    group->mix[format](weights, desk->values, low, high, at->columns, sums);
+    if (high != seen.any_high)
+        for (int64_t r = 0; r < group->rows; r++) {
+            int64_t own_low, own_high;
+            see(at, row + r, &own_low, &own_high);
+            ONE_ROW->mix[format](weights + r * TILE, desk->values, most(high, own_low), own_high, at->columns,
+                                 sums + r * at->columns);
+        }
+}
+
+/* The sums over the mass, as the caller wants them. */
+static void give_row(const struct place *at, const struct desk *desk, int64_t desk_row) {
+    const struct attention *of = at->of;
+    int64_t head = at->kv_head * at->per_query + desk_row % at->per_query;
+    int64_t to = ((at->row + desk_row / at->per_query) * of->heads + head) * of->d_v;
+    const float *sums = desk->sums + desk_row * at->columns;
+    float mass = sum_of(load_f32(desk->mass + desk_row * VL)), factor = 1;
+    if (of->sinks) {
+        float sink = of->sinks[head], peak = desk->peaks[desk_row];
+        float base = sink > peak ? sink : peak;
+        factor = exp_of_one(peak - base);
+        mass = mass * factor + exp_of_one(sink - base);
+    }
+    for (int64_t c = 0; c < of->d_v; c += 2 * VL) {
+        vec low = load_f32(sums + c) * factor / mass, high = load_f32(sums + c + VL) * factor / mass;
+        int64_t count = least(2 * VL, of->d_v - c);
+        if (of->format == FLOAT32) {
+            float numbers[2 * VL];
+            store_f32(numbers, low);
+            store_f32(numbers + VL, high);
+            memcpy((float *)of->out + to + c, numbers, count * sizeof *numbers);
+        } else {
+            uint16_t even[VL], odd[VL], halves[2 * VL];
+            store_bf16(even, low);
+            store_bf16(odd, high);
+            for (int i = 0; i < VL; i++) halves[2 * i] = even[i], halves[2 * i + 1] = odd[i];
+            memcpy((uint16_t *)of->out + to + c, halves, count * sizeof *halves);
+        }
+    }
+}
+
+/* after: the item that comes next, or NULL. */
+static void attend_item(struct place at, struct desk *desk, const struct place *after) {
+    int64_t rows = at.count * at.per_query;
+    take_queries(&at, desk);
+    memset(desk->sums, 0, rows * at.columns * sizeof(float));
+    memset(desk->mass, 0, rows * VL * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) desk->peaks[r] = -INFINITY;
+    for (int64_t end = at.position + at.count; at.tile < end; at.tile += TILE) {
+        struct place next = at;
+        next.tile += TILE;
+        struct view all = view_of(&at, 0, rows);
+        find_tokens(&at, desk, all.any_low, all.any_high);
+        score(&at, desk, rows, all, next.tile < end ? &next : after);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t low, high;
+            see(&at, r, &low, &high);
+            if (low < high) weigh(&at, desk, r, low, high);
+        }
+        const group *group;
+        for (int64_t r = 0; r < rows; r += group->rows) {
+            group = largest_group(rows - r);
+            mix(&at, desk, r, group);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) give_row(&at, desk, r);
+}
+
+/* ---- The job ---- */
+
+/* Queries of a part. */
+static int64_t part_rows(const struct attention *of) { return most(1, ITEM_ROWS / (of->heads / of->kv_heads)); }
+
+static char *set_desk(const struct attention_job *job, struct desk *desk) {
+    const struct attention *of = job->of;
+    int64_t rows = part_rows(of) * (of->heads / of->kv_heads);
+    int64_t numbers = rows * (of->d + job->columns + TILE + VL + 1) + of->d * TURNED + TILE * job->columns;
+    float *at = calloc(numbers, sizeof *at);
+    if (!at) abort();
+    desk->query = at;
+    desk->sums = desk->query + rows * of->d;
+    desk->weights = desk->sums + rows * job->columns;
+    desk->turned = desk->weights + rows * TILE;
+    desk->mass = desk->turned + of->d * TURNED;
+    desk->peaks = desk->mass + rows * VL;
+    desk->padded = (char *)(desk->peaks + rows);
+    return (char *)at;
+}
+
+/* Where an item begins. */
+static struct place place_of(const struct attention_job *job, int64_t item) {
+    const struct attention *of = job->of;
+    const struct part *part = &job->parts[item / of->kv_heads];
+    struct place at = {.of = of, .count = part->count, .kv_head = item % of->kv_heads, .columns = job->columns};
+    memcpy(&at.run, of->runs + 4 * part->run, sizeof at.run);
+    at.per_query = of->heads / of->kv_heads;
+    at.row = at.run.first_row + part->first;
+    at.position = at.run.context - at.run.num_rows + part->first;
+    at.tile = of->window ? most(0, at.position + 1 - of->window) / TILE * TILE : 0;
+    return at;
+}
+
+static void attend_items(void *of_job, int64_t first, int64_t last) {
+    const struct attention_job *job = of_job;
+    struct desk desk;
+    char *memory = set_desk(job, &desk);
+    struct place at = place_of(job, first);
+    for (int64_t item = first; item < last; item++) {
+        struct place after = at;
+        if (item + 1 < last) after = place_of(job, item + 1);
+        attend_item(at, &desk, item + 1 < last ? &after : NULL);
+        at = after;
+    }
+    free(memory);
+}
+
+static void write_rows(void *of_job, int64_t first, int64_t last) {
+    const struct attention *of = of_job;
+    int64_t size = size_of(of->format);
+    for (int64_t row = first; row < last; row++)
+        for (int64_t head = 0; head < of->kv_heads; head++) {
+            int64_t slot = of->slots[row] * of->kv_heads + head;
+            memcpy((char *)of->keys + slot * of->d * size,
+                   (const char *)of->key + (head * of->key_head + row * of->key_row) * size, of->d * size);
+            memcpy((char *)of->values + slot * of->d_v * size,
+                   (const char *)of->value + (head * of->value_head + row * of->value_row) * size, of->d_v * size);
+        }
+}
+
+/* Of each run the last rows come first: they see the most. Returns how many parts there are. */
+static int64_t cut(const struct attention *of, struct part *parts) {
+    int64_t num_parts = 0, size = part_rows(of);
+    for (int64_t run = 0; run < of->num_runs; run++) {
+        int64_t rows = of->runs[4 * run + 1];
+        for (int64_t first = (rows - 1) / size * size; first >= 0; first -= size, num_parts++)
+            if (parts) parts[num_parts] = (struct part){run, first, least(size, rows - first)};
+    }
+    return num_parts;
+}
+
+/* Write the new keys and values, then attend for every row; runs that cost the most come first. */
+void weft_attend(const struct attention *of) {
+    share(write_rows, (void *)of, of->rows, WRITTEN_AT_ONCE, of->threads);
+    int64_t num_parts = cut(of, NULL);
+    struct part *parts = malloc((num_parts + 1) * sizeof *parts);
+    if (!parts) abort();
+    cut(of, parts);
+    struct attention_job job = {of, parts, (of->d_v + 2 * VL - 1) / (2 * VL) * (2 * VL)};
+    share(attend_items, &job, num_parts * of->kv_heads, 1, of->threads);
+    free(parts);
+}

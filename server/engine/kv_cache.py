@@ -1,0 +1,62 @@
+"""The tensors of the KV cache; who holds which block: `kv_blocks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from weft.kernels.site import lazy_zeros
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """Heads and head sizes of one layer's keys and values."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers stored for one token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+class KvCache:
+    """Keys and values of every layer: [num_blocks * block_tokens, kv_heads, d], zero-filled, addressed by slot."""
+
+    def __init__(
+        self,
+        shapes: Mapping[int, KvShape],
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        slots = num_blocks * block_tokens
+        self.dtype = dtype
+        self.device = device
+        self.block_tokens = block_tokens
+        self.layers = {
+            layer: (
+                lazy_zeros(slots, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
+                lazy_zeros(slots, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
+            )
+            for layer, shape in shapes.items()
+        }
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zero blocks whose content was never seen to be finite: masked out is not enough, since 0 * NaN is NaN."""
+        for tensors in self.layers.values():
+            for tensor in tensors:
+                self._by_block(tensor)[blocks] = 0
+
+    def read(self, tensor: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Gather blocks: int64 [..., m] -> [..., m * block_tokens, kv_heads, d]."""
+        gathered = self._by_block(tensor).index_select(0, blocks.flatten())
+        return gathered.view(*blocks.shape[:-1], -1, *tensor.shape[1:])
+
+    def _by_block(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(-1, self.block_tokens, *tensor.shape[1:])

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from natives import builds
 
 from weft.kernels.lora import AddLora
 from weft.kernels.lora_native import CHUNK_ROWS, NativeLora
-from weft.kernels.native import find_native, open_native
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter, Plan, Plans, Weighted, build_plan
 from weft.kernels.reference import add_lora as reference
 from weft.kernels.segments import add_lora as segments
@@ -23,20 +23,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 CPU = torch.device("cpu")
 LEVELS = ("baseline", "v3", "v4")
 KINDS = ("same", "distinct", "uniform", "skewed", "none", "some base", "composed")
-FAST = ["torch", *(f"cpu {level} {threads}" for level in LEVELS for threads in (1, 3))]
+NATIVE = {f"cpu {build.level} {build.threads}": NativeLora(build) for build in builds()}
+FAST: dict[str, AddLora] = {"torch": segments, **NATIVE}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def open_backend(name: str) -> AddLora:
-    """Skips what was not built, or does not run here."""
-    if name == "torch":
-        return segments
-    _, level, threads = name.split()
-    best = find_native(1)
-    native = open_native(level, int(threads))
-    if best is None or native is None or LEVELS.index(level) > LEVELS.index(best.level):
-        pytest.skip(f"there is no {level} build of the C library for this processor")
-    return NativeLora(native)
+DTYPES = {"torch": TOLERANCE, **dict.fromkeys(NATIVE, NATIVE_DTYPES)}
 
 
 def make_group(dtype: torch.dtype, index: int = 0) -> SiteGroup:
@@ -97,13 +87,13 @@ def check(backend: AddLora, group: SiteGroup, spans: list[tuple[int, list[Weight
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(name, dtype) for name in FAST for dtype in (TOLERANCE if name == "torch" else NATIVE_DTYPES)],
+    [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes],
     ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_distributions(backend: str, dtype: torch.dtype, kind: str) -> None:
     group = make_group(dtype)
-    check(open_backend(backend), group, distribution(kind, fill(group, RANKS), rows=17), dtype)
+    check(FAST[backend], group, distribution(kind, fill(group, RANKS), rows=17), dtype)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -111,7 +101,7 @@ def test_distributions(backend: str, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_distributions_on_int8_pages(backend: str, dtype: torch.dtype, kind: str) -> None:
     group = make_group(torch.int8)
-    check(open_backend(backend), group, distribution(kind, fill(group, RANKS), rows=17), dtype)
+    check(FAST[backend], group, distribution(kind, fill(group, RANKS), rows=17), dtype)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -120,7 +110,7 @@ def test_distributions_on_int8_pages(backend: str, dtype: torch.dtype, kind: str
 def test_each_rank_alone(backend: str, rank: int, fragmented: bool) -> None:
     group = make_group(torch.float32)
     (adapter,) = fill(group, [rank], fragmented=fragmented)
-    add_lora = open_backend(backend)
+    add_lora = FAST[backend]
     check(add_lora, group, [(1, [(adapter, 1.0)])], torch.float32)
     check(add_lora, group, [(2, []), (30, [(adapter, 0.5)]), (1, []), (1, [(adapter, 0.5)])], torch.float32)
 
@@ -129,7 +119,7 @@ def test_each_rank_alone(backend: str, rank: int, fragmented: bool) -> None:
 def test_300_random_plans(backend: str) -> None:
     rng = random.Random(5)
     group = make_group(torch.float32)
-    add_lora = open_backend(backend)
+    add_lora = FAST[backend]
     adapters = fill(group, [rng.choice(RANKS[:5]) for _ in range(20)], fragmented=True)
     for _ in range(300):
         mix = lambda: [(adapter, rng.choice([1.0, 0.5, -1.0])) for adapter in rng.sample(adapters, rng.randint(0, 3))]  # noqa: E731
@@ -144,14 +134,14 @@ def test_a_site_that_the_adapter_does_not_touch_is_left_alone(backend: str) -> N
     y = torch.randn(3, D_OUT)
     plan = build_plan([(3, [(adapter, 1.0)])], CPU)
     assert plan is not None
-    assert torch.equal(open_backend(backend)(y.clone(), torch.randn(3, D_IN), other, plan), y)
+    assert torch.equal(FAST[backend](y.clone(), torch.randn(3, D_IN), other, plan), y)
 
 
-@pytest.mark.parametrize("backend", FAST[1:])
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("dtype", [*NATIVE_DTYPES, torch.int8], ids=str)
 def test_a_row_comes_out_the_same_whatever_the_others_and_the_threads_are(backend: str, dtype: torch.dtype) -> None:
     """Bit by bit: alone, among others of its adapter, and of other adapters; wide enough for several blocks."""
-    add_lora, alone = open_backend(backend), open_backend(backend.rpartition(" ")[0] + " 1")
+    add_lora, alone = NATIVE[backend], NATIVE[backend.rpartition(" ")[0] + " 1"]
     group = SiteGroup(0, 600, (1300, 33), PAGES, dtype, CPU)
     one, two, three = (
         PagedAdapter(adapter.runs, adapter.scale, frozenset({0, 1}), rank=adapter.rank)
@@ -194,14 +184,14 @@ def test_8_bits_are_the_nearest_steps_of_each_row(dtype: torch.dtype) -> None:
     assert torch.equal(off[5], torch.zeros(70))
 
 
-@pytest.mark.parametrize("backend", FAST[1:])
+@pytest.mark.parametrize("backend", NATIVE)
 def test_rank_rows_that_are_not_the_adapters_own_are_not_read(backend: str) -> None:
     """The second half of a page that is half empty."""
     group = make_group(torch.float32)
     (adapter,) = fill(group, [12])
     plan = build_plan([(1, [(adapter, 1.0)]), (5, [(adapter, -1.0)])], CPU)
     assert plan is not None
-    x, y, add_lora = torch.randn(6, D_IN), torch.randn(6, D_OUT), open_backend(backend)
+    x, y, add_lora = torch.randn(6, D_IN), torch.randn(6, D_OUT), FAST[backend]
     before = add_lora(y.clone(), x, group, plan)
     group.a[:, 2, 4:] = float("nan")
     assert torch.equal(add_lora(y.clone(), x, group, plan), before)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-FLAGS = ["-std=gnu11", "-O3", "-fvisibility=default", "-pthread"]
+FLAGS = ["-std=gnu11", "-O3", "-fvisibility=default", "-pthread", "-Werror=implicit"]
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
@@ -16,8 +16,8 @@ setup(
     ext_modules=[
         Extension(
             f"weft.kernels._native_{level}",
-            sources=["kernels/c/weft.c"],
-            depends=sorted(str(path) for path in Path("kernels/c").iterdir() if path.name != "weft.c"),
+            sources=sorted(map(str, Path("kernels/c").glob("*.c"))),
+            depends=sorted(map(str, Path("kernels/c").glob("*.h"))),
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-pthread"],
             optional=True,

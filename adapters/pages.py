@@ -15,6 +15,7 @@ from weft.adapters.base import Base
 from weft.adapters.content import LoraWeights, is_finite
 from weft.adapters.effect import has_effect
 from weft.adapters.fold import Folded, fold
+from weft.adapters.rows import HeldRows, RowForm, rounding_error
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
 from weft.kernels.patches import Patch, tensors_of
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
@@ -101,15 +102,15 @@ class Recall(Protocol):
 class HostAdapter:
     """An adapter in host memory, in the dtype and the layout of the pages.
 
-    rows: by module, A: [rank, d_in] and B: [rank, d_out], contiguous; page-locked where the pages are on a CUDA device.
     patches, invocation: as a `PagedAdapter` has them. modules: all that it changes. num_row_pages: that hold its rows.
     num_pages: that it takes on the device, those included whose place its patches take. num_bytes: that it takes here.
     disk_bytes: of its tensors in the file. probe_error: of the parity probe, None where it was not run.
+    rounding_error: that 8 bits make of its deltas, relative; 0 where rows are of the base's dtype.
     recall: reads it again; None where that takes a validation.
     """
 
     digest: str
-    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    rows: HeldRows
     scale: float
     patches: Mapping[str, tuple[Patch, ...]]
     invocation: tuple[int, ...]
@@ -121,6 +122,7 @@ class HostAdapter:
     disk_bytes: int
     has_effect: bool
     probe_error: float | None = None
+    rounding_error: float = 0.0
     recall: Recall | None = None
 
     @property
@@ -131,11 +133,21 @@ class HostAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PageConfig:
-    """How much adapter memory there is, and of what kind."""
+    """How much adapter memory there is, and of what kind.
+
+    dtype: of the base, and of whatever an adapter has that is not in pages. row_dtype: of the rows in pages, the
+    same or int8.
+    """
 
     num_pages: int
     dtype: torch.dtype
     device: torch.device
+    row_dtype: torch.dtype | None = None
+
+    @property
+    def row_form(self) -> RowForm:
+        """How adapters are held on the host."""
+        return RowForm(self.dtype, self.row_dtype or self.dtype, pinned=self.device.type == "cuda")
 
 
 class PagePool:
@@ -148,14 +160,15 @@ class PagePool:
     def __init__(self, base: Base, config: PageConfig) -> None:
         self.base = base
         self._dtype = config.dtype
+        self.row_form = config.row_form
         self._device = config.device
         self.allocator = PageAllocator(config.num_pages)
         self.groups: Mapping[tuple[str, ...], SiteGroup] = self._make_groups(config)
         self.sites: Mapping[str, Site] = {
             name: site for names, group in self.groups.items() for name, site in zip(names, group.sites, strict=True)
         }
-        self.page_bytes = sum(site.a[0].nbytes + site.b[0].nbytes for site in self.sites.values())
-        self._flat = {name: (site.a.flatten(0, 1), site.b.flatten(0, 1)) for name, site in self.sites.items()}
+        self.page_bytes = sum(pool[0].nbytes for site in self.sites.values() for pool in site.pools)
+        self._flat = {name: [pool.flatten(0, 1) for pool in site.pools] for name, site in self.sites.items()}
         self._stream: torch.cuda.Stream | None = None
         if config.device.type == "cuda":
             self._stream = torch.cuda.Stream(config.device)  # type: ignore[no-untyped-call]
@@ -166,7 +179,7 @@ class PagePool:
         for names in self.base.groups:
             first, *_ = modules = [self.base.modules[name] for name in names]
             d_outs = [module.d_out for module in modules]
-            groups[names] = SiteGroup(index, first.d_in, d_outs, config.num_pages, config.dtype, config.device)
+            groups[names] = SiteGroup(index, first.d_in, d_outs, config.num_pages, config.row_form.dtype, config.device)
             index += len(names)
         return groups
 
@@ -183,17 +196,9 @@ class PagePool:
         """
         folded = fold(weights, self.base, self._dtype)
         self._check_range(folded, source)
-        parts = [half for pair in folded.rows.values() for half in pair]
-        numbers = torch.empty(
-            sum(map(torch.Tensor.numel, parts)), dtype=self._dtype, pin_memory=self._stream is not None
-        )
-        views = iter(torch.split(numbers, [half.numel() for half in parts]))
-        rows = {
-            name: (next(views).view(a.shape).copy_(a), next(views).view(b.shape).copy_(b))
-            for name, (a, b) in folded.rows.items()
-        }
+        rows = self.row_form.hold(folded.rows)
         patch_bytes = sum(t.nbytes for patches in folded.patches.values() for each in patches for t in tensors_of(each))
-        num_row_pages = -(-max((len(a) for a, _ in rows.values()), default=0) // PAGE_ROWS)
+        num_row_pages = -(-max((len(halves[0]) for halves in rows.values()), default=0) // PAGE_ROWS)
         return HostAdapter(
             digest=weights.digest,
             rows=rows,
@@ -204,9 +209,10 @@ class PagePool:
             modules=weights.touched,
             num_row_pages=num_row_pages,
             num_pages=num_row_pages - (-patch_bytes // max(self.page_bytes, 1)),
-            num_bytes=numbers.nbytes + patch_bytes,
+            num_bytes=sum(half.nbytes for halves in rows.values() for half in halves) + patch_bytes,
             disk_bytes=weights.num_bytes,
             has_effect=has_effect(folded, self.base),
+            rounding_error=rounding_error(folded.rows, rows) if self.row_form.dtype == torch.int8 else 0.0,
         )
 
     def allocate(self, host: HostAdapter) -> Runs:
@@ -237,7 +243,8 @@ class PagePool:
                 torch._foreach_zero_(blanks)
             patches = {name: tuple(patch.to(self._device) for patch in those) for name, those in host.patches.items()}
         sites = frozenset(self.sites[name].index for name in host.rows)
-        return PagedAdapter(runs, host.scale, sites, patches, host.invocation)
+        rank = max((len(halves[0]) for halves in host.rows.values()), default=0)
+        return PagedAdapter(runs, host.scale, sites, patches, host.invocation, rank)
 
     def free(self, runs: Runs) -> None:
         """Give pages back; the caller knows that no step to come reads them."""
@@ -252,7 +259,7 @@ class PagePool:
         values: list[torch.Tensor],
         blanks: list[torch.Tensor],
     ) -> None:
-        """Append what goes where in one half of a site. pool: [pages * PAGE_ROWS, d]; rows: [rank, d]."""
+        """Append what goes where in one part of a site. pool: [pages * PAGE_ROWS, ...]; rows: [rank, ...]."""
         at, rank = 0, rows.shape[0]
         for first, last in runs:
             start, stop = first * PAGE_ROWS, last * PAGE_ROWS

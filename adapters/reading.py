@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,6 +16,8 @@ from weft.adapters.recall import Recalls, stamp_of
 from weft.adapters.report import AdapterReport, ModuleReport, module_reports
 from weft.adapters.sources import Sources
 from weft.errors import InvalidAdapter, InvalidRequest, Problem, Unavailable
+
+_log = logging.getLogger(__name__)
 
 Probe = Callable[[LoraWeights, HostAdapter, str], float]
 """Compares what would be served with a plain reference: gives the largest relative error, or raises InvalidAdapter."""
@@ -35,7 +38,7 @@ class Reader:
         self._pool = pool
         self._sources = sources
         self._policy = policy
-        self._recalls = Recalls()
+        self._recalls = Recalls(pool.row_form)
 
     def check(self, source: str) -> None:
         """Look at the source's form alone. Raises InvalidRequest."""
@@ -47,6 +50,8 @@ class Reader:
         before = stamp_of(folder)
         weights = load_folder(folder, source, self._pool.base)
         host = self._prove(weights, self._prepare(weights, source), source)
+        if host.rounding_error:
+            _log.info("%s: 8-bit rows change its deltas by up to %.1f %%", source, 100 * host.rounding_error)
         with suppress(OSError):
             return self._recalls.remember(host, source, folder, before)
         return host

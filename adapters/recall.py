@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,12 +24,12 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakValueDictionary
 
-import numpy
 import torch
 
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.pages import HostAdapter
 from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.rows import HeldRows, RowForm
 from weft.adapters.tensors import PREFIX
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -45,8 +45,6 @@ _CHUNK_BYTES = 2 << 20
 
 _MAX_BUFFERS = 1024
 """That one call may fill: Linux's IOV_MAX."""
-
-Rows = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 Stamp = tuple[tuple[int, int, int, int, int], ...]
 """Of both files: mtime and ctime in nanoseconds, device, inode, size."""
@@ -73,69 +71,73 @@ class Layout:
     dtype: torch.dtype
     pieces: tuple[_Piece, ...]
 
-    def read(self, file: int, dtype: torch.dtype, *, pinned: bool) -> Rows:
+    def read(self, file: int, form: RowForm) -> HeldRows:
         """Rank rows by module. What needs no change is read to where it stays. Raises OSError."""
-        numbers = _memory(sum(piece.numel for piece in self.pieces), dtype, pinned=pinned)
-        parts = torch.split(numbers, [piece.numel for piece in self.pieces])
-        halves: dict[str, dict[bool, torch.Tensor]] = {}
-        chunk: list[tuple[_Piece, torch.Tensor]] = []
+        shapes: dict[str, dict[bool, tuple[int, int]]] = {}
+        for piece in self.pieces:
+            shapes.setdefault(piece.module, {})[piece.is_b] = piece.shape
+        held = form.make_room({module: (both[False], both[True]) for module, both in shapes.items()})
+        chunk: list[_Piece] = []
         num_bytes, at = 0, self.start
         scratch = torch.empty(0, dtype=self.dtype)
-        for piece, part in zip(self.pieces, parts, strict=True):
-            chunk.append((piece, part))
-            halves.setdefault(piece.module, {})[piece.is_b] = part.view(piece.shape)
+        for piece in self.pieces:
+            chunk.append(piece)
             num_bytes += piece.numel * self.dtype.itemsize
             if num_bytes >= _CHUNK_BYTES or piece is self.pieces[-1]:
                 if scratch.nbytes < num_bytes:
                     scratch = torch.empty(num_bytes // self.dtype.itemsize, dtype=self.dtype)
-                self._read_chunk(file, at, chunk, scratch)
+                self._read_chunk(file, at, chunk, held, form, scratch)
                 at += num_bytes
                 chunk, num_bytes = [], 0
-        return {module: (both[False], both[True]) for module, both in halves.items()}
+        return held
 
     def _read_chunk(
-        self, file: int, at: int, chunk: Sequence[tuple[_Piece, torch.Tensor]], scratch: torch.Tensor
+        self, file: int, at: int, chunk: Sequence[_Piece], held: HeldRows, form: RowForm, scratch: torch.Tensor
     ) -> None:
-        """Fill the parts of some adjacent pieces; scratch has room for all."""
+        """Fill the rows of some adjacent pieces; scratch has room for all."""
         aside, used = _bytes_of(scratch), 0
         buffers: list[memoryview] = []
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        for piece, part in chunk:
+        sources: list[tuple[_Piece, torch.Tensor]] = []
+        for piece in chunk:
+            part = held[piece.module][piece.is_b]
             if not piece.is_b and part.dtype == self.dtype:
-                buffers.append(_bytes_of(part))
+                buffers.append(_bytes_of(part.view(-1)))
                 continue
             source = scratch[used : used + piece.numel]
             buffers.append(aside[used * self.dtype.itemsize :][: source.nbytes])
             used += piece.numel
-            targets.append(part.view(piece.shape))
-            sources.append(source.view(piece.shape[::-1]).t() if piece.is_b else source.view(piece.shape))
+            sources.append((piece, source.view(piece.shape[::-1]).t() if piece.is_b else source.view(piece.shape)))
         _read_into(file, buffers, at)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        if form.dtype == torch.int8:
+            for piece, source in sources:
+                form.put(held[piece.module], piece.is_b, source)
+        elif sources:
+            torch._foreach_copy_(
+                [held[piece.module][piece.is_b] for piece, _ in sources], [part for _, part in sources]
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecall:
-    """Reads one content again from a source. bare: all of it but its rows; pinned: whether these are page-locked."""
+    """Reads one content again from a source. bare: all of it but its rows, which are held in this form."""
 
     source: str
     stamp: Stamp
     layout: Layout
-    dtype: torch.dtype
-    pinned: bool
+    form: RowForm
     bare: HostAdapter
 
     def read(self, folder: Path) -> HostAdapter | None:
         """None where the files are not those that they were. Raises OSError."""
-        rows = _read_unchanged(folder, self.stamp, self.layout, self.dtype, pinned=self.pinned)
+        rows = _read_unchanged(folder, self.stamp, self.layout, self.form)
         return None if rows is None else replace(self.bare, rows=rows, recall=self)
 
 
 class Recalls:
     """Makes recalls; those of files that are laid out alike share the layout. May be used from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: RowForm) -> None:
+        self._form = form
         self._lock = Lock()
         self._layouts: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()
 
@@ -147,12 +149,11 @@ class Recalls:
         layout = self._layout(folder) if host.rows and not host.patches else None
         if layout is None or before is None or time.time_ns() - max(max(each[:2]) for each in before) < _SETTLED_NS:
             return host
-        some = next(iter(host.rows.values()))[0]
-        rows = _read_unchanged(folder, before, layout, some.dtype, pinned=some.is_pinned())
+        rows = _read_unchanged(folder, before, layout, self._form)
         if rows is None or not _are_equal(rows, host.rows):
             return host
         bare = replace(host, rows={})
-        return replace(host, recall=FileRecall(source, before, layout, some.dtype, some.is_pinned(), bare))
+        return replace(host, recall=FileRecall(source, before, layout, self._form, bare))
 
     def _layout(self, folder: Path) -> Layout | None:
         with (folder / WEIGHTS_FILE).open("rb") as file:
@@ -198,7 +199,7 @@ def _layout_of(header: bytes) -> Layout | None:
     return Layout(8 + len(header), _DTYPES[dtypes.pop()], tuple(pieces))
 
 
-def _read_unchanged(folder: Path, stamp: Stamp, layout: Layout, dtype: torch.dtype, *, pinned: bool) -> Rows | None:
+def _read_unchanged(folder: Path, stamp: Stamp, layout: Layout, form: RowForm) -> HeldRows | None:
     """None where the files are not those of the stamp: those that are opened, not what the paths lead to by then."""
     with ExitStack() as opened:
         files: list[int] = []
@@ -207,7 +208,7 @@ def _read_unchanged(folder: Path, stamp: Stamp, layout: Layout, dtype: torch.dty
             opened.callback(os.close, files[-1])
         if _stamp(files) != stamp:
             return None
-        rows = layout.read(files[-1], dtype, pinned=pinned)
+        rows = layout.read(files[-1], form)
         return rows if _stamp(files) == stamp else None
 
 
@@ -225,18 +226,11 @@ def _read_into(file: int, buffers: Sequence[memoryview], at: int) -> None:
             waiting[0] = waiting[0][count:]
 
 
-def _memory(count: int, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """Numpy's memory where it need not be page-locked: in huge pages, which take a fraction of the time to come."""
-    if pinned:
-        return torch.empty(count, dtype=dtype, pin_memory=True)
-    return torch.from_numpy(numpy.empty(count * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def _are_equal(some: Rows, others: Rows) -> bool:
+def _are_equal(some: HeldRows, others: HeldRows) -> bool:
     return some.keys() == others.keys() and all(
         torch.equal(row, other) for name in some for row, other in zip(some[name], others[name], strict=True)
     )

@@ -21,6 +21,22 @@ SHAPES = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "demo": {
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 272,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -30,7 +46,7 @@ SHAPES = {
         "vocab_size": 512,
     },
 }
-"""135m is SmolLM-135M's; tiny is for trying the script out."""
+"""135m is SmolLM-135M's, 1.1b TinyLlama's, demo that of `make demo`; tiny is for trying the script out."""
 
 RANKS = (8, 16, 32)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

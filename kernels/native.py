@@ -22,6 +22,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "weft_panel": (_INT64, ()),
     "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, *(_INT,) * 3)),
     "weft_attend": (None, (_POINTER,)),
+    "weft_lora": (None, (*(_POINTER,) * 4, _INT64, _INT64, _INT, _INT)),
 }
 
 

@@ -25,6 +25,7 @@ class PagedAdapter:
     """One resident adapter, as the kernels see it.
 
     runs: half-open ranges of consecutive page ids that together hold its rank rows, in order.
+    rank: how many of their rows are its own, the first; those behind are zero. None: they are not told apart.
     scale: alpha / r (or alpha / sqrt(r)), float32 precision.
     sites: the sites it has rows at; at every other site its page rows are zero.
     patches: what else it does, by the name of the module, in the order in which it is done.
@@ -36,6 +37,19 @@ class PagedAdapter:
     sites: frozenset[int]
     patches: Mapping[str, tuple[Patch, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    rank: int | None = None
+
+    @property
+    def runs_with_ranks(self) -> list[tuple[int, int, int]]:
+        """Each run (first, last), and how many of its rows are the adapter's own."""
+        found: list[tuple[int, int, int]] = []
+        left = self.rank
+        for first, last in self.runs:
+            rows = (last - first) * PAGE_ROWS
+            own = rows if left is None else min(rows, left)
+            left = None if left is None else left - own
+            found.append((first, last, own))
+        return found
 
 
 RowIndex = slice | torch.Tensor
@@ -47,7 +61,8 @@ _L = TypeVar("_L")
 class Segment:
     """Rows of the step that share one run of pages: y[rows] += scale * (x[rows] A[first:last]^T) B[first:last].
 
-    rows: a slice where the rows are adjacent, else an int64 index tensor without repeats.
+    rows: a slice where the rows are adjacent, else an int64 index tensor without repeats. rank: the rows of the pages
+    that need be read, the first; those behind are zero.
     """
 
     rows: RowIndex
@@ -55,6 +70,7 @@ class Segment:
     last: int
     scale: float
     sites: frozenset[int]
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +129,9 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     for (adapter, weight), parts in ranges.items():
         rows = _rows(parts, device)
         scale = adapter.scale * weight
-        segments += [Segment(rows, first, last, scale, adapter.sites) for first, last in adapter.runs]
+        segments += [
+            Segment(rows, first, last, scale, adapter.sites, rank) for first, last, rank in adapter.runs_with_ranks
+        ]
         for name, own in adapter.patches.items():
             patches.setdefault(name, []).extend(PatchedRows(rows, patch, weight) for patch in own)
     return Plan(num_tokens=start, segments=tuple(segments), patches=patches)

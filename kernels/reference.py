@@ -12,7 +12,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> 
     """y[t] += sum over (page p, scale s) of token t:  s * B[p]^T (A[p] x[t]),  token by token, page by page.
 
     x: [T, d_in], y: [T, d_out of the group] of any float dtype, each site in its own columns; rows of either may lie
-    apart. Sums run in float64 and are rounded once. y is written in place and returned.
+    apart. The scales of int8 rows of A and B go into s. Sums run in float64 and are rounded once. y is
+    written in place and returned.
     """
     for site in group.sites:
         part = y[:, site.columns]
@@ -25,6 +26,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> 
                 touched.add(t)
                 for page in range(segment.first, segment.last):
                     shrunk = site.a[page].double() @ x[t].double()
+                    if site.scales is not None:
+                        shrunk *= site.scales[0][page].double() * site.scales[1][page].double()
                     delta[t] += segment.scale * (site.b[page].double().t() @ shrunk)
         for t in touched:
             part[t] = (part[t].double() + delta[t]).to(y.dtype)

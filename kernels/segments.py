@@ -11,8 +11,8 @@ from weft.kernels.site import SiteGroup
 def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> torch.Tensor:
     """y[rows] += scale * (x[rows] A^T) B for every segment of the plan and every site of the group that it touches.
 
-    x: [T, d_in], y: [T, d_out of the group], both of the sites' dtype. y is written in place and returned; base rows
-    are untouched. Each adapter costs its own rank, whatever the others' ranks are.
+    x: [T, d_in], y: [T, d_out of the group], both of the sites' dtype, or any where that is int8. y is written in place
+    and returned; base rows are untouched. Each adapter costs its own rank, whatever the others' ranks are.
     """
     for site in group.sites:
         part = y[:, site.columns]
@@ -21,7 +21,12 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> 
                 continue
             a_t, b = site.rows(segment.first, segment.last)
             rows = segment.rows
-            shrunk = torch.mm(x[rows], a_t)
+            if site.scales is None:
+                shrunk = torch.mm(x[rows], a_t)
+            else:
+                scale, b_scale = (part[segment.first : segment.last].flatten() for part in site.scales)
+                shrunk = (torch.mm(x[rows], a_t.to(x.dtype)).float() * (scale * b_scale)).to(x.dtype)
+                b = b.to(x.dtype)
             if isinstance(rows, slice):
                 part[rows].addmm_(shrunk, b, alpha=segment.scale)
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weft.errors import InvalidConfig
 
-LORA_BACKENDS = ("reference", "torch")
+LORA_BACKENDS = ("auto", "reference", "torch", "cpu")
 """As `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
 
 
@@ -36,8 +36,10 @@ class EngineConfig:
     """Budgets of the engine; tokens and requests are counts, None means measured or taken from the model.
 
     threads: how many a step computes with on a CPU; None measures how many pay. memory_share: of what is left in the
-    end, for the KV cache. adapter_host_bytes: what copies of adapters may take in host memory. prefix_cache: keep what
-    was computed for prompts that begin alike.
+    end, for the KV cache. adapter_host_bytes: what copies of adapters may take in host memory. adapter_dtype: of
+    adapters' rank rows; auto is the base's dtype, int8 takes a quarter of float32's memory and half of bfloat16's, and
+    rounds them. lora_backend: auto goes by what `weft bench kernels` measured. prefix_cache: keep what was computed for
+    prompts that begin alike.
     speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
     max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
     decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
@@ -57,7 +59,8 @@ class EngineConfig:
     memory_share: float | None = None
     adapter_pages: int | None = None
     adapter_host_bytes: int | None = None
-    lora_backend: str = "torch"
+    adapter_dtype: str = "auto"
+    lora_backend: str = "auto"
     adapter_probe: bool = True
     allow_no_effect: bool = False
     speculative_tokens: int = 4
@@ -77,6 +80,7 @@ class EngineConfig:
         _between("--memory-share", self.memory_share, 0.01, 1)
         _between("--adapter-pages", self.adapter_pages, 0, 1 << 20)
         _between("--adapter-host-bytes", self.adapter_host_bytes, 0, 1 << 50)
+        _one_of("--adapter-dtype", self.adapter_dtype, ("auto", "int8"))
         _one_of("--lora-backend", self.lora_backend, LORA_BACKENDS)
         _between("--speculative-tokens", self.speculative_tokens, 0, 64)
         _between("--threads", self.threads, 1, 1024)

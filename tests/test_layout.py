@@ -33,6 +33,7 @@ ROOMS = {
     "weft.demo": set[str](),
     "weft.kernels": {"weft.errors"},
     "weft.adapters": {"weft.errors", "weft.kernels"},
+    "weft.server.bench": {"weft.errors", "weft.v1"},
     "weft.server.config": {"weft.errors"},
     "weft.server.metrics": {"weft.errors"},
 }
@@ -46,7 +47,7 @@ ROOMS["weft.server.engine"] = {
 ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {"weft.server.engine", "weft.v1"}
 ROOMS["weft.server.watching"] = ROOMS["weft.server.api"] | {"weft.server.api"}
 ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {"weft.server.watching"}
-ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {"weft.server.app", "weft.demo"}
+ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {"weft.server.app", "weft.server.bench", "weft.demo"}
 
 WIRE = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
 FORBIDDEN_LIBRARIES = {

@@ -42,18 +42,6 @@ static void store_row(const struct linear *job, int64_t row, int64_t column, vec
     memcpy(to, halves, count * sizeof *to);
 }
 
-static inline void load_f32_pair(const float *from, vec *low, vec *high) {
-    *low = load_f32(from);
-    *high = load_f32(from + VL);
-}
-
-static inline void load_bf16_pair(const uint16_t *from, vec *low, vec *high) {
-    vec_bits pairs;
-    memcpy(&pairs, from, sizeof pairs);
-    *low = (vec)(pairs << 16);
-    *high = (vec)(pairs & 0xffff0000);
-}
-
 /* ROWS rows of one panel: the sums stay in registers. */
 #define DEFINE_TILE(NAME, ROWS, NUMBER, LOAD)                                                                         \
     static void NAME(const struct linear *job, int64_t row, int64_t panel) {                                          \

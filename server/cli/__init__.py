@@ -10,6 +10,7 @@ import click
 
 from weft.errors import InvalidConfig, WeftError
 from weft.server.cli.adapters import adapters
+from weft.server.cli.bench import bench
 from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
 from weft.server.cli.serve import serve
@@ -24,7 +25,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, demo):
+for command in (serve, generate, adapters, bench, demo):
     cli.add_command(command)
 
 

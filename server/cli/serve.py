@@ -142,7 +142,14 @@ SETTINGS = (
     Setting("prefix-cache", EngineConfig, "prefix_cache", bool, "Compute what prompts begin with alike only once."),
     Setting("adapter-pages", EngineConfig, "adapter_pages", int, "Pages of rank rows for adapters on the device."),
     Setting("adapter-host-bytes", EngineConfig, "adapter_host_bytes", int, "For copies of adapters in host memory."),
-    Setting("lora-backend", EngineConfig, "lora_backend", str, "What computes the adapters' part."),
+    Setting("adapter-dtype", EngineConfig, "adapter_dtype", str, "Of adapters' rank rows: auto, the base's, or int8."),
+    Setting(
+        "lora-backend",
+        EngineConfig,
+        "lora_backend",
+        str,
+        "What computes the adapters' part: auto, reference, torch or cpu.",
+    ),
     Setting("adapter-probe", EngineConfig, "adapter_probe", bool, "Compare each adapter with a plain reference."),
     Setting("allow-no-effect", EngineConfig, "allow_no_effect", bool, "Take adapters that change nothing."),
     Setting(

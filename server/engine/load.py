@@ -32,7 +32,16 @@ from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
-from weft.server.engine.sizing import AdapterRoom, Trial, adapter_room, describe_pages, fit_kv_tokens, mask_bytes, mib
+from weft.server.engine.sizing import (
+    AdapterRoom,
+    Trial,
+    adapter_room,
+    describe_pages,
+    fit_kv_tokens,
+    mask_bytes,
+    mib,
+    row_dtype,
+)
 from weft.server.engine.speculation import SMALL_STEP, Speculation
 from weft.server.engine.text import Decode
 from weft.server.engine.threads import fastest_threads
@@ -84,10 +93,11 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     model = load_model(config.model, native)
     expected = expect(model)
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
-    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device))
+    rows = row_dtype(model.dtype, settings)
+    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows))
     fitted = _fit(model, settings, pages, room, expected)
     pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens
-    adapter_probe = AdapterProbe(model, settings.lora_backend) if settings.adapter_probe else None
+    adapter_probe = AdapterProbe(model, settings.lora_backend, rows) if settings.adapter_probe else None
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
@@ -117,7 +127,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             pool, settings.speculative_tokens, limits.context_length, min(SMALL_STEP, settings.max_batch_tokens)
         ),
     )
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = _name(model.dtype)
     info = EngineInfo(
         model=config.model.path,
         dtype=dtype,
@@ -132,7 +142,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
             f"own; fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "
             f"{limits.context_length:,}, and {describe_pages(room.pages)} of {PAGE_ROWS} rank rows "
-            f"({mib(pages.page_bytes)} each) over {len(pages.sites)} modules; a step takes up to "
+            f"in {_name(rows)} ({mib(pages.page_bytes)} each) over {len(pages.sites)} modules; a step takes up to "
             f"{mib(fitted.step_bytes)}"
         ),
     )
@@ -186,6 +196,10 @@ def _fit(
     pool = BlockPool(1 + -(-max(num_tokens, least) // settings.block_tokens), settings.block_tokens)
     model.use(_cache(model, pool))
     return _Fitted(pool, step_bytes, error)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _max_reported(model: PagedModel) -> int:

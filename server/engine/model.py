@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from weft.adapters.base import Base, ModuleKind
 from weft.errors import InvalidModel, one_line
-from weft.kernels.lora import BACKENDS
+from weft.kernels.lora import find_backend
 from weft.kernels.native import Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
@@ -83,7 +83,7 @@ class PagedModel:
     def attach(self, cache: KvCache, groups: Mapping[tuple[str, ...], SiteGroup], lora_backend: str) -> None:
         """Give the model its cache, adapters their place, and every product its fastest form."""
         self.cache = cache
-        self.adapting = Adapting(groups, BACKENDS[lora_backend])
+        self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
         freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))

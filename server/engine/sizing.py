@@ -15,6 +15,7 @@ import torch
 from weft.adapters.base import ModuleKind
 from weft.errors import InvalidConfig
 from weft.kernels.plan import PAGE_ROWS
+from weft.kernels.site import bytes_of_page
 from weft.server.config import EngineConfig
 from weft.server.engine.batch import build_batch
 from weft.server.engine.kv_blocks import BlockPool
@@ -71,7 +72,8 @@ def adapter_room(model: PagedModel, settings: EngineConfig, device: Memory, host
     Raises InvalidConfig where the pages alone are more than all memory.
     """
     sites = model.base.of_kind(ModuleKind.LINEAR).values()
-    page_bytes = PAGE_ROWS * sum(module.d_in + module.d_out for module in sites) * model.dtype.itemsize
+    dtype = row_dtype(model.dtype, settings)
+    page_bytes = sum(bytes_of_page(module.d_in, module.d_out, dtype) for module in sites)
     pages = settings.adapter_pages
     if pages is None:
         pages = min(MAX_AUTO_PAGES, int(device.free_bytes * _PAGES_SHARE) // max(page_bytes, 1))
@@ -84,6 +86,11 @@ def adapter_room(model: PagedModel, settings: EngineConfig, device: Memory, host
     if host_bytes is None:
         host_bytes = min(MAX_AUTO_HOST_BYTES, int(host.free_bytes * _HOST_SHARE))
     return AdapterRoom(pages, page_bytes, host_bytes)
+
+
+def row_dtype(base: torch.dtype, settings: EngineConfig) -> torch.dtype:
+    """Of adapters' rank rows."""
+    return torch.int8 if settings.adapter_dtype == "int8" else base
 
 
 @dataclass(frozen=True, slots=True)

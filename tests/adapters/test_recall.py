@@ -17,6 +17,7 @@ from weft.adapters.pages import HostAdapter, PageConfig, PagePool
 from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.reading import Policy, Reader
 from weft.adapters.recall import Recalls, stamp_of
+from weft.adapters.rows import RowForm
 from weft.adapters.sources import Sources
 from weft.errors import InvalidAdapter
 
@@ -35,8 +36,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "adapters" / "it"
 
 
-def reader(folder: Path, dtype: torch.dtype = torch.float32) -> Reader:
-    pool = PagePool(linear_base(SHAPES), PageConfig(5, dtype, torch.device("cpu")))
+FORM = RowForm(torch.float32, torch.float32, pinned=False)
+
+
+def reader(folder: Path, dtype: torch.dtype = torch.float32, row_dtype: torch.dtype | None = None) -> Reader:
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, dtype, torch.device("cpu"), row_dtype))
     return Reader(pool, Sources([folder.parent]), Policy())
 
 
@@ -52,8 +56,11 @@ def assert_same(one: HostAdapter, other: HostAdapter) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_recalled_is_what_was_validated(folder: Path, dtype: torch.dtype) -> None:
-    reading = reader(folder, dtype)
+@pytest.mark.parametrize("row_dtype", [None, torch.int8])
+def test_what_is_recalled_is_what_was_validated(
+    folder: Path, dtype: torch.dtype, row_dtype: torch.dtype | None
+) -> None:
+    reading = reader(folder, dtype, row_dtype)
     first = reading.read(f"file:{folder}")
     assert first.recall is not None
     again = first.recall.read(folder)
@@ -64,7 +71,7 @@ def test_what_is_recalled_is_what_was_validated(folder: Path, dtype: torch.dtype
 
 
 def test_adapters_that_are_laid_out_alike_share_the_layout(folder: Path) -> None:
-    recalls, reading = Recalls(), reader(folder)
+    recalls, reading = Recalls(FORM), reader(folder)
     host = reading.read(f"file:{folder}")
     one, other = (recalls.remember(host, "file:it", folder, stamp_of(folder)).recall for _ in range(2))
     assert one.layout is other.layout
@@ -102,7 +109,7 @@ def test_a_change_while_it_is_read_leaves_no_recall(folder: Path) -> None:
     host = reading.read(f"file:{folder}")
     before = stamp_of(folder)
     (folder / WEIGHTS_FILE).touch()
-    assert Recalls().remember(host, "file:it", folder, before).recall is host.recall
+    assert Recalls(FORM).remember(host, "file:it", folder, before).recall is host.recall
     assert reading.read(f"file:{folder}").recall.stamp != before
 
 
@@ -119,5 +126,5 @@ def test_a_file_that_ends_early_is_an_error_of_the_disk(folder: Path) -> None:
     os.truncate(folder / WEIGHTS_FILE, 2000)
     file = os.open(folder / WEIGHTS_FILE, os.O_RDONLY)
     with pytest.raises(OSError, match="shorter"):
-        host.recall.layout.read(file, torch.float32, pinned=False)
+        host.recall.layout.read(file, FORM)
     os.close(file)

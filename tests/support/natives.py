@@ -13,7 +13,7 @@ import pytest
 from weft.kernels import native as native_module
 from weft.kernels.native import Native, find_native, load_native, open_native
 
-SOURCE = Path(native_module.__file__).resolve().parent / "c" / "weft.c"
+SOURCES = sorted((Path(native_module.__file__).resolve().parent / "c").glob("*.c"))
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def _wide() -> tuple[Native, ...]:
     """Vectors as wide as AVX-512's, which the compiler makes of narrower ones."""
     library = Path(tempfile.mkdtemp()) / "wide.so"
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
-    command = [compiler, "-std=gnu11", "-O1", "-w", "-DVL=16", "-fPIC", "-shared", "-pthread", SOURCE, "-o", library]
+    command = [compiler, "-std=gnu11", "-O1", "-w", "-DVL=16", "-fPIC", "-shared", "-pthread", *SOURCES, "-o", library]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except OSError:

@@ -1,9 +1,3 @@
-/* The whole library as one unit. */
-#define _GNU_SOURCE
-#include "pool.c"
-#include "linear.c"
-#include "attention.c"
-
 /* The x86-64 level of this processor, 1 to 4; 0 on other kinds. */
 int weft_level(void) {
 #if defined(__x86_64__)

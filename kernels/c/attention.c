@@ -8,11 +8,13 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "attention_tiles.h"
 #include "curves.h"
+#include "lanes.h"
 #include "pool.h"
 #include "vectors.h"
 
-enum { TILE = 64, ITEM_ROWS = 48, TURNED = 2 * VL, WRITTEN_AT_ONCE = 64 };
+enum { ITEM_ROWS = 48, WRITTEN_AT_ONCE = 64 };
 
 /* As in attention.py. Strides in numbers; the last dimension of each tensor is dense. */
 struct attention {
@@ -73,160 +75,6 @@ struct desk {
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t size_of(int format) { return format == FLOAT32 ? 4 : 2; }
-
-/* ---- Keys of TURNED tokens, with one number of each beside the other ---- */
-
-#if VL == 4
-#define OF_LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
-#elif VL == 8
-#define OF_LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
-#else
-#define OF_LANES(F, h)                                                                                              \
-    F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), F(8, h), F(9, h), F(10, h), F(11, h),   \
-        F(12, h), F(13, h), F(14, h), F(15, h)
-#endif
-#define UPPER(l, h) ((l) & (h) ? (l) - (h) + VL : (l))
-#define LOWER(l, h) ((l) & (h) ? (l) + VL : (l) + (h))
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_int){__VA_ARGS__})
-#endif
-/* Swaps squares of side h across the diagonal. */
-#define SWAP(v, h)                                                  \
-    _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) {         \
-        if (i & (h)) continue;                                      \
-        vec a = (v)[i], b = (v)[i + (h)];                           \
-        (v)[i] = SHUFFLE(a, b, OF_LANES(UPPER, h));                 \
-        (v)[i + (h)] = SHUFFLE(a, b, OF_LANES(LOWER, h));           \
-    }
-
-static inline __attribute__((always_inline)) void transpose(vec v[VL]) {
-    SWAP(v, 1)
-    SWAP(v, 2)
-#if VL >= 8
-    SWAP(v, 4)
-#endif
-#if VL >= 16
-    SWAP(v, 8)
-#endif
-}
-
-static void turn_f32(const char *const *keys, int64_t d, float *to) {
-    int64_t k = 0;
-    for (; k + VL <= d; k += VL)
-        for (int half = 0; half < TURNED; half += VL) {
-            vec v[VL];
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) v[i] = load_f32((const float *)keys[half + i] + k);
-            transpose(v);
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) store_f32(to + (k + i) * TURNED + half, v[i]);
-        }
-    for (; k < d; k++)
-        for (int i = 0; i < TURNED; i++) to[k * TURNED + i] = ((const float *)keys[i])[k];
-}
-
-/* Two halves are turned as one word. */
-static void turn_bf16(const char *const *keys, int64_t d, float *to) {
-    int64_t k = 0;
-    for (; k + 2 * VL <= d; k += 2 * VL)
-        for (int half = 0; half < TURNED; half += VL) {
-            vec v[VL];
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++)
-                memcpy(&v[i], (const uint16_t *)keys[half + i] + k, sizeof v[i]);
-            transpose(v);
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) {
-                store_f32(to + (k + 2 * i) * TURNED + half, (vec)((vec_bits)v[i] << 16));
-                store_f32(to + (k + 2 * i + 1) * TURNED + half, (vec)((vec_bits)v[i] & 0xffff0000));
-            }
-        }
-    for (; k < d; k++)
-        for (int i = 0; i < TURNED; i++) to[k * TURNED + i] = bf16_to_f32(((const uint16_t *)keys[i])[k]);
-}
-
-/* ---- Products of ROWS rows: the sums stay in registers ---- */
-
-/* Scores of TURNED tokens. */
-#define DEFINE_SCORES(ROWS)                                                                             \
-    static void scores_##ROWS(const float *query, const float *turned, int64_t d, float *scores) {      \
-        vec low[ROWS], high[ROWS];                                                                      \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) low[r] = high[r] = (vec){0}; \
-        for (int64_t k = 0; k < d; k++, turned += TURNED) {                                             \
-            vec first = load_f32(turned), second = load_f32(turned + VL);                               \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                   \
-                vec number = splat(query[r * d + k]);                                                   \
-                low[r] += number * first;                                                               \
-                high[r] += number * second;                                                             \
-            }                                                                                           \
-        }                                                                                               \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
-            store_f32(scores + r * TILE, low[r]);                                                       \
-            store_f32(scores + r * TILE + VL, high[r]);                                                 \
-        }                                                                                               \
-    }
-
-/* Adds the values of tokens [from, to), weighted. Of halves, `low` has the even columns and `high` the odd ones. */
-#define DEFINE_MIX(SUFFIX, ROWS, NUMBER, LOAD)                                                                      \
-    static void mix_##ROWS##_##SUFFIX(const float *weights, const char *const *values, int64_t from, int64_t to,    \
-                                      int64_t columns, float *sums) {                                               \
-        for (int64_t c = 0; c < columns; c += 2 * VL) {                                                             \
-            vec low[ROWS], high[ROWS];                                                                              \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
-                low[r] = load_f32(sums + r * columns + c);                                                          \
-                high[r] = load_f32(sums + r * columns + c + VL);                                                    \
-            }                                                                                                       \
-            for (int64_t j = from; j < to; j++) {                                                                   \
-                vec first, second;                                                                                  \
-                LOAD((const NUMBER *)values[j] + c, &first, &second);                                               \
-                _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                           \
-                    vec weight = splat(weights[r * TILE + j]);                                                      \
-                    low[r] += weight * first;                                                                       \
-                    high[r] += weight * second;                                                                     \
-                }                                                                                                   \
-            }                                                                                                       \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
-                store_f32(sums + r * columns + c, low[r]);                                                          \
-                store_f32(sums + r * columns + c + VL, high[r]);                                                    \
-            }                                                                                                       \
-        }                                                                                                           \
-    }
-
-#define DEFINE_GROUP(ROWS)                           \
-    DEFINE_SCORES(ROWS)                              \
-    DEFINE_MIX(f32, ROWS, float, load_f32_pair)      \
-    DEFINE_MIX(bf16, ROWS, uint16_t, load_bf16_pair)
-
-DEFINE_GROUP(1)
-DEFINE_GROUP(2)
-DEFINE_GROUP(3)
-DEFINE_GROUP(4)
-DEFINE_GROUP(5)
-DEFINE_GROUP(6)
-#if VL == 16
-DEFINE_GROUP(8)
-DEFINE_GROUP(12)
-#endif
-
-#define GROUP(ROWS) {ROWS, scores_##ROWS, {mix_##ROWS##_f32, mix_##ROWS##_bf16}}
-
-typedef struct {
-    int rows;
-    void (*score)(const float *, const float *, int64_t, float *);
-    void (*mix[2])(const float *, const char *const *, int64_t, int64_t, int64_t, float *);
-} group;
-
-static const group GROUPS[] = {
-#if VL == 16
-    GROUP(12), GROUP(8),
-#endif
-    GROUP(6), GROUP(5), GROUP(4), GROUP(3), GROUP(2), GROUP(1),
-};
-static const group *const ONE_ROW = &GROUPS[sizeof GROUPS / sizeof *GROUPS - 1];
-
-static const group *largest_group(int64_t rows) {
-    const group *found = GROUPS;
-    while (found->rows > rows) found++;
-    return found;
-}
 
 /* ---- One item ---- */
 
@@ -348,27 +196,10 @@ static void score(const struct place *at, struct desk *desk, int64_t rows, bool 
     }
 }
 
-static inline vec lanes_from(int64_t first) {
-#define LANE(l, unused) l
-    return (vec){OF_LANES(LANE, 0)} + (float)first;
-}
-
-static inline float largest_of(vec v) {
-#define ACROSS(l, h) ((l) ^ (h))
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 1)));
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 2)));
-#if VL >= 8
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 4)));
-#endif
-#if VL >= 16
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 8)));
-#endif
-    return v[0];
-}
-
 /* A row's scores of tokens [low, high) become weights, and what it has so far is measured by the new peak. */
 static void weigh(const struct place *at, struct desk *desk, int64_t row, int64_t low, int64_t high) {
-    float *scores = desk->rows.weights + row * TILE, *sums = desk->rows.sums + row * at->columns, *mass = desk->rows.mass + row * VL;
+    float *scores = desk->rows.weights + row * TILE, *sums = desk->rows.sums + row * at->columns;
+    float *mass = desk->rows.mass + row * VL;
     float softcap = at->of->softcap;
     int64_t start = low / VL * VL;
     vec top = splat(-INFINITY);

@@ -14,17 +14,21 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from weft.adapters.base import Base, ModuleKind
 from weft.errors import InvalidModel, one_line
 from weft.kernels.lora import find_backend
-from weft.kernels.native import Native
+from weft.kernels.native import FORMATS, Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
 from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
+from weft.server.engine.fusing import Fusion
 from weft.server.engine.graphs import GraphRunner, Means
 from weft.server.engine.kv_cache import KvCache, KvShape
 from weft.server.engine.linear import freeze
 from weft.server.engine.step import Step, running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey
+
+_FAR = 1 << 20
+"""A position beyond what models without a limit are tried at."""
 
 
 class PagedModel:
@@ -49,6 +53,7 @@ class PagedModel:
         self.cache: KvCache | None = None
         self.adapting: Adapting | None = None
         self._graphs: GraphRunner | None = None
+        self.fusion: Fusion | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -90,6 +95,8 @@ class PagedModel:
         freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
+        if self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
+            self.fusion = Fusion(self.model, self.native, min(self.context_length or _FAR, _FAR))
 
     def use(self, cache: KvCache) -> None:
         """Take another KV cache in place of the attached one, which is let go."""

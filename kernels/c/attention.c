@@ -5,13 +5,16 @@
  * their query and on the tokens that they see, and on nothing else: not on the chunk, the batch or the threads.
  */
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
+#include "attention_tiles.h"
 #include "curves.h"
+#include "lanes.h"
 #include "pool.h"
 #include "vectors.h"
 
-enum { TILE = 64, ITEM_ROWS = 48, TURNED = 2 * VL, WRITTEN_AT_ONCE = 64 };
+enum { ITEM_ROWS = 48, WRITTEN_AT_ONCE = 64 };
 
 /* As in attention.py. Strides in numbers; the last dimension of each tensor is dense. */
 struct attention {
@@ -35,9 +38,9 @@ struct run {
     int64_t first_row, num_rows, context, first_block;
 };
 
-/* Some rows of a run; one item of work is that and a KV head. */
+/* One item of work: some rows of a run, and some KV heads. */
 struct part {
-    int64_t run, first, count;
+    int64_t run, first, count, kv_head, kv_heads;
 };
 
 struct attention_job {
@@ -46,175 +49,32 @@ struct attention_job {
     int64_t columns; /* d_v, padded to whole pairs of vectors */
 };
 
-/* What one thread works on: the rows of an item, those of a query's heads beside each other. */
-struct desk {
+/* Rows of an item: by KV head, then by query, then by the KV head's own heads. */
+struct rows {
     float *query;   /* [rows, d], scaled */
     float *sums;    /* [rows, columns]: the values, weighted */
     float *weights; /* [rows, TILE]: scores, then weights */
-    float *turned;  /* [d, TURNED]: keys of some tokens */
     float *mass;    /* [rows, VL] */
     float *peaks;   /* [rows] */
-    char *padded;   /* [TILE, columns]: values whose rows don't fill whole vectors */
+};
+
+/* Where the tokens of a tile are, for one KV head. Those that no row sees only have to be somewhere. */
+struct found {
     const char *keys[TILE], *values[TILE];
+};
+
+/* What one thread works on: the rows of one KV head, and what it makes of a tile. */
+struct desk {
+    struct rows rows;
+    float *turned; /* [d, TURNED]: keys of some tokens */
+    char *padded;  /* [TILE, columns]: values whose rows don't fill whole vectors */
+    struct found *now, *next;
+    struct found both[2];
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t size_of(int format) { return format == FLOAT32 ? 4 : 2; }
-
-/* ---- Keys of TURNED tokens, with one number of each beside the other ---- */
-
-#if VL == 4
-#define OF_LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
-#elif VL == 8
-#define OF_LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
-#else
-#define OF_LANES(F, h)                                                                                              \
-    F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), F(8, h), F(9, h), F(10, h), F(11, h),   \
-        F(12, h), F(13, h), F(14, h), F(15, h)
-#endif
-#define UPPER(l, h) ((l) & (h) ? (l) - (h) + VL : (l))
-#define LOWER(l, h) ((l) & (h) ? (l) + VL : (l) + (h))
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_int){__VA_ARGS__})
-#endif
-/* Swaps squares of side h across the diagonal. */
-#define SWAP(v, h)                                                  \
-    _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) {         \
-        if (i & (h)) continue;                                      \
-        vec a = (v)[i], b = (v)[i + (h)];                           \
-        (v)[i] = SHUFFLE(a, b, OF_LANES(UPPER, h));                 \
-        (v)[i + (h)] = SHUFFLE(a, b, OF_LANES(LOWER, h));           \
-    }
-
-static inline __attribute__((always_inline)) void transpose(vec v[VL]) {
-    SWAP(v, 1)
-    SWAP(v, 2)
-#if VL >= 8
-    SWAP(v, 4)
-#endif
-#if VL >= 16
-    SWAP(v, 8)
-#endif
-}
-
-static void turn_f32(const char *const *keys, int64_t d, float *to) {
-    int64_t k = 0;
-    for (; k + VL <= d; k += VL)
-        for (int half = 0; half < TURNED; half += VL) {
-            vec v[VL];
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) v[i] = load_f32((const float *)keys[half + i] + k);
-            transpose(v);
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) store_f32(to + (k + i) * TURNED + half, v[i]);
-        }
-    for (; k < d; k++)
-        for (int i = 0; i < TURNED; i++) to[k * TURNED + i] = ((const float *)keys[i])[k];
-}
-
-/* Two halves are turned as one word. */
-static void turn_bf16(const char *const *keys, int64_t d, float *to) {
-    int64_t k = 0;
-    for (; k + 2 * VL <= d; k += 2 * VL)
-        for (int half = 0; half < TURNED; half += VL) {
-            vec v[VL];
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++)
-                memcpy(&v[i], (const uint16_t *)keys[half + i] + k, sizeof v[i]);
-            transpose(v);
-            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) {
-                store_f32(to + (k + 2 * i) * TURNED + half, (vec)((vec_bits)v[i] << 16));
-                store_f32(to + (k + 2 * i + 1) * TURNED + half, (vec)((vec_bits)v[i] & 0xffff0000));
-            }
-        }
-    for (; k < d; k++)
-        for (int i = 0; i < TURNED; i++) to[k * TURNED + i] = bf16_to_f32(((const uint16_t *)keys[i])[k]);
-}
-
-/* ---- Products of ROWS rows: the sums stay in registers ---- */
-
-/* Scores of TURNED tokens. */
-#define DEFINE_SCORES(ROWS)                                                                             \
-    static void scores_##ROWS(const float *query, const float *turned, int64_t d, float *scores) {      \
-        vec low[ROWS], high[ROWS];                                                                      \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) low[r] = high[r] = (vec){0}; \
-        for (int64_t k = 0; k < d; k++, turned += TURNED) {                                             \
-            vec first = load_f32(turned), second = load_f32(turned + VL);                               \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                   \
-                vec number = splat(query[r * d + k]);                                                   \
-                low[r] += number * first;                                                               \
-                high[r] += number * second;                                                             \
-            }                                                                                           \
-        }                                                                                               \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
-            store_f32(scores + r * TILE, low[r]);                                                       \
-            store_f32(scores + r * TILE + VL, high[r]);                                                 \
-        }                                                                                               \
-    }
-
-/* Adds the values of tokens [from, to), weighted. Of halves, `low` has the even columns and `high` the odd ones. */
-#define DEFINE_MIX(SUFFIX, ROWS, NUMBER, LOAD)                                                                      \
-    static void mix_##ROWS##_##SUFFIX(const float *weights, const char *const *values, int64_t from, int64_t to,    \
-                                      int64_t columns, float *sums) {                                               \
-        for (int64_t c = 0; c < columns; c += 2 * VL) {                                                             \
-            vec low[ROWS], high[ROWS];                                                                              \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
-                low[r] = load_f32(sums + r * columns + c);                                                          \
-                high[r] = load_f32(sums + r * columns + c + VL);                                                    \
-            }                                                                                                       \
-            for (int64_t j = from; j < to; j++) {                                                                   \
-                vec first, second;                                                                                  \
-                LOAD((const NUMBER *)values[j] + c, &first, &second);                                               \
-                _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                           \
-                    vec weight = splat(weights[r * TILE + j]);                                                      \
-                    low[r] += weight * first;                                                                       \
-                    high[r] += weight * second;                                                                     \
-                }                                                                                                   \
-            }                                                                                                       \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
-                store_f32(sums + r * columns + c, low[r]);                                                          \
-                store_f32(sums + r * columns + c + VL, high[r]);                                                    \
-            }                                                                                                       \
-        }                                                                                                           \
-    }
-
-#define DEFINE_GROUP(ROWS)                           \
-    DEFINE_SCORES(ROWS)                              \
-    DEFINE_MIX(f32, ROWS, float, load_f32_pair)      \
-    DEFINE_MIX(bf16, ROWS, uint16_t, load_bf16_pair)
-
-DEFINE_GROUP(1)
-DEFINE_GROUP(2)
-DEFINE_GROUP(3)
-DEFINE_GROUP(4)
-DEFINE_GROUP(5)
-DEFINE_GROUP(6)
-#if VL == 16
-DEFINE_GROUP(8)
-DEFINE_GROUP(12)
-#endif
-
-#define GROUP(ROWS) {ROWS, scores_##ROWS, {mix_##ROWS##_f32, mix_##ROWS##_bf16}}
-
-typedef struct {
-    int rows;
-    void (*score)(const float *, const float *, int64_t, float *);
-    void (*mix[2])(const float *, const char *const *, int64_t, int64_t, int64_t, float *);
-} group;
-
-static const group GROUPS[] = {
-#if VL == 16
-    GROUP(12), GROUP(8),
-#endif
-    GROUP(6), GROUP(5), GROUP(4), GROUP(3), GROUP(2), GROUP(1),
-};
-static const group *const ONE_ROW = &GROUPS[sizeof GROUPS / sizeof *GROUPS - 1];
-
-static const group *largest_group(int64_t rows) {
-    const group *found = GROUPS;
-    while (found->rows > rows) found++;
-    return found;
-}
 
 /* ---- One item ---- */
 
@@ -249,7 +109,7 @@ static inline struct view view_of(const struct place *at, int64_t desk_row, int6
 
 static void take_queries(const struct place *at, struct desk *desk) {
     const struct attention *of = at->of;
-    float *to = desk->query;
+    float *to = desk->rows.query;
     for (int64_t i = 0; i < at->count; i++)
         for (int64_t g = 0; g < at->per_query; g++, to += of->d) {
             int64_t from = (at->kv_head * at->per_query + g) * of->query_head + (at->row + i) * of->query_row;
@@ -261,106 +121,85 @@ static void take_queries(const struct place *at, struct desk *desk) {
         }
 }
 
-/* A token of the KV head in the cache. */
-struct token {
-    const int64_t *block;
-    int64_t offset;
+/* Tokens of the KV head that follow each other in the cache. */
+struct stretch {
+    int64_t slot, count;
 };
 
-static inline struct token token_at(const struct place *at, int64_t position) {
-    int64_t block = position / at->of->block_tokens;
-    return (struct token){at->of->table + at->run.first_block + block, position - block * at->of->block_tokens};
-}
-
-static inline void go_on(const struct place *at, struct token *token) {
-    if (++token->offset == at->of->block_tokens) token->block++, token->offset = 0;
-}
-
-static inline int64_t slot_of(const struct place *at, struct token token) {
-    return (*token.block * at->of->block_tokens + token.offset) * at->of->kv_heads + at->kv_head;
+/* From a token of the tile on, up to before `high`. */
+static inline struct stretch stretch_at(const struct place *at, int64_t low, int64_t high) {
+    int64_t block_tokens = at->of->block_tokens, block = (at->tile + low) / block_tokens;
+    int64_t offset = at->tile + low - block * block_tokens;
+    return (struct stretch){at->of->table[at->run.first_block + block] * block_tokens + offset,
+                            least(high - low, block_tokens - offset)};
 }
 
 static inline const char *key_of(const struct place *at, int64_t slot) {
-    return (const char *)at->of->keys + slot * at->of->d * size_of(at->of->format);
+    return (const char *)at->of->keys + (slot * at->of->kv_heads + at->kv_head) * at->of->d * size_of(at->of->format);
 }
 
 static inline const char *value_of(const struct place *at, int64_t slot) {
-    return (const char *)at->of->values + slot * at->of->d_v * size_of(at->of->format);
+    return (const char *)at->of->values +
+           (slot * at->of->kv_heads + at->kv_head) * at->of->d_v * size_of(at->of->format);
 }
 
-/* Find the tokens [low, high) of the tile; those beside them are never used, and only must be somewhere. */
-static void find_tokens(const struct place *at, struct desk *desk, int64_t low, int64_t high) {
-    struct token token = token_at(at, at->tile + low);
-    for (int64_t j = low; j < high; j++, go_on(at, &token)) {
-        int64_t slot = slot_of(at, token);
-        desk->keys[j] = key_of(at, slot);
-        desk->values[j] = value_of(at, slot);
+/* The tokens of the tile that any row sees. */
+static void find_tokens(const struct place *at, struct found *found) {
+    int64_t size = size_of(at->of->format), step = at->of->kv_heads * at->of->d * size;
+    int64_t value_step = at->of->kv_heads * at->of->d_v * size;
+    struct view seen = view_of(at, 0, at->count * at->per_query);
+    int64_t j = seen.any_low;
+    while (j < seen.any_high) {
+        struct stretch tokens = stretch_at(at, j, seen.any_high);
+        const char *key = key_of(at, tokens.slot), *value = value_of(at, tokens.slot);
+        for (int64_t stop = j + tokens.count; j < stop; j++, key += step, value += value_step)
+            found->keys[j] = key, found->values[j] = value;
     }
-    for (int64_t j = 0; j < low; j++) desk->keys[j] = desk->keys[low];
-    for (int64_t j = high; j < TILE; j++) desk->keys[j] = desk->keys[low];
-    if (at->columns == at->of->d_v) return;
+    for (; j < TILE; j++) found->keys[j] = found->keys[seen.any_low], found->values[j] = found->values[seen.any_low];
+    for (j = 0; j < seen.any_low; j++)
+        found->keys[j] = found->keys[seen.any_low], found->values[j] = found->values[seen.any_low];
+}
+
+/* Copies of the values, with room behind them for whole vectors. */
+static void pad_values(const struct place *at, struct desk *desk) {
     int64_t size = size_of(at->of->format);
-    for (int64_t j = low; j < high; j++) {
+    for (int64_t j = 0; j < TILE; j++) {
         char *copy = desk->padded + j * at->columns * size;
-        memcpy(copy, desk->values[j], at->of->d_v * size);
-        desk->values[j] = copy;
+        memcpy(copy, desk->now->values[j], at->of->d_v * size);
+        desk->now->values[j] = copy;
     }
 }
 
-static inline void fetch_line_by_line(const char *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
-/* Ask for tokens [low, high) of the tile, which is the next one that will be looked at. */
-static void fetch(const struct place *at, int64_t low, int64_t high) {
-    high = least(high, at->position + at->count - at->tile);
-    if (low >= high) return;
-    struct token token = token_at(at, at->tile + low);
-    int64_t size = size_of(at->of->format);
-    for (int64_t j = low; j < high; j++, go_on(at, &token)) {
-        int64_t slot = slot_of(at, token);
-        fetch_line_by_line(key_of(at, slot), at->of->d * size);
-        fetch_line_by_line(value_of(at, slot), at->of->d_v * size);
+/* Have tokens from `first` on brought near. They are read: what was only to be prefetched came late, or not at all. */
+static inline void touch(const struct place *at, const struct found *next, int64_t first) {
+    int64_t key_bytes = at->of->d * size_of(at->of->format), value_bytes = at->of->d_v * size_of(at->of->format);
+    for (int64_t j = first; j < first + TURNED; j++) {
+        for (int64_t i = 0; i < key_bytes; i += 64) (void)*(const volatile char *)(next->keys[j] + i);
+        for (int64_t i = 0; i < value_bytes; i += 64) (void)*(const volatile char *)(next->values[j] + i);
     }
 }
 
-/* All scores of the tile. next: which tile comes after it. */
-static void score(const struct place *at, struct desk *desk, int64_t rows, struct view all, const struct place *next) {
+/* All scores of the tile. next: whether another comes after it, which has been found. */
+static void score(const struct place *at, struct desk *desk, int64_t rows, bool next) {
     const struct attention *of = at->of;
+    struct view all = view_of(at, 0, rows);
     for (int64_t first = all.any_low / TURNED * TURNED; first < all.any_high; first += TURNED) {
-        if (next) fetch(next, first, first + TURNED);
-        (of->format == FLOAT32 ? turn_f32 : turn_bf16)(desk->keys + first, of->d, desk->turned);
+        if (next) touch(at, desk->next, first);
+        (of->format == FLOAT32 ? turn_f32 : turn_bf16)(desk->now->keys + first, of->d, desk->turned);
         const group *group;
         for (int64_t r = 0; r < rows; r += group->rows) {
             group = largest_group(rows - r);
             struct view seen = view_of(at, r, group->rows);
             if (seen.any_low < first + TURNED && seen.any_high > first)
-                group->score(desk->query + r * of->d, desk->turned, of->d, desk->weights + r * TILE + first);
+                group->score(desk->rows.query + r * of->d, desk->turned, of->d, desk->rows.weights + r * TILE + first);
         }
     }
 }
 
-static inline vec lanes_from(int64_t first) {
-#define LANE(l, unused) l
-    return (vec){OF_LANES(LANE, 0)} + (float)first;
-}
-
-static inline float largest_of(vec v) {
-#define ACROSS(l, h) ((l) ^ (h))
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 1)));
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 2)));
-#if VL >= 8
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 4)));
-#endif
-#if VL >= 16
-    v = larger(v, SHUFFLE(v, v, OF_LANES(ACROSS, 8)));
-#endif
-    return v[0];
-}
-
 /* A row's scores of tokens [low, high) become weights, and what it has so far is measured by the new peak. */
 static void weigh(const struct place *at, struct desk *desk, int64_t row, int64_t low, int64_t high) {
-    float *scores = desk->weights + row * TILE, *sums = desk->sums + row * at->columns, *mass = desk->mass + row * VL;
+    float *scores = desk->rows.weights + row * TILE, *sums = desk->rows.sums + row * at->columns;
+    float *mass = desk->rows.mass + row * VL;
     float softcap = at->of->softcap;
     int64_t start = low / VL * VL;
     vec top = splat(-INFINITY);
@@ -374,7 +213,7 @@ static void weigh(const struct place *at, struct desk *desk, int64_t row, int64_
         store_f32(scores + j, s);
         top = larger(s, top);
     }
-    float before = desk->peaks[row], peak = largest_of(top);
+    float before = desk->rows.peaks[row], peak = largest_of(top);
     peak = peak > before ? peak : before;
     float base = peak == -INFINITY ? 0 : peak;
     vec total = load_f32(mass);
@@ -382,7 +221,7 @@ static void weigh(const struct place *at, struct desk *desk, int64_t row, int64_
         vec factor = splat(exp_of_one(before - base));
         total *= factor;
         for (int64_t c = 0; c < at->columns; c += VL) store_f32(sums + c, load_f32(sums + c) * factor);
-        desk->peaks[row] = peak;
+        desk->rows.peaks[row] = peak;
     }
     for (int64_t j = start; j < high; j += VL) {
         vec weight = exp_of(load_f32(scores + j) - base);
@@ -396,21 +235,21 @@ static void weigh(const struct place *at, struct desk *desk, int64_t row, int64_
 static void mix(const struct place *at, struct desk *desk, int64_t row, const group *group) {
     int format = at->of->format;
     struct view seen = view_of(at, row, group->rows);
-    float *weights = desk->weights + row * TILE, *sums = desk->sums + row * at->columns;
+    float *weights = desk->rows.weights + row * TILE, *sums = desk->rows.sums + row * at->columns;
     int64_t low = seen.all_low, high = most(low, seen.all_high);
     if (low != seen.any_low || high != seen.any_high)
         for (int64_t r = 0; r < group->rows; r++) {
             int64_t own_low, own_high;
             see(at, row + r, &own_low, &own_high);
-            ONE_ROW->mix[format](weights + r * TILE, desk->values, own_low, least(low, own_high), at->columns,
+            ONE_ROW->mix[format](weights + r * TILE, desk->now->values, own_low, least(low, own_high), at->columns,
                                  sums + r * at->columns);
         }
-    group->mix[format](weights, desk->values, low, high, at->columns, sums);
+    group->mix[format](weights, desk->now->values, low, high, at->columns, sums);
     if (high != seen.any_high)
         for (int64_t r = 0; r < group->rows; r++) {
             int64_t own_low, own_high;
             see(at, row + r, &own_low, &own_high);
-            ONE_ROW->mix[format](weights + r * TILE, desk->values, most(high, own_low), own_high, at->columns,
+            ONE_ROW->mix[format](weights + r * TILE, desk->now->values, most(high, own_low), own_high, at->columns,
                                  sums + r * at->columns);
         }
 }
@@ -420,10 +259,10 @@ static void give_row(const struct place *at, const struct desk *desk, int64_t de
     const struct attention *of = at->of;
     int64_t head = at->kv_head * at->per_query + desk_row % at->per_query;
     int64_t to = ((at->row + desk_row / at->per_query) * of->heads + head) * of->d_v;
-    const float *sums = desk->sums + desk_row * at->columns;
-    float mass = sum_of(load_f32(desk->mass + desk_row * VL)), factor = 1;
+    const float *sums = desk->rows.sums + desk_row * at->columns;
+    float mass = sum_of(load_f32(desk->rows.mass + desk_row * VL)), factor = 1;
     if (of->sinks) {
-        float sink = of->sinks[head], peak = desk->peaks[desk_row];
+        float sink = of->sinks[head], peak = desk->rows.peaks[desk_row];
         float base = sink > peak ? sink : peak;
         factor = exp_of_one(peak - base);
         mass = mass * factor + exp_of_one(sink - base);
@@ -446,59 +285,82 @@ static void give_row(const struct place *at, const struct desk *desk, int64_t de
     }
 }
 
-/* after: the item that comes next, or NULL. */
-static void attend_item(struct place at, struct desk *desk, const struct place *after) {
-    int64_t rows = at.count * at.per_query;
-    take_queries(&at, desk);
-    memset(desk->sums, 0, rows * at.columns * sizeof(float));
-    memset(desk->mass, 0, rows * VL * sizeof(float));
-    for (int64_t r = 0; r < rows; r++) desk->peaks[r] = -INFINITY;
-    for (int64_t end = at.position + at.count; at.tile < end; at.tile += TILE) {
-        struct place next = at;
-        next.tile += TILE;
-        struct view all = view_of(&at, 0, rows);
-        find_tokens(&at, desk, all.any_low, all.any_high);
-        score(&at, desk, rows, all, next.tile < end ? &next : after);
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t low, high;
-            see(&at, r, &low, &high);
-            if (low < high) weigh(&at, desk, r, low, high);
-        }
-        const group *group;
-        for (int64_t r = 0; r < rows; r += group->rows) {
-            group = largest_group(rows - r);
-            mix(&at, desk, r, group);
-        }
+/* One tile for the rows of one KV head. next: where comes after it, or NULL. */
+static void attend_tile(const struct place *at, struct desk *desk, const struct place *next) {
+    int64_t rows = at->count * at->per_query;
+    struct found *now = desk->now;
+    if (next) find_tokens(next, desk->next);
+    if (at->columns != at->of->d_v) pad_values(at, desk);
+    score(at, desk, rows, next != NULL);
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t low, high;
+        see(at, r, &low, &high);
+        if (low < high) weigh(at, desk, r, low, high);
     }
-    for (int64_t r = 0; r < rows; r++) give_row(&at, desk, r);
+    const group *group;
+    for (int64_t r = 0; r < rows; r += group->rows) {
+        group = largest_group(rows - r);
+        mix(at, desk, r, group);
+    }
+    desk->now = desk->next;
+    desk->next = now;
+}
+
+static struct rows rows_after(const struct place *at, struct rows rows, int64_t count) {
+    return (struct rows){rows.query + count * at->of->d, rows.sums + count * at->columns, rows.weights + count * TILE,
+                         rows.mass + count * VL, rows.peaks + count};
+}
+
+/* at: where the item begins, and `after` the next one, or NULL. All its KV heads of a tile lie beside each other. */
+static void attend_item(struct place at, struct desk *desk, int64_t kv_heads, const struct place *after) {
+    int64_t rows = at.count * at.per_query, first_head = at.kv_head, end = at.position + at.count;
+    struct rows first_rows = desk->rows;
+    memset(first_rows.sums, 0, kv_heads * rows * at.columns * sizeof(float));
+    memset(first_rows.mass, 0, kv_heads * rows * VL * sizeof(float));
+    for (int64_t r = 0; r < kv_heads * rows; r++) first_rows.peaks[r] = -INFINITY;
+    for (int64_t head = 0; head < kv_heads; head++, at.kv_head++) {
+        desk->rows = rows_after(&at, first_rows, head * rows);
+        take_queries(&at, desk);
+    }
+    for (at.kv_head = first_head; at.tile < end; at.tile += TILE, at.kv_head = first_head)
+        for (int64_t head = 0; head < kv_heads; head++, at.kv_head++) {
+            struct place next = at;
+            next.kv_head = head + 1 < kv_heads ? at.kv_head + 1 : first_head;
+            next.tile += head + 1 < kv_heads ? 0 : TILE;
+            desk->rows = rows_after(&at, first_rows, head * rows);
+            attend_tile(&at, desk, next.tile < end ? &next : after);
+        }
+    for (int64_t head = 0; head < kv_heads; head++, at.kv_head++) {
+        desk->rows = rows_after(&at, first_rows, head * rows);
+        for (int64_t r = 0; r < rows; r++) give_row(&at, desk, r);
+    }
+    desk->rows = first_rows;
 }
 
 /* ---- The job ---- */
 
-/* Queries of a part. */
-static int64_t part_rows(const struct attention *of) { return most(1, ITEM_ROWS / (of->heads / of->kv_heads)); }
-
 static char *set_desk(const struct attention_job *job, struct desk *desk) {
     const struct attention *of = job->of;
-    int64_t rows = part_rows(of) * (of->heads / of->kv_heads);
+    int64_t rows = most(ITEM_ROWS, of->heads / of->kv_heads);
     int64_t numbers = rows * (of->d + job->columns + TILE + VL + 1) + of->d * TURNED + TILE * job->columns;
     float *at = calloc(numbers, sizeof *at);
     if (!at) abort();
-    desk->query = at;
-    desk->sums = desk->query + rows * of->d;
-    desk->weights = desk->sums + rows * job->columns;
-    desk->turned = desk->weights + rows * TILE;
-    desk->mass = desk->turned + of->d * TURNED;
-    desk->peaks = desk->mass + rows * VL;
-    desk->padded = (char *)(desk->peaks + rows);
+    desk->now = &desk->both[0];
+    desk->next = &desk->both[1];
+    desk->rows.query = at;
+    desk->rows.sums = desk->rows.query + rows * of->d;
+    desk->rows.weights = desk->rows.sums + rows * job->columns;
+    desk->rows.mass = desk->rows.weights + rows * TILE;
+    desk->rows.peaks = desk->rows.mass + rows * VL;
+    desk->turned = desk->rows.peaks + rows;
+    desk->padded = (char *)(desk->turned + of->d * TURNED);
     return (char *)at;
 }
 
 /* Where an item begins. */
-static struct place place_of(const struct attention_job *job, int64_t item) {
+static struct place place_of(const struct attention_job *job, const struct part *part) {
     const struct attention *of = job->of;
-    const struct part *part = &job->parts[item / of->kv_heads];
-    struct place at = {.of = of, .count = part->count, .kv_head = item % of->kv_heads, .columns = job->columns};
+    struct place at = {.of = of, .count = part->count, .kv_head = part->kv_head, .columns = job->columns};
     memcpy(&at.run, of->runs + 4 * part->run, sizeof at.run);
     at.per_query = of->heads / of->kv_heads;
     at.row = at.run.first_row + part->first;
@@ -511,11 +373,12 @@ static void attend_items(void *of_job, int64_t first, int64_t last) {
     const struct attention_job *job = of_job;
     struct desk desk;
     char *memory = set_desk(job, &desk);
-    struct place at = place_of(job, first);
+    struct place at = place_of(job, &job->parts[first]);
+    find_tokens(&at, desk.now);
     for (int64_t item = first; item < last; item++) {
         struct place after = at;
-        if (item + 1 < last) after = place_of(job, item + 1);
-        attend_item(at, &desk, item + 1 < last ? &after : NULL);
+        if (item + 1 < last) after = place_of(job, &job->parts[item + 1]);
+        attend_item(at, &desk, job->parts[item].kv_heads, item + 1 < last ? &after : NULL);
         at = after;
     }
     free(memory);
@@ -534,13 +397,22 @@ static void write_rows(void *of_job, int64_t first, int64_t last) {
         }
 }
 
-/* Of each run the last rows come first: they see the most. Returns how many parts there are. */
+/* Cut the work into parts; of each run the last rows, which see the most, come first. Returns how many there are.
+ *
+ * Few rows take several KV heads, whose keys lie beside each other, as long as each thread has some parts.
+ */
 static int64_t cut(const struct attention *of, struct part *parts) {
-    int64_t num_parts = 0, size = part_rows(of);
+    int64_t num_parts = 0, per_query = of->heads / of->kv_heads, size = most(1, ITEM_ROWS / per_query);
+    int64_t fair = of->threads > 1 ? of->num_runs * of->kv_heads / (2 * of->threads) : of->kv_heads;
     for (int64_t run = 0; run < of->num_runs; run++) {
         int64_t rows = of->runs[4 * run + 1];
-        for (int64_t first = (rows - 1) / size * size; first >= 0; first -= size, num_parts++)
-            if (parts) parts[num_parts] = (struct part){run, first, least(size, rows - first)};
+        for (int64_t first = (rows - 1) / size * size; first >= 0; first -= size) {
+            int64_t count = least(size, rows - first);
+            int64_t kv_heads = most(1, least(fair, ITEM_ROWS / (count * per_query)));
+            for (int64_t head = 0; head < of->kv_heads; head += kv_heads, num_parts++)
+                if (parts)
+                    parts[num_parts] = (struct part){run, first, count, head, least(kv_heads, of->kv_heads - head)};
+        }
     }
     return num_parts;
 }
@@ -553,6 +425,6 @@ void weft_attend(const struct attention *of) {
     if (!parts) abort();
     cut(of, parts);
     struct attention_job job = {of, parts, (of->d_v + 2 * VL - 1) / (2 * VL) * (2 * VL)};
-    share(attend_items, &job, num_parts * of->kv_heads, 1, of->threads);
+    share(attend_items, &job, num_parts, 1, of->threads);
     free(parts);
 }

@@ -25,6 +25,7 @@ from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.kv_cache import KvCache
+from weft.server.engine.means import backend_for, means_of
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
@@ -95,14 +96,19 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     rows = row_dtype(model.dtype, settings)
     pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows))
-    fitted = _fit(model, settings, pages, room, expected)
+    backend = backend_for(model.device, settings.lora_backend)
+    fitted = _fit(model, settings, pages, room, expected, backend)
     pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens
-    adapter_probe = AdapterProbe(model, settings.lora_backend, rows) if settings.adapter_probe else None
+    adapter_probe = AdapterProbe(model, backend, rows) if settings.adapter_probe else None
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
     limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
+    means = means_of(model.device, backend) if settings.cuda_graphs else None
+    if means is not None:
+        width = pool.blocks_for(limits.context_length)
+        model.capture(means, settings.max_running_requests, width).warm_up()
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
         model=model,
@@ -176,7 +182,7 @@ class _Fitted:
 
 
 def _fit(
-    model: PagedModel, settings: EngineConfig, pages: PagePool, room: AdapterRoom, expected: Expectation
+    model: PagedModel, settings: EngineConfig, pages: PagePool, room: AdapterRoom, expected: Expectation, backend: str
 ) -> _Fitted:
     """Prove on a small cache that the model is served right, measure a step, and make the cache of what is left."""
     blocks = [-(-len(prompt) // settings.block_tokens) for prompt in expected.prompts]
@@ -186,7 +192,7 @@ def _fit(
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
     trial = Trial.of(settings, model.device, longest, _max_reported(model))
     small = trial.pool(least)
-    model.attach(_cache(model, small), pages.groups, settings.lora_backend)
+    model.attach(_cache(model, small), pages.groups, backend)
     error = _probe(model, small, expected)
     step_bytes = trial.run(model, small)
     if longest < NEVER - 1 and not model.attends_in_place:

@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from natives import builds, each_build
 
 from weft.kernels.attention import DTYPES, PagedAttention, Run
-from weft.kernels.native import Native, find_native, open_native
+from weft.kernels.native import Native
 from weft.server.engine.gathering import attend
 from weft.server.engine.step import AttentionOptions
 
-BEST = find_native(1)
-NATIVES = [*filter(None, [BEST, BEST and open_native("baseline", 1), find_native(3)])]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
-pytestmark = pytest.mark.skipif(not NATIVES, reason="the C library was not built")
-each_native = pytest.mark.parametrize("native", NATIVES, ids=[f"{n.level} on {n.threads}" for n in NATIVES])
 each_dtype = pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
 
 
@@ -138,7 +135,7 @@ LAYERS = {
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 
 
-@each_native
+@each_build
 @each_dtype
 @each_layer
 @pytest.mark.parametrize("block_tokens", [1, 16, 64, 100])
@@ -152,14 +149,15 @@ def test_it_is_attention(layer: Layer, dtype: torch.dtype, block_tokens: int, na
         assert (rows.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
 
 
-@each_native
+@each_build
 @each_dtype
 @each_layer
 def test_a_row_is_the_same_to_the_bit_in_any_chunks_and_company(
     layer: Layer, dtype: torch.dtype, native: Native
 ) -> None:
     sequences = [Tokens(layer, length, dtype, seed) for seed, length in enumerate((150, 70, 131))]
-    alone = [whole(layer, BEST if native.threads > 1 and BEST else native, tokens) for tokens in sequences]
+    one_thread = next(build for build in builds() if build.level == native.level and build.threads == 1)
+    alone = [whole(layer, one_thread, tokens) for tokens in sequences]
     rng = random.Random(1)
     cache = Cache(layer, sequences, 16)
     done = dict.fromkeys(sequences, 0)
@@ -176,7 +174,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_chunks_and_company(
     assert all(torch.equal(torch.cat(made[t]), rows) for t, rows in zip(sequences, alone, strict=True))
 
 
-@each_native
+@each_build
 def test_rows_do_not_see_what_is_not_finite_behind_them(native: Native) -> None:
     layer = Layer(d=16, d_v=24)
     clean = Tokens(layer, 90, torch.float32)
@@ -190,7 +188,7 @@ def test_rows_do_not_see_what_is_not_finite_behind_them(native: Native) -> None:
         assert made[position:].isnan().all(), "those that do see it say so"
 
 
-@each_native
+@each_build
 def test_scores_too_large_or_too_small_for_exp_are_weighed_as_torch_does(native: Native) -> None:
     layer = Layer(kv_heads=1, per_kv_head=1, d=1, d_v=1, scale=1.0)
     tokens = Tokens(layer, 4, torch.float32)
@@ -200,7 +198,7 @@ def test_scores_too_large_or_too_small_for_exp_are_weighed_as_torch_does(native:
     assert whole(layer, native, tokens).flatten().tolist() == [1.0, 1.0, 2.0, 5.0]
 
 
-@each_native
+@each_build
 def test_rows_may_lie_with_any_strides(native: Native) -> None:
     layer = Layer()
     tokens = Tokens(layer, 50, torch.float32)
@@ -211,7 +209,7 @@ def test_rows_may_lie_with_any_strides(native: Native) -> None:
     assert torch.equal(whole(layer, native, tokens), expected)
 
 
-@each_native
+@each_build
 def test_keys_and_values_are_in_the_cache_afterwards(native: Native) -> None:
     layer = Layer(d=16, d_v=24)
     tokens = Tokens(layer, 20, torch.float32)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of a CPU; else one a core.")
 @click.option("--quick", is_flag=True, help="One width and one repeat: to see that it runs.")
 @click.option(
-    "--out",
+    "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     help="The table, JSON; what it holds of other devices stays. The one that Weft goes by is kernels/measured.json.",
 )
-def kernels(device: str, threads: int | None, quick: bool, out: Path | None) -> None:
+def kernels(device: str, threads: int | None, quick: bool, output: Path | None) -> None:
     """Measure every backend over rows, adapters, ranks, widths and dtypes, and write a table."""
     import torch  # noqa: PLC0415 - takes seconds
     from tqdm import tqdm  # noqa: PLC0415
@@ -41,9 +41,9 @@ def kernels(device: str, threads: int | None, quick: bool, out: Path | None) -> 
     with torch.inference_mode():
         found = list(tqdm(measure(sweep, backends, torch.device(device)), total=sweep.num_measurements, leave=False))
     click.echo(_summary(found))
-    if out is not None:
+    if output is not None:
         machine = _machine(device, threads, torch.__version__, "none" if native is None else native.level)
-        out.write_text(_merged(out, device, machine, found), encoding="utf-8")
+        output.write_text(_merged(output, device, machine, found), encoding="utf-8")
 
 
 def _machine(device: str, threads: int, version: str, level: str) -> dict[str, str | int]:

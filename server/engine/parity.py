@@ -53,15 +53,18 @@ class AdapterProbe:
         ids = torch.tensor([prompt], device=model.device)
         with running(step):
             model.run_whole(ids)
-        worst = max(step.errors, key=lambda name: step.errors[name], default=None)
-        error = step.errors[worst] if worst is not None else 0.0
-        is_int8 = self.row_dtype == torch.int8
-        limit = max(TOLERANCE[model.dtype], INT8_TOLERANCE if is_int8 else 0.0)
-        if not error <= limit:
-            words = f"comes out {error:.2g} away from PEFT's formula (relative; at most {limit:g} is allowed)"
-            words += "; 8 bits may be too few for it: start the server with --adapter-dtype auto" if is_int8 else ""
-            raise InvalidAdapter(source, [Problem(str(worst), words)])
-        return error
+        rounded = host.rows.keys() if self.row_dtype == torch.int8 else ()
+        limits = {name: max(TOLERANCE[model.dtype], INT8_TOLERANCE * (name in rounded)) for name in step.errors}
+        worst = max(step.errors, key=lambda name: step.errors[name] / limits[name], default=None)
+        if worst is not None and not step.errors[worst] <= limits[worst]:
+            words = (
+                f"comes out {step.errors[worst]:.2g} away from PEFT's formula (relative; at most {limits[worst]:g} is "
+                "allowed)"
+            )
+            if worst in rounded:
+                words += "; 8 bits may be too few for it: start the server with --adapter-dtype auto"
+            raise InvalidAdapter(source, [Problem(worst, words)])
+        return max(step.errors.values(), default=0.0)
 
     def _prompt(self, weights: LoraWeights) -> list[int]:
         """Tokens at random, and some of those that the adapter has trained."""

@@ -17,7 +17,7 @@ def test_a_table_is_measured_and_written_beside_what_is_known_of_other_devices(t
     path = tmp_path / "table.json"
     known = {"device": "cuda", "dtype": "int8", "rows": 1, "distinct": 1, "rank": 8, "d_in": 8, "d_out": 8, "ms": {}}
     path.write_text(json.dumps({"machines": {"cuda": {"name": "some"}}, "measurements": [known]}))
-    result = CliRunner().invoke(kernels, ["--quick", "--threads", "1", "--out", str(path)])
+    result = CliRunner().invoke(kernels, ["--quick", "--threads", "1", "--output", str(path)])
     assert result.exit_code == 0, result.output
     measured = read_measured(path)
     assert {each.device for each in measured} == {"cpu", "cuda"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-FLAGS = ["-std=gnu11", "-O3", "-fvisibility=default", "-pthread", "-Werror=implicit"]
+FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fvisibility=default", "-pthread", "-Werror=implicit"]
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}

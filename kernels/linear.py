@@ -33,7 +33,7 @@ class PackedLinear:
         """x: [..., d_in] of the weight's dtype -> [..., d_out]."""
         rows = x.reshape(-1, self.d_in).float()
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        y = torch.empty(*x.shape[:-1], self.d_out, dtype=self.dtype)
+        y = x.new_empty((*x.shape[:-1], self.d_out))
         self._linear(
             rows.data_ptr(),
             self._packed.data_ptr(),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from weft.kernels.site import SiteGroup
 
 AddLora = Callable[[torch.Tensor, torch.Tensor, SiteGroup, Plan], torch.Tensor]
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 """What may be asked for; all obey `reference.add_lora`'s docstring."""
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -57,12 +59,31 @@ def available(native: Native | None) -> list[Backend]:
     found = [Backend("reference", reference.add_lora), Backend("torch", segments.add_lora)]
     if native is not None:
         found.append(Backend("cpu", NativeLora(native), NativeLora.takes))
+    if has_triton():
+        found.append(Backend("triton", _triton, _triton_takes))
     return found
+
+
+def has_triton() -> bool:
+    """Whether it is installed; loading it takes long."""
+    return find_spec("triton") is not None
+
+
+def _triton(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> torch.Tensor:
+    from weft.kernels import triton_lora  # noqa: PLC0415 - slow to load
+
+    return triton_lora.add_lora(y, x, group, plan)
+
+
+def _triton_takes(group: SiteGroup, dtype: torch.dtype) -> bool:
+    return group.a.device.type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def find_backend(name: str, native: Native | None) -> AddLora:
     """The backend of a name in `BACKENDS`; "torch" where that can't run here, or not on these pages."""
     found = available(native)
+    if name == "triton" and has_triton() and os.environ.get("TRITON_INTERPRET") == "1":
+        return _triton  # on any device: this is how tests run it
     if name == "auto":
         return Choosing(found[1:], read_measured(MEASURED))
     return Choosing([backend for backend in found if backend.name in ("torch", name)], (), name)

@@ -58,10 +58,12 @@ class NativeLora:
         rows = x if x.dtype == torch.float32 else x.float()
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         assert y.stride(1) == 1, "the columns of y must be adjacent"
-        layout = plan.layout(_Layout.of)
+        described, layout = group.layout(_describe), plan.layout(_Layout.of)
+        if described.num_sites > layout.room or described.stop > layout.covered:
+            layout.make_ready(described)
         self._lora(
-            group.layout(_describe).pointer,
-            layout.prepared(group),
+            described.address,
+            layout.address,
             rows.data_ptr(),
             y.data_ptr(),
             rows.stride(0),
@@ -74,14 +76,15 @@ class NativeLora:
 
 @dataclass(frozen=True, slots=True)
 class _Described:
-    """A group as the library takes it. held: what it points to."""
+    """A group as the library takes it.
 
-    struct: _Group
+    address: of the struct. stop: the index behind that of its last site. held: what lies at addresses.
+    """
+
+    address: int
+    num_sites: int
+    stop: int
     held: tuple[object, ...]
-
-    @property
-    def pointer(self) -> int:
-        return ctypes.addressof(self.struct)
 
 
 def _describe(group: SiteGroup) -> _Described:
@@ -91,16 +94,23 @@ def _describe(group: SiteGroup) -> _Described:
         *(group.a.data_ptr(), group.b.data_ptr(), *scales, d_outs.ctypes.data),
         *(len(d_outs), group.sites[0].index, group.a.shape[1], group.d_in, FORMATS[group.a.dtype]),
     )
-    return _Described(struct, (d_outs,))
+    return _Described(ctypes.addressof(struct), len(d_outs), group.sites[-1].index + 1, (struct, d_outs))
 
 
 @dataclass(slots=True)
 class _Layout:
-    """A plan as the library takes it. sets: what modules its entries are for. arrays: what the struct points to."""
+    """A plan as the library takes it.
+
+    address: of the struct. sets: what modules its entries are for. arrays: what the struct points to. room: sites whose
+    coefficients there is memory for. covered: sites that `touched` tells of.
+    """
 
     struct: _Plan
     sets: tuple[frozenset[int], ...]
     arrays: tuple[_Array, ...]
+    address: int
+    room: int = 0
+    covered: int = 0
     coefs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     touched: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -134,23 +144,20 @@ class _Layout:
             *(numpy.array(scales, dtype=numpy.float32), numpy.array(coef, dtype=numpy.int64)),
         )
         struct = _Plan(*(array.ctypes.data for array in arrays), None, None, 0, len(chunks), len(entries), coef[-1])
-        return cls(struct, tuple(sets), arrays)
+        return cls(struct, tuple(sets), arrays, ctypes.addressof(struct))
 
-    def prepared(self, group: SiteGroup) -> int:
-        """The struct's address, once there is room for the group's coefficients, and it is known whom entries touch."""
-        if len(self.coefs) < len(group.sites) * self.struct.num_coefs:
-            self.coefs = torch.empty(len(group.sites) * self.struct.num_coefs)
+    def make_ready(self, group: _Described) -> None:
+        """Make room for the group's coefficients, and note whom entries touch."""
+        if group.num_sites > self.room:
+            self.room = group.num_sites
+            self.coefs = torch.empty(self.room * self.struct.num_coefs)
             self.struct.coefs = self.coefs.data_ptr()
-        num_sites = group.sites[-1].index + 1
-        if num_sites > self.struct.num_sites:
-            self._note_touched(max([num_sites, *(max(sites, default=-1) + 1 for sites in self.sets)]))
-        return ctypes.addressof(self.struct)
-
-    def _note_touched(self, num_sites: int) -> None:
-        self.touched = torch.zeros(len(self.sets), num_sites, dtype=torch.uint8)
-        for row, sites in zip(self.touched, self.sets, strict=True):
-            row[list(sites)] = 1
-        self.struct.touched, self.struct.num_sites = self.touched.data_ptr(), num_sites
+        if group.stop > self.covered:
+            self.covered = max([group.stop, *(max(sites, default=-1) + 1 for sites in self.sets)])
+            self.touched = torch.zeros(len(self.sets), self.covered, dtype=torch.uint8)
+            for row, sites in zip(self.touched, self.sets, strict=True):
+                row[list(sites)] = 1
+            self.struct.touched, self.struct.num_sites = self.touched.data_ptr(), self.covered
 
 
 def _rows_by_segments(plan: Plan) -> dict[tuple[int, ...], list[int]]:
@@ -167,6 +174,6 @@ def _rows_by_segments(plan: Plan) -> dict[tuple[int, ...], list[int]]:
 
 
 def _pages_of(segment: Segment) -> list[tuple[int, int]]:
-    """Its pages, and how many rank rows each holds."""
-    pages = range(segment.first, segment.last)
-    return [(page, min(PAGE_ROWS, segment.rank - i * PAGE_ROWS)) for i, page in enumerate(pages)]
+    """Its pages that hold rank rows, and how many each."""
+    starts = range(0, segment.rank, PAGE_ROWS)
+    return [(segment.first + i, min(PAGE_ROWS, segment.rank - start)) for i, start in enumerate(starts)]

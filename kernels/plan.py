@@ -8,7 +8,7 @@ Page 0 is all zeros and belongs to no adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeVar, cast
 
@@ -52,6 +52,10 @@ class PagedAdapter:
         return found
 
 
+Weighted = tuple[PagedAdapter, float]
+"""An adapter and its weight in a request's mix (1.0 for a single adapter)."""
+
+
 RowIndex = slice | torch.Tensor
 
 _L = TypeVar("_L")
@@ -86,12 +90,13 @@ class PatchedRows:
 class Plan:
     """One step's work for every site. Rows that appear in no segment or patch are base rows and are never touched.
 
-    patches: by the name of the module.
+    patches: by the name of the module. mixes: the same work by rows: which use which adapters, each named once.
     """
 
     num_tokens: int
     segments: tuple[Segment, ...]
     patches: Mapping[str, Sequence[PatchedRows]] = field(default_factory=dict)
+    mixes: Sequence[tuple[range, Sequence[Weighted]]] = ()
     _layouts: dict[object, object] = field(default_factory=dict)
 
     def layout(self, make: Callable[[Plan], _L]) -> _L:
@@ -100,9 +105,17 @@ class Plan:
             self._layouts[make] = make(self)
         return cast("_L", self._layouts[make])
 
-
-Weighted = tuple[PagedAdapter, float]
-"""An adapter and its weight in a request's mix (1.0 for a single adapter)."""
+    def to(self, device: torch.device) -> Plan:
+        """The same for rows on a device."""
+        return replace(
+            self,
+            segments=tuple(replace(segment, rows=_to(segment.rows, device)) for segment in self.segments),
+            patches={
+                name: [replace(each, rows=_to(each.rows, device)) for each in patched]
+                for name, patched in self.patches.items()
+            },
+            _layouts={},
+        )
 
 
 Span = tuple[int, Sequence[Weighted]]
@@ -116,11 +129,14 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     Returns None where no span uses an adapter: such a step costs nothing at any site.
     """
     ranges: dict[tuple[PagedAdapter, float], list[range]] = {}
+    mixes: list[tuple[range, Sequence[Weighted]]] = []
     start = 0
     for num_tokens, adapters in spans:
-        if num_tokens:
-            for weighted in _summed(adapters):
-                ranges.setdefault(weighted, []).append(range(start, start + num_tokens))
+        if num_tokens and adapters:
+            rows_of_span = range(start, start + num_tokens)
+            mixes.append((rows_of_span, _summed(adapters)))
+            for weighted in mixes[-1][1]:
+                ranges.setdefault(weighted, []).append(rows_of_span)
         start += num_tokens
     if not ranges:
         return None
@@ -134,15 +150,34 @@ def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
         ]
         for name, own in adapter.patches.items():
             patches.setdefault(name, []).extend(PatchedRows(rows, patch, weight) for patch in own)
-    return Plan(num_tokens=start, segments=tuple(segments), patches=patches)
+    return Plan(num_tokens=start, segments=tuple(segments), patches=patches, mixes=mixes)
 
 
-def _summed(adapters: Sequence[Weighted]) -> Iterable[Weighted]:
+class Plans:
+    """Makes plans, and gives the last one again where a step is laid out like the one before: most decode steps are.
+
+    So what a backend made of it is made once for all of them. An adapter that went and came again is another one.
+    """
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+        self._device: torch.device | None = None
+        self._plan: Plan | None = None
+
+    def __call__(self, spans: Iterable[Span], device: torch.device) -> Plan | None:
+        """As `build_plan`."""
+        wanted = list(spans)
+        if wanted != self._spans or device != self._device:
+            self._spans, self._device, self._plan = wanted, device, build_plan(wanted, device)
+        return self._plan
+
+
+def _summed(adapters: Sequence[Weighted]) -> Sequence[Weighted]:
     """Each adapter once: patches are done once a row, so one that is named twice must count with both weights."""
     weights: dict[PagedAdapter, float] = {}
     for adapter, weight in adapters:
         weights[adapter] = weights.get(adapter, 0.0) + weight
-    return weights.items()
+    return tuple(weights.items())
 
 
 def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:
@@ -150,3 +185,7 @@ def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:
     if adjacent:
         return slice(parts[0].start, parts[-1].stop)
     return torch.tensor([row for part in parts for row in part], dtype=torch.int64, device=device)
+
+
+def _to(rows: RowIndex, device: torch.device) -> RowIndex:
+    return rows if isinstance(rows, slice) else rows.to(device)

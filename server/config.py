@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weft.errors import InvalidConfig
 
-LORA_BACKENDS = ("auto", "reference", "torch", "cpu")
+LORA_BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 """As `weft.kernels.lora` has them, which brings torch: a wrong name should not wait for that."""
 
 
@@ -40,7 +40,8 @@ class EngineConfig:
     adapters' rank rows; auto is the base's dtype, int8 takes a quarter of float32's memory and half of bfloat16's, and
     rounds them. lora_backend: auto goes by what `weft bench kernels` measured. prefix_cache: keep what was computed for
     prompts that begin alike.
-    speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none.
+    speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none. cuda_graphs: capture
+    decode steps where the device can, and replay them.
     max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
     decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
     """
@@ -65,6 +66,7 @@ class EngineConfig:
     allow_no_effect: bool = False
     speculative_tokens: int = 4
     threads: int | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)

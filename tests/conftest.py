@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is loaded: without a GPU its kernels are interpreted
 
 
 @pytest.fixture(scope="session", autouse=True)

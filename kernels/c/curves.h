@@ -1,4 +1,4 @@
-/* exp and tanh of whole vectors, to about one unit in the last place of float32. */
+/* exp, tanh and erf of whole vectors, to about one unit in the last place of float32. */
 #ifndef WEFT_CURVES_H
 #define WEFT_CURVES_H
 
@@ -42,6 +42,23 @@ static inline vec tanh_of(vec x) {
     vec e = exp_of(size * -2.0f);
     vec far = (1.0f - e) / (1.0f + e);
     return choose(size < 0.625f, near, choose(x < 0.0f, -far, far));
+}
+
+/* XLA's quotient of polynomials. */
+static inline vec erf_of(vec x) {
+    x = choose(x < -4.0f, splat(-4.0f), choose(x > 4.0f, splat(4.0f), x));
+    vec square = x * x;
+    vec p = square * -2.72614225801306e-10f + 2.77068142495902e-08f;
+    p = p * square - 2.10102402080544e-06f;
+    p = p * square - 5.69250639462346e-05f;
+    p = p * square - 7.34990630326855e-04f;
+    p = p * square - 2.95459980854025e-03f;
+    p = p * square - 1.60960333262415e-02f;
+    vec q = square * -1.45660718464996e-05f - 2.13374055278905e-04f;
+    q = q * square - 1.68282697438203e-03f;
+    q = q * square - 7.37332916720468e-03f;
+    q = q * square - 1.42647390514189e-02f;
+    return x * p / q;
 }
 
 static inline float exp_of_one(float x) { return exp_of(splat(x))[0]; }

@@ -51,6 +51,14 @@ static inline int is_touched(const struct lora *job, int64_t entry, int64_t site
     return plan->touched[plan->sites[entry] * plan->num_sites + job->group->first_site + site];
 }
 
+/* Whether any page of a chunk is for a site. */
+static int has_work(const struct lora *job, int64_t chunk, int64_t site) {
+    const struct lora_plan *plan = job->plan;
+    for (int64_t entry = plan->first_entry[chunk]; entry < plan->first_entry[chunk + 1]; entry++)
+        if (is_touched(job, entry, site)) return 1;
+    return 0;
+}
+
 static inline float i8_to_f32(int8_t byte) { return byte; }
 static inline float f32_to_f32(float value) { return value; }
 
@@ -234,7 +242,7 @@ static void expand_items(void *of, int64_t first, int64_t last) {
         int64_t start = item % job->blocks * BLOCK, site = item / job->blocks % group->sites;
         int64_t chunk = item / job->blocks / group->sites;
         int64_t d_out = group->d_outs[site], column = start;
-        if (start >= d_out) continue;
+        if (start >= d_out || !has_work(job, chunk, site)) continue;
         int64_t width = d_out - start < BLOCK ? d_out - start : BLOCK;
         const char *b = group->b;
         for (int64_t s = 0; s < site; s++) {

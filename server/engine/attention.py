@@ -15,9 +15,11 @@ from transformers import AttentionInterface
 
 from weft.errors import InvalidModel
 from weft.kernels.attention import DTYPES, PagedAttention, Run
+from weft.kernels.lora import has_triton
 from weft.kernels.native import Native
 from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch
+from weft.server.engine.decode_attention import InPlaceDecodes
 from weft.server.engine.gathering import Gathering, attend
 from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.step import AttentionOptions, Shared, current_step
@@ -71,6 +73,9 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
 
+    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
+        """There is nothing to come."""
+
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
@@ -113,6 +118,9 @@ class PagedStep:
     ) -> torch.Tensor:
         return self._attention.attend(layer, query, key, value, options)
 
+    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
+        """All of it is done in one go."""
+
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if modules == self._head else self._batch.plan
         if plan is not None:
@@ -128,6 +136,8 @@ def attention_of(batch: Batch, cache: KvCache, native: Native | None) -> CacheAt
     """The fastest there is for the cache."""
     if native is not None and attends_in_place(native, cache.dtype, cache.device):
         return InPlace(batch, cache, native)
+    if cache.device.type == "cuda" and has_triton():
+        return InPlaceDecodes(batch, cache)
     return Gathering(batch, cache)
 
 

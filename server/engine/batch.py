@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -65,6 +66,7 @@ class Batch:
     the n that tokens are sampled from, in order; prompt_rows: those that report on prompts; checked_rows: those that
     say whether a chunk may be published; plan: the adapters' work, None where every row is a base row; logit_plan: the
     same on the logit rows alone, for the head, which has no rank rows; None where no adapter of the step has a patch.
+    wants_all: whether the logits of every row are wanted, in order: as a rule, decodes and what is guessed after them.
     """
 
     input_ids: torch.Tensor
@@ -79,11 +81,28 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decodes: tuple[tuple[int, int, list[int]], ...]
     block_tokens: int
+    wants_all: bool
     _groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; itself where it is there already."""
+        if self.input_ids.device == device:
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            logit_rows=self.logit_rows.to(device),
+            plan=self.plan and self.plan.to(device),
+            logit_plan=self.logit_plan and self.logit_plan.to(device),
+            chunks=tuple(replace(chunk, blocks=chunk.blocks.to(device)) for chunk in self.chunks),
+            _groups={},
+        )
 
     def decode_groups(self, window: int | None) -> list[DecodeGroup]:
         """The decodes for layers that see the last `window` tokens (None: all); made once for all such layers."""
@@ -164,11 +183,13 @@ def build_batch(
     *,
     check_chunks: bool = False,
     every_row: bool = False,
+    make_plan: Callable[[Iterable[Span], torch.device], Plan | None] = build_plan,
 ) -> Batch:
     """Lay out the picked tokens in the scheduler's order, each sequence's drafts after its own.
 
     check_chunks asks for a row of each chunk that fills a block and does not complete its prompt. every_row asks for
-    the logits of each row, not only those that a token is sampled from or a prompt is reported by.
+    the logits of each row, not only those that a token is sampled from or a prompt is reported by. make_plan: for the
+    rows of the step; of one that was laid out alike it may give the same.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -197,7 +218,7 @@ def build_batch(
             wanted.add(item, at, start)
             if check_chunks and not item.completes and end // block_tokens > sequence.num_published:
                 wanted.add_check(sequence, at, start)
-    plan = build_plan(spans, device)
+    plan = make_plan(spans, device)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
@@ -211,6 +232,7 @@ def build_batch(
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=block_tokens,
+        wants_all=wanted.rows == list(range(len(ids))),
     )
 
 

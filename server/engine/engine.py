@@ -18,6 +18,7 @@ import torch
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.kernels.plan import Plans
 from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
@@ -31,6 +32,9 @@ from weft.server.engine.text import Decode, OutputText
 from weft.server.metrics import Metrics, StepStats
 
 _log = logging.getLogger(__name__)
+
+_HOST = torch.device("cpu")
+"""Where a step is laid out; the model takes it to its device in the way that is quickest for the step."""
 
 Event = tuple[Request, Delta | WeftError]
 """What happened to a request: more of its answer, or the error that ended it."""
@@ -70,6 +74,7 @@ class Engine:
         self._scheduler = scheduler
         self._decode = decode
         self._reporter = Reporter(decode)
+        self._plans = Plans()
         self._eos_token_ids = eos_token_ids
         self._release = release
         self._metrics = metrics
@@ -185,7 +190,7 @@ class Engine:
         complete = [item for item in picked if item.completes]
         try:
             block_tokens, check_chunks = self._scheduler.pool.block_tokens, self._scheduler.prefixes.enabled
-            batch = build_batch(picked, block_tokens, self._model.device, check_chunks=check_chunks)
+            batch = build_batch(picked, block_tokens, _HOST, check_chunks=check_chunks, make_plan=self._plans)
             logits = self._model.forward(batch)
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))

@@ -85,13 +85,24 @@ class Gathering:
         keys.index_copy_(0, self._batch.slots, key.transpose(0, 1))
         values.index_copy_(0, self._batch.slots, value.transpose(0, 1))
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
-        for group in self._batch.decode_groups(options.window):
-            rows = slice(None) if group.rows is None else group.rows
-            out[rows] = self._decode(query[:, rows], keys, values, group, options)
+        self.attend_decodes(out, query, keys, values, options)
         for chunk in self._batch.chunks:
             rows = slice(chunk.start, chunk.start + chunk.num_tokens)
             out[rows] = self._chunk(query[:, rows], keys, values, chunk, options)
         return out
+
+    def attend_decodes(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        options: AttentionOptions,
+    ) -> None:
+        """Fill the decode rows of out [T, heads, d_v]."""
+        for group in self._batch.decode_groups(options.window):
+            rows = slice(None) if group.rows is None else group.rows
+            out[rows] = self._decode(query[:, rows], keys, values, group, options)
 
     def _decode(
         self,

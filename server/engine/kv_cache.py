@@ -25,7 +25,10 @@ class KvShape:
 
 
 class KvCache:
-    """Keys and values of every layer: [num_blocks * block_tokens, kv_heads, d], zero-filled, addressed by slot."""
+    """Keys and values of every layer: [slots, kv_heads, d], zero-filled, addressed by slot.
+
+    There is one block more than asked for, from spare_slot on: rows that are only there to fill up a step write there.
+    """
 
     def __init__(
         self,
@@ -35,7 +38,8 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        slots = num_blocks * block_tokens
+        slots = (num_blocks + 1) * block_tokens
+        self.spare_slot = slots - block_tokens
         self.dtype = dtype
         self.device = device
         self.block_tokens = block_tokens

@@ -32,7 +32,7 @@ def is_linear(module: nn.Module) -> bool:
 class Joint:
     """Linear modules that read the same x, or one alone: one product, and one change by the step's adapters, for all.
 
-    names: of the modules, in the order of their columns in y.
+    names: of the modules, in the order of their columns in y. d_in, d_out: columns of x, and of y.
     """
 
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], native: Native | None) -> None:
@@ -40,12 +40,15 @@ class Joint:
         weights = [read(module, "weight") for module in modules]
         stops = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
         self.columns = [slice(stop - len(weight), stop) for weight, stop in zip(weights, stops, strict=True)]
+        self.d_in, self.d_out = weights[0].shape[1], stops[-1]
         self._product, self._weight = _product(_joined(weights), _joined_bias(modules), native)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., d_in] -> [..., d_out of all]."""
-        y = self._product(x)
         step = current_step()
+        if step is not None:
+            step.foresee(self.names, x)
+        y = self._product(x)
         if step is not None:
             step.adapt(self.names, (x,), (y,))
         return y
@@ -69,24 +72,24 @@ class Joint:
 
 
 class FrozenLinear(nn.Module):
-    """In the place of a linear module: its part of its joint product."""
+    """In the place of a linear module: its part, by its index, of its joint product."""
 
     def __init__(self, base: nn.Module, joint: Joint, index: int) -> None:
         super().__init__()
-        self._joint = joint
-        self._index = index
+        self.joint = joint
+        self.index = index
         self.is_conv1d = isinstance(base, Conv1D)
         self.bias = base.bias.detach() if isinstance(base.bias, torch.Tensor) else None
 
     @property
     def weight(self) -> torch.Tensor:
         """In the module's own layout; made anew where the product has one of its own."""
-        weight = self._joint.weight(self._index)
+        weight = self.joint.weight(self.index)
         return weight.t() if self.is_conv1d else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., d_in] -> [..., d_out]."""
-        return self._joint.part(self._index, x)
+        return self.joint.part(self.index, x)
 
 
 def freeze(model: nn.Module, groups: Iterable[Sequence[str]], native: Native | None) -> None:

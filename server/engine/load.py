@@ -25,6 +25,7 @@ from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.kv_cache import KvCache
+from weft.server.engine.means import backend_for, means_of
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
@@ -95,14 +96,19 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     rows = row_dtype(model.dtype, settings)
     pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows))
-    fitted = _fit(model, settings, pages, room, expected)
+    backend = backend_for(model.device, settings.lora_backend)
+    fitted = _fit(model, settings, pages, room, expected, backend)
     pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens
-    adapter_probe = AdapterProbe(model, settings.lora_backend, rows) if settings.adapter_probe else None
+    adapter_probe = AdapterProbe(model, backend, rows) if settings.adapter_probe else None
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
     limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
     model.check_position(limits.context_length - 1)
+    means = means_of(model.device, backend) if settings.cuda_graphs else None
+    if means is not None:
+        width = pool.blocks_for(limits.context_length)
+        model.capture(means, settings.max_running_requests, width).warm_up()
     eos_token_ids = _eos_token_ids(model, tokenizer)
     engine = Engine(
         model=model,
@@ -176,7 +182,7 @@ class _Fitted:
 
 
 def _fit(
-    model: PagedModel, settings: EngineConfig, pages: PagePool, room: AdapterRoom, expected: Expectation
+    model: PagedModel, settings: EngineConfig, pages: PagePool, room: AdapterRoom, expected: Expectation, backend: str
 ) -> _Fitted:
     """Prove on a small cache that the model is served right, measure a step, and make the cache of what is left."""
     blocks = [-(-len(prompt) // settings.block_tokens) for prompt in expected.prompts]
@@ -186,8 +192,8 @@ def _fit(
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
     trial = Trial.of(settings, model.device, longest, _max_reported(model))
     small = trial.pool(least)
-    model.attach(_cache(model, small), pages.groups, settings.lora_backend)
-    error = probe(model, small, expected)
+    model.attach(_cache(model, small), pages.groups, backend)
+    error = _probe(model, small, expected)
     step_bytes = trial.run(model, small)
     if longest < NEVER - 1 and not model.attends_in_place:
         step_bytes += mask_bytes(min(settings.max_batch_tokens, longest), longest, model.dtype.itemsize)
@@ -196,6 +202,19 @@ def _fit(
     pool = BlockPool(1 + -(-max(num_tokens, least) // settings.block_tokens), settings.block_tokens)
     model.use(_cache(model, pool))
     return _Fitted(pool, step_bytes, error)
+
+
+def _probe(model: PagedModel, pool: BlockPool, expected: Expectation) -> float:
+    """As `probe`; a model that fails with faster functions in it gets its own back."""
+    try:
+        return probe(model, pool, expected)
+    except InvalidModel:
+        if model.fusion is None or not model.fusion.fused:
+            raise
+        model.fusion.undo()
+        error = probe(model, pool, expected)
+        _log.warning("%s is right only without faster functions for its parts", type(model.model).__name__)
+        return error
 
 
 def _name(dtype: torch.dtype) -> str:

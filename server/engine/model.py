@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from weft.adapters.base import Base, ModuleKind
 from weft.errors import InvalidModel, one_line
 from weft.kernels.lora import find_backend
-from weft.kernels.native import Native
+from weft.kernels.native import FORMATS, Native
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
 from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
+from weft.server.engine.fusing import Fusion
+from weft.server.engine.graphs import GraphRunner, Means
 from weft.server.engine.kv_cache import KvCache, KvShape
 from weft.server.engine.linear import freeze
-from weft.server.engine.step import running
+from weft.server.engine.step import Step, running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey
+
+_FAR = 1 << 20
+"""A position beyond what models without a limit are tried at."""
 
 
 class PagedModel:
@@ -46,6 +52,8 @@ class PagedModel:
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
         self.adapting: Adapting | None = None
+        self._graphs: GraphRunner | None = None
+        self.fusion: Fusion | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -87,28 +95,55 @@ class PagedModel:
         freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
+        if self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
+            self.fusion = Fusion(self.model, self.native, min(self.context_length or _FAR, _FAR))
 
     def use(self, cache: KvCache) -> None:
         """Take another KV cache in place of the attached one, which is let go."""
         self.cache = cache
+        self._graphs = None
+
+    def capture(self, means: Means, max_rows: int, width: int) -> GraphRunner:
+        """Run decode steps of up to `max_rows` rows from buffers of fixed places, captured where the device can.
+
+        width: blocks of the longest context.
+        """
+        if self.cache is None or self.adapting is None:
+            raise RuntimeError("attach() comes before capture()")
+        self._graphs = GraphRunner(self._run, self.cache, self.adapting, means, max_rows, width)
+        return self._graphs
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Run one step: writes the new keys and values, returns logits [len(batch.logit_rows), vocab]."""
+        """Run one step: writes the new keys and values, returns logits [len(batch.logit_rows), vocab].
+
+        batch: on any device. The logits may be written over by the next step.
+        """
         if self.cache is None or self.adapting is None:
             raise RuntimeError("attach() comes before forward()")
-        keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
+        with self._on_device():
+            made = self._graphs.run(batch) if self._graphs is not None else None
+            return made if made is not None else self._run_as_it_comes(batch.to(self.device))
+
+    def _run_as_it_comes(self, batch: Batch) -> torch.Tensor:
+        assert self.cache is not None
+        assert self.adapting is not None
         head = self.base.head if self._selects_logits else ""
-        with running(PagedStep(batch, self.cache, self.adapting, head, self.native)):
-            output = self.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.positions,
-                use_cache=False,
-                return_dict=True,
-                **keep,
-            )
-        logits: torch.Tensor = output.logits[0]
+        step = PagedStep(batch, self.cache, self.adapting, head, self.native)
+        keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
+        logits = self._run(step, batch.input_ids, batch.positions, **keep)
         return logits if self._selects_logits else logits[batch.logit_rows]
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, which each thread has its own of."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _run(self, step: Step, input_ids: torch.Tensor, positions: torch.Tensor, **keep: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions: int64 [1, T]; keep: whether not all logits are wanted. Returns [T, vocab]."""
+        with running(step):
+            output = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True, **keep)
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     @torch.inference_mode()
     def run_whole(self, input_ids: torch.Tensor) -> None:

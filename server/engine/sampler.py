@@ -18,7 +18,7 @@ from weft.server.engine.reports import Report, report
 from weft.server.engine.sequence import Sequence
 
 _NUMBERS_AT_ONCE = 1 << 20
-"""Logits that are worked on at a time, so that what is made of them stays in the processor's cache."""
+"""Logits that are worked on at a time, so that what is made of them stays in the processor's cache. On a GPU: all."""
 
 _ROWS_AT_ONCE = 64
 """For small vocabularies: what is made of a row has a size of its own, too."""
@@ -49,10 +49,12 @@ def sample(
     a row ahead must need neither.
     """
     ahead = ahead or [0] * len(sequences)
-    rows = min(max(1, _NUMBERS_AT_ONCE // logits.shape[-1]), _ROWS_AT_ONCE)
+    rows = len(sequences)
+    if logits.device.type == "cpu":
+        rows = min(max(1, _NUMBERS_AT_ONCE // logits.shape[-1]), _ROWS_AT_ONCE)
     return [
         made
-        for at in range(0, len(sequences), rows)
+        for at in range(0, len(sequences), rows or 1)
         for made in _sample(
             logits[at : at + rows].float(), sequences[at : at + rows], eos_token_ids, ahead[at : at + rows]
         )
@@ -77,10 +79,10 @@ def _sample(
         params = [sequences[i].request.sampling for i in drawn]
         uniforms = [sequences[i].uniform(ahead[i]) for i in drawn]
         tokens[rows] = draw(scores[rows], peaks[rows], params, uniforms)
-    finite = torch.isfinite(peaks).tolist()
-    chosen = tokens.tolist()
+    # One copy to the host, where the rows are on a device: it is what the step waits for.
+    chosen, finite = torch.stack([tokens, torch.isfinite(peaks).to(tokens.dtype)]).tolist()
     reports = _reports(raw, chosen, sequences)
-    return [Sample(token, finite[i], *reports.get(i, ())) for i, token in enumerate(chosen)]
+    return [Sample(token, finite[i] == 1, *reports.get(i, ())) for i, token in enumerate(chosen)]
 
 
 def edit(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:

@@ -21,6 +21,7 @@ from weft.server.engine.attention import WholePrompt
 from weft.server.engine.experts import LowRankExperts, are_experts
 from weft.server.engine.kv_cache import KvShape
 from weft.server.engine.linear import is_linear, linear_with, read
+from weft.server.engine.proving import with_its_own
 from weft.server.engine.step import AttentionOptions, running
 
 NUM_TOKENS = 7
@@ -222,6 +223,7 @@ def _own(module: nn.Module) -> Callable[[Parameters], Function]:
         twin = copy.copy(module)
         twin._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item] # noqa: SLF001 - tensors will do
         twin._forward_hooks = OrderedDict()  # noqa: SLF001 - the twin is not to be adapted again
+        with_its_own(twin)
         return twin
 
     return own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from weft.kernels.lora import BACKENDS, Backend, Choosing, Measurement, available, find_backend
+from weft.kernels.lora import BACKENDS, Backend, Choosing, Measurement, available, find_backend, has_triton
 from weft.kernels.plan import PagedAdapter, Plan, build_plan
 from weft.kernels.site import SiteGroup
 
@@ -59,7 +59,8 @@ def test_what_does_not_take_the_dtype_is_passed_over() -> None:
 
 
 def test_every_name_is_a_backend_even_without_the_library() -> None:
-    assert [backend.name for backend in available(None)] == ["reference", "torch"]
+    found = [backend.name for backend in available(None)]
+    assert found == ["reference", "torch", *(["triton"] if has_triton() else [])]
     group = SiteGroup(0, 8, [8], 2, torch.float16, CPU)
     group.sites[0].write(((1, 2),), torch.ones(8, 8), torch.ones(8, 8))
     plan = build_plan([(1, [(PagedAdapter(((1, 2),), 1.0, frozenset({0})), 1.0)])], CPU)

@@ -11,7 +11,7 @@ from natives import builds
 
 from weft.kernels.lora import AddLora
 from weft.kernels.lora_native import CHUNK_ROWS, NativeLora
-from weft.kernels.plan import PAGE_ROWS, PagedAdapter, Plan, Weighted, build_plan
+from weft.kernels.plan import PAGE_ROWS, PagedAdapter, Plan, Plans, Weighted, build_plan
 from weft.kernels.reference import add_lora as reference
 from weft.kernels.segments import add_lora as segments
 from weft.kernels.site import SiteGroup, lazy_zeros, to_int8
@@ -221,6 +221,19 @@ def test_a_page_written_again_keeps_nothing_of_its_former_owner() -> None:
 
 def test_a_step_without_adapters_has_no_plan() -> None:
     assert build_plan([(3, []), (1, [])], CPU) is None
+
+
+def test_a_step_laid_out_like_the_last_has_its_plan() -> None:
+    one, two = (PagedAdapter(((page, page + 1),), 1.0, frozenset([0])) for page in (1, 2))
+    plans = Plans()
+    spans = lambda adapter: iter([(1, [(adapter, 1.0)]), (2, [])])  # noqa: E731
+    first = plans(spans(one), CPU)
+    assert plans(spans(one), CPU) is first
+    other = plans(spans(two), CPU)
+    assert other is not None
+    assert other is not first
+    assert other.mixes == [(range(1), ((two, 1.0),))]
+    assert plans([(3, [])], CPU) is None
 
 
 def test_rows_that_share_an_adapter_share_a_segment() -> None:

@@ -103,7 +103,7 @@ def test_the_lora_backends_are_those_of_the_kernels() -> None:
     assert BACKENDS == LORA_BACKENDS
     for backend in BACKENDS:
         assert EngineConfig(lora_backend=backend).lora_backend == backend
-    with pytest.raises(InvalidConfig, match="--lora-backend is 'zzz'; must be one of auto, reference, torch, cpu"):
+    with pytest.raises(InvalidConfig, match="--lora-backend is 'zzz'; must be one of auto, reference, torch, cpu, t"):
         EngineConfig(lora_backend="zzz")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,47 @@ def test_rows_are_drawn_as_on_the_cpu() -> None:
     uniforms = [(i + 0.5) / 6 for i in range(6)]
     drawn = [draw(each, each.amax(-1), params, uniforms).tolist() for each in (rows, rows.cuda())]
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
+def test_captured_steps_give_the_tokens_of_steps_run_as_they_come(kind: str, tmp_path: Path) -> None:
+    base, adapters, requests = make_mixed(kind, tmp_path)
+    options = {"device": "cuda", "speculative_tokens": 0}
+    arrivals = [i % 4 for i in range(len(requests))]
+    captured, plain = (Harness(base, adapters, cuda_graphs=use, **options) for use in (True, False))
+    expected = [answer.ids for answer in plain.run(requests, arrivals)]
+    assert [answer.ids for answer in captured.run(requests, arrivals)] == expected
+    assert captured.engine._model._graphs is not None
+    assert not captured.engine._model._graphs._is_off
+
+
+def test_no_step_takes_memory_from_the_device_after_the_first_ones(tmp_path: Path) -> None:
+    base, adapters, requests = make_mixed("llama", tmp_path)
+    harness = Harness(base, adapters, device="cuda", speculative_tokens=0)
+    harness.run(requests)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["segment.all.allocated"]
+    harness.run([replace(request, request_id=f"{request.request_id} again") for request in requests])
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["segment.all.allocated"] == before
+
+
+def make_mixed(kind: str, folder: Path) -> tuple[Path, dict[str, Path], list[Request]]:
+    """A model, adapters of unlike ranks, and greedy requests for each and for the base."""
+    model = make_model(kind, folder / "base")
+    save_tokenizer(folder / "base")
+    adapters = {
+        f"r{rank}": make_adapter(model, folder / f"r{rank}", rank, r=rank, target_modules=linear_names(kind))
+        for rank in (1, 8, 12, 64)
+    }
+    requests = [
+        Request(
+            f"r{i}",
+            tuple(range(3 + i, 20 + 3 * i)),
+            ((name, 1.0),) if name else (),
+            Sampling(seed=i),
+            Stopping(max_tokens=24 + i, ignore_eos=True),
+        )
+        for i, name in enumerate([None, *adapters, None, *adapters])
+    ]
+    return folder / "base", adapters, requests

@@ -1,0 +1,360 @@
+"""A GPU in one command: every kernel checked against its specification, then decode steps with and without adapters.
+
+    python benchmarks/gpu.py                            # an H100 or better with 80 GB, about eight minutes
+    python benchmarks/gpu.py --device cpu --shape tiny  # that the script runs; with TRITON_INTERPRET=1
+
+Weights are random and made on the device. Each figure is over the floor: what the bytes of weights, KV cache and
+adapters take at the bandwidth of a large copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+import transformers
+import triton
+from gpu_checks import check_all
+from gpu_kernels import Timer, compare_attention, compare_kernels, copy_bandwidth, overlap
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from weft.adapters.pages import PageConfig, PagePool
+from weft.kernels.plan import PAGE_ROWS, PagedAdapter, build_plan
+from weft.kernels.triton_lora import Beside, DeviceWork
+from weft.server.engine.attention import ATTENTION
+from weft.server.engine.batch import Batch, build_batch
+from weft.server.engine.decode_attention import attend_in_place
+from weft.server.engine.graphs import CudaCapture, Means, replay_nothing
+from weft.server.engine.kv_cache import KvCache
+from weft.server.engine.model import PagedModel
+from weft.server.engine.request import Request
+from weft.server.engine.scheduler import Scheduled
+from weft.server.engine.sequence import Sequence as EngineSequence
+from weft.server.engine.text import OutputText
+
+ROOT = Path(__file__).parents[1]
+_CPU = torch.device("cpu")
+_BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model to measure with, and what to measure; context: tokens a row sees in the table."""
+
+    config: dict[str, int]
+    dtype: torch.dtype
+    batches: tuple[int, ...]
+    ranks: tuple[int, ...]
+    context: int
+
+
+SHAPES = {
+    "llama-3-8b": Shape(
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        torch.bfloat16,
+        (1, 8, 32, 64, 128),
+        (16, 64),
+        128,
+    ),
+    "tiny": Shape(
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 64,
+        },
+        torch.float32,
+        (2,),
+        (12,),
+        8,
+    ),
+}
+POPULARITIES = ("identical", "distinct", "uniform", "skewed")
+
+
+def popularity(kind: str, batch: int) -> list[int]:
+    """Which adapter each row uses: Punica's four (https://arxiv.org/abs/2310.18547, section 7)."""
+    if kind == "identical":
+        return [0] * batch
+    if kind == "distinct":
+        return list(range(batch))
+    if kind == "uniform":
+        return [row % math.ceil(math.sqrt(batch)) for row in range(batch)]
+    rows: list[int] = []
+    while len(rows) < batch:  # each adapter has 1.5 times the rows of the next one
+        rest = batch - len(rows)
+        rows += [max(rows, default=-1) + 1] * max(1, rest - int(rest / 1.5))
+    return rows[:batch]
+
+
+class Bench:
+    """A model, its cache and its adapters, all random, and its captured decode steps."""
+
+    def __init__(self, shape: Shape, device: torch.device, *, beside: bool) -> None:
+        self.shape, self.device = shape, device
+        config = LlamaConfig(**shape.config, max_position_embeddings=8192, tie_word_embeddings=False)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype, attn_implementation=ATTENTION)
+        model.requires_grad_(False)
+        self.model = PagedModel(model.eval().to(device), device)
+        self.weight_bytes = sum(
+            parameter.nbytes for name, parameter in model.named_parameters() if "embed_tokens" not in name
+        )
+        most = max(shape.batches)
+        self.blocks_a_row = -(-shape.context // _BLOCK_TOKENS)
+        self.cache = KvCache(self.model.kv_shapes, 1 + most * self.blocks_a_row, _BLOCK_TOKENS, shape.dtype, device)
+        num_pages = 1 + most * (-(-max(shape.ranks) // PAGE_ROWS))
+        self.pages = PagePool(self.model.base, PageConfig(num_pages, shape.dtype, device))
+        for group in self.pages.groups.values():
+            group.a[:, 1:].normal_(0, 0.02)
+            for site in group.sites:
+                site.b[1:].normal_(0, 0.02)
+        self.model.attach(self.cache, self.pages.groups, "triton")
+        capture = CudaCapture(device) if device.type == "cuda" else replay_nothing
+        self.means = Means(capture, attend_in_place, DeviceWork, Beside(device) if beside else None)
+        self.graphs = self.model.capture(self.means, most, self.blocks_a_row)
+
+    def adapter(self, index: int, rank: int) -> PagedAdapter:
+        pages = -(-rank // PAGE_ROWS)
+        sites = frozenset(site.index for site in self.pages.sites.values())
+        return PagedAdapter(((1 + index * pages, 1 + (index + 1) * pages),), 2.0, sites)
+
+    def batch(self, rows: int) -> Batch:
+        """A decode step of base rows, each the last token of its own context."""
+        picked = []
+        for row in range(rows):
+            rng = Random(row)
+            prompt = tuple(rng.randrange(self.shape.config["vocab_size"]) for _ in range(self.shape.context))
+            sequence = EngineSequence(Request(f"r{row}", prompt), (), OutputText(lambda ids: ""), rng, 0.0)
+            sequence.num_computed = len(prompt) - 1
+            first = 1 + row * self.blocks_a_row
+            sequence.blocks = list(range(first, first + self.blocks_a_row))
+            picked.append(Scheduled(sequence, 1))
+        return build_batch(picked, _BLOCK_TOKENS, _CPU)
+
+    def with_adapters(self, batch: Batch, kind: str, rank: int) -> tuple[Batch, int]:
+        """The same step with adapters, and how many distinct ones."""
+        chosen = popularity(kind, batch.num_tokens)
+        plan = build_plan([(1, [(self.adapter(index, rank), 1.0)]) for index in chosen], _CPU)
+        return replace(batch, plan=plan), len(set(chosen))
+
+    def step(self, batch: Batch) -> list[int]:
+        """A whole step, to the tokens on the host."""
+        tokens: list[int] = self.model.forward(batch).argmax(-1).tolist()
+        return tokens
+
+    def kv_bytes(self, rows: int) -> int:
+        return rows * self.shape.context * self.model.token_bytes
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Of all its real rows."""
+        return rank * self.pages.page_bytes // PAGE_ROWS
+
+
+@torch.inference_mode()
+def measure_steps(bench: Bench, timer: Timer, bandwidth: float, deadline_s: float) -> Iterator[dict[str, object]]:
+    """The table of decode steps; each row's base is measured beside it."""
+    for rows in bench.shape.batches:
+        plain = bench.batch(rows)
+        for rank in bench.shape.ranks:
+            for kind in POPULARITIES[: 1 if rows == 1 else None]:
+                if time.monotonic() > deadline_s:
+                    return
+                mixed, distinct = bench.with_adapters(plain, kind, rank)
+                base_ms, mixed_ms = timer.compare(partial(bench.graphs.run, plain), partial(bench.graphs.run, mixed))
+                step_ms = timer.wall(partial(bench.step, mixed))
+                first, second = (bench.model.forward(mixed).clone() for _ in range(2))
+                base_bytes = bench.weight_bytes + bench.kv_bytes(rows)
+                lora_bytes = distinct * bench.adapter_bytes(rank)
+                floor = 1 + lora_bytes / base_bytes
+                yield {
+                    "rows": rows,
+                    "rank": rank,
+                    "popularity": kind,
+                    "distinct": distinct,
+                    "base_ms": base_ms,
+                    "mixed_ms": mixed_ms,
+                    "step_with_host_ms": step_ms,
+                    "base_floor_ms": base_bytes / bandwidth * 1000,
+                    "lora_floor_ms": lora_bytes / bandwidth * 1000,
+                    "ratio": mixed_ms / base_ms,
+                    "floor_ratio": floor,
+                    "over_floor": mixed_ms / base_ms / floor,
+                    "repeats": bool(torch.equal(first, second)),
+                }
+
+
+@torch.inference_mode()
+def check_graphs(bench: Bench) -> dict[str, object]:
+    """The captured step against the same one run as it comes: its largest relative error, and tokens that agree."""
+    rows = bench.shape.batches[-1]
+    batch, _ = bench.with_adapters(bench.batch(rows), "skewed", bench.shape.ranks[0])
+    captured = bench.model.forward(batch).float().clone()
+    fresh = replace(batch, wants_all=False)
+    eager = bench.model.forward(fresh).float()
+    agree = int((captured.argmax(-1) == eager.argmax(-1)).sum())
+    return {
+        "rows": rows,
+        "tokens_that_agree": agree,
+        "largest_relative_error": float(((captured - eager).norm(dim=-1) / eager.norm(dim=-1)).max()),
+    }
+
+
+def machine(device: torch.device) -> str:
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else "a CPU, Triton interpreted: no timing means anything"
+    )
+    return (
+        f"{name}, torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}, "
+        f"Python {sys.version.split()[0]}"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def describe(result: dict[str, object]) -> str:
+    """The section of docs/performance.md."""
+    checks: list[dict[str, object]] = result["checks"]  # type: ignore[assignment]
+    steps: list[dict[str, float]] = result["steps"]  # type: ignore[assignment]
+    kernels: list[dict[str, float]] = result["kernels"]  # type: ignore[assignment]
+    attention: list[dict[str, float]] = result["attention"]  # type: ignore[assignment]
+    overlaps: list[dict[str, float]] = result["overlap"]  # type: ignore[assignment]
+    graphs: dict[str, object] = result["graphs"]  # type: ignore[assignment]
+    right = sum(bool(check["right"]) for check in checks)
+    parts = [
+        f"`python benchmarks/gpu.py`, on {result['machine']}. A large copy moves {result['copy_tb_s']:.2f} TB/s.\n",
+        f"{right} of {len(checks)} checks of kernels against their specification hold, bit for bit on repeat.",
+        f"Captured and eager steps agree on {graphs['tokens_that_agree']} of {graphs['rows']} tokens.\n",
+        f"Decode steps, context {result['context']}, median of {result['repeats']}; the floor is bytes.\n",
+        table(
+            ("rows", "rank", "adapters", "base, ms", "mixed, ms", "ratio", "floor", "over floor", "with host, ms"),
+            [
+                (
+                    str(row["rows"]),
+                    str(row["rank"]),
+                    f"{row['popularity']}, {row['distinct']}",
+                    *(f"{row[key]:.3f}" for key in ("base_ms", "mixed_ms", "ratio", "floor_ratio", "over_floor")),
+                    f"{row['step_with_host_ms']:.3f}",
+                )
+                for row in steps
+            ],
+        ),
+        "The adapters' part alone, all layers, distinct adapters, in ms; of the copy's bandwidth.\n",
+        table(
+            ("rows", "rank", "Weft", "of the bandwidth", "gather + bmm", "grouped_mm"),
+            [
+                (
+                    str(row["rows"]),
+                    str(row["rank"]),
+                    f"{row['weft_ms']:.3f}",
+                    f"{row['of_bandwidth']:.0%}",
+                    *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("gather_bmm_ms", "grouped_mm_ms")),
+                )
+                for row in kernels
+            ],
+        ),
+        "Attention of one layer's decode rows, in ms; of the copy's bandwidth.\n",
+        table(
+            ("rows", "context", "in place", "of the bandwidth", "gathered", "varlen_attn"),
+            [
+                (
+                    str(row["rows"]),
+                    str(row["context"]),
+                    f"{row['in_place_ms']:.3f}",
+                    f"{row['of_bandwidth']:.0%}",
+                    *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("gathered_ms", "varlen_ms")),
+                )
+                for row in attention
+            ],
+        ),
+        "Shrink beside the base's product on a second stream, the projections of a few layers, in ms.\n",
+        table(
+            ("rows", "one stream", "two streams"),
+            [(str(row["rows"]), f"{row['one_stream_ms']:.3f}", f"{row['two_streams_ms']:.3f}") for row in overlaps],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no new row of the table is begun after them")
+    parser.add_argument("--beside", action="store_true", help="in the table, shrink on a stream beside the product")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--report", type=Path, help="the document whose section `gpu` to replace")
+    options = parser.parse_args()
+    device, shape = torch.device(options.device), SHAPES[options.shape]
+    deadline_s = time.monotonic() + options.minutes * 60
+    timer = Timer(device)
+    result: dict[str, object] = {"machine": machine(device), "context": shape.context, "repeats": timer.repeats}
+    print(result["machine"], flush=True)
+
+    def keep(key: str, value: object) -> None:
+        """Write down what there is so far: a run that is cut off keeps it."""
+        result[key] = value
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    checks = check_all(device, thorough=device.type == "cuda")
+    keep("checks", checks)
+    for check in checks:
+        if not check["right"]:
+            print("WRONG", check, flush=True)
+    print(f"{sum(bool(check['right']) for check in checks)} of {len(checks)} checks hold", flush=True)
+    bandwidth = copy_bandwidth(timer)
+    keep("copy_tb_s", bandwidth / 1e12)
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    bench = Bench(shape, device, beside=options.beside)
+    keep("graphs", check_graphs(bench))
+    print("captured against eager:", result["graphs"], flush=True)
+    kernels = []
+    for row in compare_kernels(bench, timer, bandwidth):
+        kernels.append(row)
+        keep("kernels", kernels)
+        print(row, flush=True)
+    keep("attention", list(compare_attention(bench, timer, bandwidth)))
+    print(result["attention"], flush=True)
+    keep("overlap", list(overlap(bench, timer)))
+    print(result["overlap"], flush=True)
+    steps = []
+    for row in measure_steps(bench, timer, bandwidth, deadline_s):
+        steps.append(row)
+        keep("steps", steps)
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    if options.report is not None:
+        from report import write_section  # noqa: PLC0415 - brings what a GPU machine may lack
+
+        write_section(options.report, "gpu", describe(result))
+    else:
+        print(describe(result))
+    if not all(check["right"] for check in checks):
+        sys.exit("a kernel is wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What is done to each row by itself between the products, in the C library: norms, rotary embeddings, activations.
+
+pointwise.c rounds where transformers' own modules do. Tensors are float32 or bfloat16, on a CPU.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+import torch
+
+from weft.kernels.native import FORMATS, Native
+
+
+class NormKind(IntFlag):
+    """CENTERED: the mean is taken off first. PLUS_ONE: weights are kept less one. ROUNDED_FIRST: before the weight."""
+
+    CENTERED = 1
+    PLUS_ONE = 2
+    ROUNDED_FIRST = 4
+
+
+class RotaryStyle(IntFlag):
+    """SHARED: both numbers of a pair have one cosine and sine. INTERLEAVED: a pair is beside each other."""
+
+    SHARED = 1
+    INTERLEAVED = 2
+
+
+class ActivationKind(IntEnum):
+    """As torch.nn.functional has them; GELU_TANH is gelu with approximate="tanh"."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+
+
+class Norm:
+    """y = x / sqrt(mean(x^2) + eps) * weight + bias, for each run of len(weight) numbers."""
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: NormKind, native: Native
+    ) -> None:
+        self.size = len(weight)
+        self._weight, self._bias = weight.detach().contiguous(), None if bias is None else bias.detach().contiguous()
+        self._parameters = self._weight.data_ptr(), None if self._bias is None else self._bias.data_ptr()
+        self._how = eps, int(kind), FORMATS[weight.dtype], native.threads
+        self._norm = native.call.weft_norm
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., n * size] of the weight's dtype -> the same shape."""
+        x, rows, stride = by_rows(x)
+        width = x.shape[-1]
+        y = x.new_empty(x.shape)
+        self._norm(
+            x.data_ptr(),
+            *self._parameters,
+            y.data_ptr(),
+            rows,
+            width // self.size,
+            self.size,
+            stride,
+            width,
+            *self._how,
+        )
+        return y
+
+
+class Rotary:
+    """Turns pairs of numbers of each head; rotate_half(x) is (-second, first).
+
+    x cos + rotate_half(x) sin, over the first numbers of each head; the rest of it stays as it is.
+    """
+
+    def __init__(self, head_dim: int, rotary_dim: int, style: RotaryStyle, native: Native) -> None:
+        self._head_dim, self._rotary_dim, self._style = head_dim, rotary_dim, int(style)
+        self._rotate, self._threads = native.call.weft_rotate, native.threads
+
+    def __call__(self, x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """In place. x: [..., n], its first numbers those of the heads; cos, sin: [..., d]; all dense, of one dtype."""
+        self._rotate(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            x.numel() // x.shape[-1],
+            heads,
+            self._head_dim,
+            self._rotary_dim,
+            x.shape[-1],
+            cos.shape[-1],
+            self._style,
+            FORMATS[x.dtype],
+            self._threads,
+        )
+
+
+class Activation:
+    """act(gate) * up, where one product gave both; else act(x)."""
+
+    def __init__(self, kind: ActivationKind, native: Native, *, gated: bool, gate_first: bool = True) -> None:
+        self._kind, self._gated, self._gate_first = int(kind), gated, gate_first
+        self._act, self._threads = native.call.weft_act, native.threads
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., 2 * size] -> [..., size]; not gated, [..., size] -> [..., size]."""
+        x, rows, stride = by_rows(x)
+        size = x.shape[-1] // 2 if self._gated else x.shape[-1]
+        y = x.new_empty((*x.shape[:-1], size))
+        first = x.data_ptr()
+        second = first + size * x.itemsize if self._gated else None
+        gate, up = (first, second) if self._gate_first else (second, first)
+        self._act(gate, up, y.data_ptr(), rows, size, stride, size, self._kind, FORMATS[x.dtype], self._threads)
+        return y
+
+
+def by_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x [..., n] with its rows evenly apart and whole, a copy where they are not; how many; numbers between them."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    if x.is_contiguous():
+        return x, rows, width
+    if x.stride(-1) == 1 and x.shape[-2] == rows:
+        return x, rows, x.stride(-2)
+    return x.contiguous(), rows, width

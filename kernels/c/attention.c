@@ -14,7 +14,7 @@
 #include "pool.h"
 #include "vectors.h"
 
-enum { ITEM_ROWS = 48, WRITTEN_AT_ONCE = 64 };
+enum { ITEM_ROWS = 96, WRITTEN_AT_ONCE = 64 };
 
 /* As in attention.py. Strides in numbers; the last dimension of each tensor is dense. */
 struct attention {

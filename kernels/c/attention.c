@@ -14,7 +14,7 @@
 #include "pool.h"
 #include "vectors.h"
 
-enum { ITEM_ROWS = 48, WRITTEN_AT_ONCE = 64 };
+enum { ITEM_ROWS = 96, WRITTEN_AT_ONCE = 64 };
 
 /* As in attention.py. Strides in numbers; the last dimension of each tensor is dense. */
 struct attention {
@@ -343,7 +343,7 @@ static char *set_desk(const struct attention_job *job, struct desk *desk) {
     const struct attention *of = job->of;
     int64_t rows = most(ITEM_ROWS, of->heads / of->kv_heads);
     int64_t numbers = rows * (of->d + job->columns + TILE + VL + 1) + of->d * TURNED + TILE * job->columns;
-    float *at = calloc(numbers, sizeof *at);
+    float *at = malloc(numbers * sizeof *at);
     if (!at) abort();
     desk->now = &desk->both[0];
     desk->next = &desk->both[1];
@@ -425,6 +425,6 @@ void weft_attend(const struct attention *of) {
     if (!parts) abort();
     cut(of, parts);
     struct attention_job job = {of, parts, (of->d_v + 2 * VL - 1) / (2 * VL) * (2 * VL)};
-    share(attend_items, &job, num_parts, 1, of->threads);
+    share(attend_items, &job, num_parts, most(1, num_parts / (8 * of->threads)), of->threads);
     free(parts);
 }

@@ -122,7 +122,7 @@ LAYERS = {
     "grouped": Layer(),
     "one head each": Layer(kv_heads=3, per_kv_head=1, d=64, d_v=64),
     "one for many": Layer(kv_heads=1, per_kv_head=9, d=80, d_v=80),
-    "one for more than an item has rows": Layer(kv_heads=1, per_kv_head=50),
+    "one for more than an item has rows": Layer(kv_heads=1, per_kv_head=100),
     "odd sizes": Layer(d=13, d_v=7),
     "wide values": Layer(d=8, d_v=72),
     "short window": Layer(window=5),

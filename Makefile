@@ -20,6 +20,7 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/side_by_side.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/slora.py
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/sampling.py

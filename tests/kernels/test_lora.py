@@ -147,8 +147,13 @@ def test_a_row_comes_out_the_same_whatever_the_others_and_the_threads_are(backen
         PagedAdapter(adapter.runs, adapter.scale, frozenset({0, 1}), rank=adapter.rank)
         for adapter in fill_any(group, (12, 16, 5))
     )
-    mixes: list[list[Weighted]] = [[(one, 1.0)], [(two, 0.5), (one, -1.0)], [(one, -1.0), (two, 0.5)], [(three, 2.0)], []]
-    mixes.append([(three, 2.0), (one, 1.0), (two, 0.5)])
+    mixes: list[list[Weighted]] = [
+        [(one, 1.0)],
+        [(two, 0.5), (one, -1.0)],
+        [(three, 2.0)],
+        [],
+        [(one, -1.0), (two, 0.5)],
+    ]
     rng = random.Random(6)
     rows = [rng.choice(mixes) for _ in range(2 * CHUNK_ROWS + 90)]
     kind = torch.float32 if dtype == torch.int8 else dtype

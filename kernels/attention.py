@@ -88,7 +88,10 @@ class PagedAttention:
         query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v]; keys, values: the cache, [slots,
         kv_heads, d or d_v], dense, of the same dtype. window: how many tokens a row sees, itself among them. softcap:
         c, of c tanh(score / c). sinks: [heads], scores that take weight and give nothing. Returns [T, heads, d_v].
+        Raises ValueError where dtypes differ.
         """
+        if any(tensor.dtype != query.dtype for tensor in (key, value, keys, values)):
+            raise ValueError(f"a query in {query.dtype} is not for a cache in {keys.dtype}")
         query, key, value = map(_by_number, (query, key, value))
         sinks = None if sinks is None else sinks.float().contiguous()
         heads, rows, d = query.shape

@@ -30,7 +30,9 @@ class PackedLinear:
         self._bias = None if bias is None else functional.pad(bias.float(), (0, missing))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., d_in] of the weight's dtype -> [..., d_out]."""
+        """x: [..., d_in] of the weight's dtype -> [..., d_out]. Raises ValueError for another x."""
+        if x.dtype != self.dtype or x.shape[-1] != self.d_in:
+            raise ValueError(f"a product of {self.d_in} {self.dtype} is not for {tuple(x.shape)} in {x.dtype}")
         rows = x.reshape(-1, self.d_in).float()
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         y = x.new_empty((*x.shape[:-1], self.d_out))

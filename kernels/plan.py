@@ -125,24 +125,25 @@ Span = tuple[int, Sequence[Weighted]]
 def build_plan(spans: Iterable[Span], device: torch.device) -> Plan | None:
     """Lay out one step.
 
-    spans: in row order; one without rows does no harm.
+    spans: in row order; one without rows does no harm. Segments and patches come by their places in the rows' mixes, so
+    that a row's terms are added in the order of its own mix, whatever the mixes beside it are.
     Returns None where no span uses an adapter: such a step costs nothing at any site.
     """
-    ranges: dict[tuple[PagedAdapter, float], list[range]] = {}
+    ranges: dict[tuple[int, PagedAdapter, float], list[range]] = {}
     mixes: list[tuple[range, Sequence[Weighted]]] = []
     start = 0
     for num_tokens, adapters in spans:
         if num_tokens and adapters:
             rows_of_span = range(start, start + num_tokens)
             mixes.append((rows_of_span, _summed(adapters)))
-            for weighted in mixes[-1][1]:
-                ranges.setdefault(weighted, []).append(rows_of_span)
+            for place, (adapter, weight) in enumerate(mixes[-1][1]):
+                ranges.setdefault((place, adapter, weight), []).append(rows_of_span)
         start += num_tokens
     if not ranges:
         return None
     segments: list[Segment] = []
     patches: dict[str, list[PatchedRows]] = {}
-    for (adapter, weight), parts in ranges.items():
+    for (_, adapter, weight), parts in sorted(ranges.items(), key=lambda entry: entry[0][0]):
         rows = _rows(parts, device)
         scale = adapter.scale * weight
         segments += [

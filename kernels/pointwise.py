@@ -42,13 +42,16 @@ class Norm:
         self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: NormKind, native: Native
     ) -> None:
         self.size = len(weight)
+        self._dtype = weight.dtype
         self._weight, self._bias = weight.detach().contiguous(), None if bias is None else bias.detach().contiguous()
         self._parameters = self._weight.data_ptr(), None if self._bias is None else self._bias.data_ptr()
         self._how = eps, int(kind), FORMATS[weight.dtype], native.threads
         self._norm = native.call.weft_norm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., n * size] of the weight's dtype -> the same shape."""
+        """x: [..., n * size] of the weight's dtype -> the same shape. Raises ValueError for another x."""
+        if x.dtype != self._dtype or x.shape[-1] % self.size:
+            raise ValueError(f"a norm of {self.size} numbers in {self._dtype} is not for {tuple(x.shape)} in {x.dtype}")
         x, rows, stride = by_rows(x)
         width = x.shape[-1]
         y = x.new_empty(x.shape)
@@ -74,15 +77,22 @@ class Rotary:
 
     def __init__(self, head_dim: int, rotary_dim: int, style: RotaryStyle, native: Native) -> None:
         self._head_dim, self._rotary_dim, self._style = head_dim, rotary_dim, int(style)
+        self._table_dim = rotary_dim // 2 if style & RotaryStyle.SHARED else rotary_dim
         self._rotate, self._threads = native.call.weft_rotate, native.threads
 
     def __call__(self, x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """In place. x: [..., n], its first numbers those of the heads; cos, sin: [..., d]; all dense, of one dtype."""
+        """In place. x: [..., n], its first numbers those of the heads; cos, sin: [..., d]; all dense, of one dtype.
+
+        Raises ValueError for tables that are too narrow, or not for as many rows.
+        """
+        rows = x.numel() // x.shape[-1]
+        if cos.shape != sin.shape or cos.shape[-1] < self._table_dim or cos.numel() != rows * cos.shape[-1]:
+            raise ValueError(f"tables {tuple(cos.shape)}, {tuple(sin.shape)} are not for {rows} rows")
         self._rotate(
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            x.numel() // x.shape[-1],
+            rows,
             heads,
             self._head_dim,
             self._rotary_dim,

@@ -219,3 +219,12 @@ def test_keys_and_values_are_in_the_cache_afterwards(native: Native) -> None:
     assert torch.equal(cache.keys[slots[:20]], tokens.key.transpose(0, 1))
     assert torch.equal(cache.values[slots[:20]], tokens.value.transpose(0, 1))
     assert cache.keys[slots[20:]].isnan().all()
+
+
+@each_build
+@pytest.mark.parametrize("odd", ["query", "key", "value"])
+def test_rows_of_another_dtype_than_the_caches_are_refused(native: Native, odd: str) -> None:
+    tokens = Tokens(Layer(), 20, torch.bfloat16)
+    setattr(tokens, odd, getattr(tokens, odd).float())
+    with pytest.raises(ValueError, match="is not for a cache"):
+        Cache(tokens.layer, [tokens], 16).step(tokens.layer, native, [(tokens, range(20))])

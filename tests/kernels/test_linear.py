@@ -75,3 +75,11 @@ def test_what_is_not_finite_stays_in_its_row_and_column(native: Native) -> None:
     y = PackedLinear(weight, None, native)(torch.ones(2, 16))
     assert y[:, 5].isinf().all()
     assert y[:, 6:].isfinite().all()
+
+
+@each_build
+def test_an_x_of_another_dtype_or_width_is_refused(native: Native) -> None:
+    product = PackedLinear(*make(33, 20, torch.float32), native)
+    for x in (torch.ones(2, 20, dtype=torch.bfloat16), torch.ones(2, 10)):
+        with pytest.raises(ValueError, match="is not for"):
+            product(x)

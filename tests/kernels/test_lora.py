@@ -147,7 +147,13 @@ def test_a_row_comes_out_the_same_whatever_the_others_and_the_threads_are(backen
         PagedAdapter(adapter.runs, adapter.scale, frozenset({0, 1}), rank=adapter.rank)
         for adapter in fill_any(group, (12, 16, 5))
     )
-    mixes: list[list[Weighted]] = [[(one, 1.0)], [(two, 0.5), (one, -1.0)], [(three, 2.0)], []]
+    mixes: list[list[Weighted]] = [
+        [(one, 1.0)],
+        [(two, 0.5), (one, -1.0)],
+        [(three, 2.0)],
+        [],
+        [(one, -1.0), (two, 0.5)],
+    ]
     rng = random.Random(6)
     rows = [rng.choice(mixes) for _ in range(2 * CHUNK_ROWS + 90)]
     kind = torch.float32 if dtype == torch.int8 else dtype
@@ -155,7 +161,7 @@ def test_a_row_comes_out_the_same_whatever_the_others_and_the_threads_are(backen
     plan = build_plan([(1, mix) for mix in rows], CPU)
     assert plan is not None
     together = add_lora(y.clone(), x, group, plan)
-    for t in (0, 1, 7, 50, len(rows) - 1):
+    for t in {rows.index(mix) for mix in mixes} | {7, 50, len(rows) - 1}:
         own = build_plan([(1, rows[t])], CPU)
         expected = y[t : t + 1] if own is None else alone(y[t : t + 1].clone(), x[t : t + 1], group, own)
         assert torch.equal(together[t : t + 1], expected)
@@ -242,6 +248,16 @@ def test_rows_that_share_an_adapter_share_a_segment() -> None:
     plan = build_plan([(2, [(one, 1.0)]), (3, [(two, 1.0)]), (1, [(one, 1.0)])], CPU)
     assert isinstance(plan, Plan)
     assert [s.rows if isinstance(s.rows, slice) else s.rows.tolist() for s in plan.segments] == [[0, 1, 5], slice(2, 5)]
+
+
+def test_a_row_takes_its_adapters_in_the_order_of_its_own_mix() -> None:
+    one, two, three = (PagedAdapter(((page, page + 1),), 1.0, frozenset([0])) for page in (1, 2, 3))
+    rows = [[two], [one, two, three], [three, two], [one]]
+    plan = build_plan([(1, [(adapter, 1.0) for adapter in adapters]) for adapters in rows], CPU)
+    assert plan is not None
+    for row, adapters in enumerate(rows):
+        mine = [s.first for s in plan.segments if row in torch.arange(len(rows))[s.rows]]
+        assert mine == [adapter.runs[0][0] for adapter in adapters]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

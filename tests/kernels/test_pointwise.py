@@ -138,3 +138,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_rows_are_beside_it(native: Native
     for function in functions:
         whole = function(x)
         assert all(torch.equal(function(x[:, i : i + 1])[0], whole[0, i : i + 1]) for i in range(0, 300, 7))
+
+
+@each_build
+def test_what_a_norm_or_a_rotation_was_not_made_for_is_refused(native: Native) -> None:
+    norm = Norm(torch.ones(16), None, 1e-5, NormKind(0), native)
+    for x in (draw(2, 16, dtype=torch.bfloat16), draw(2, 24)):
+        with pytest.raises(ValueError, match="is not for"):
+            norm(x)
+    x, narrow, few = draw(1, 5, 64), draw(1, 5, 15), draw(1, 4, 32)
+    for style in RotaryStyle(0), RotaryStyle.SHARED:
+        rotary = Rotary(32, 32, style, native)
+        for cos, sin in ((narrow, narrow), (few, few), (draw(1, 5, 32), narrow)):
+            with pytest.raises(ValueError, match="are not for"):
+                rotary(x, 2, cos, sin)

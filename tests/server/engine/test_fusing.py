@@ -13,6 +13,7 @@ from natives import builds
 from parity import Case
 from tiny import ARCHITECTURES, make_model, save_tokenizer
 from torch import nn
+from transformers import Gemma3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from weft.errors import InvalidModel
@@ -168,3 +169,12 @@ def test_a_model_that_is_wrong_either_way_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(load, "probe", failing)
     with pytest.raises(InvalidModel, match="wrong"):
         harness("llama", tmp_path)
+
+
+def test_norms_that_are_kept_in_float32_in_a_bfloat16_model_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gemma3ForCausalLM, "_keep_in_fp32_modules_strict", ["norm", "layernorm"])
+    served = harness("gemma3_text", tmp_path, "bfloat16")
+    assert parts(served) == "3 Attention, 3 Mlp, 3 Layer"
+    assert logits(served).isfinite().all()

@@ -419,6 +419,7 @@ static int64_t cut(const struct attention *of, struct part *parts) {
 
 /* Write the new keys and values, then attend for every row; runs that cost the most come first. */
 void weft_attend(const struct attention *of) {
+    if (of->rows == 0) return;
     share(write_rows, (void *)of, of->rows, WRITTEN_AT_ONCE, of->threads);
     int64_t num_parts = cut(of, NULL);
     struct part *parts = malloc((num_parts + 1) * sizeof *parts);

@@ -364,6 +364,8 @@ class Engine:
         """The one exit: free blocks, release adapters, count."""
         request = sequence.request
         del self._sequences[request]
+        if not self._sequences:
+            self._plans = Plans()  # it holds the last step's adapters
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)

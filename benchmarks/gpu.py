@@ -308,6 +308,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--report", type=Path, help="the document whose section `gpu` to replace")
     options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no GPU here: --device cpu --shape tiny with TRITON_INTERPRET=1 shows that it runs")
     device, shape = torch.device(options.device), SHAPES[options.shape]
     deadline_s = time.monotonic() + options.minutes * 60
     timer = Timer(device)

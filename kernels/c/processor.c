@@ -9,3 +9,9 @@ int weft_level(void) {
     return 0;
 #endif
 }
+
+/* Which sources this was built from: setup.py's digest of them, or 0. */
+#ifndef WEFT_SOURCES
+#define WEFT_SOURCES 0
+#endif
+unsigned long long weft_sources(void) { return WEFT_SOURCES; }

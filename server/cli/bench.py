@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from weft.server.cli.bench_kernels import kernels
+from weft.server.cli.bench_kernels import check_can_write, kernels
 from weft.server.cli.bench_tables import Watch, print_runs
 from weft.server.cli.client import address_option, connected, failures_in_words
 
@@ -75,7 +75,17 @@ def _check_plot(_context: click.Context, _option: click.Parameter, path: Path | 
     return path
 
 
-_RATE = click.FloatRange(0, 1e5, min_open=True)
+class _Rate(click.FloatRange):
+    """From more than 0 to 100,000; nan, which no comparison refuses, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+_RATE = _Rate(0, 1e5, min_open=True)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 _rate_options: Sequence[Callable[[Any], Any]] = (
@@ -229,6 +239,9 @@ def _run(settings: Settings, base_only: bool, wanted: int, prompt: Lengths, new:
 
     if settings.plot is not None:
         check_can_plot()
+    for path in (settings.output, settings.plot):
+        if path is not None:
+            check_can_write(path)
     with connected(settings.address) as channel:
         target = survey(channel)
     adapters = [] if base_only else target.choose(settings.names, settings.match)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,6 +34,10 @@ def kernels(device: str, threads: int | None, quick: bool, output: Path | None) 
     from weft.kernels.measure import Sweep, measure  # noqa: PLC0415
     from weft.kernels.native import find_native  # noqa: PLC0415
 
+    kind = device.partition(":")[0]
+    known = None if output is None else _read(output, kind)
+    if device != "cpu" and not (kind == "cuda" and torch.cuda.is_available()):
+        raise click.ClickException(f"--device is {device!r}, which this machine does not have")
     threads = threads or torch.get_num_threads()
     native = find_native(threads)
     torch.set_num_threads(threads)
@@ -41,9 +46,34 @@ def kernels(device: str, threads: int | None, quick: bool, output: Path | None) 
     with torch.inference_mode():
         found = list(tqdm(measure(sweep, backends, torch.device(device)), total=sweep.num_measurements, leave=False))
     click.echo(_summary(found))
-    if output is not None:
+    if output is not None and known is not None:
         machine = _machine(device, threads, torch.__version__, "none" if native is None else native.level)
-        output.write_text(_merged(output, device, machine, found), encoding="utf-8")
+        output.write_text(_merged(known, kind, machine, found), encoding="utf-8")
+
+
+def check_can_write(path: Path) -> None:
+    """Raises ClickException. Before a run, so that none is for nothing."""
+    if not path.parent.is_dir():
+        raise click.ClickException(f"{path} can't be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise click.ClickException(f"{path} can't be written")
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    """What the table that is there, if any, holds of other kinds of devices.
+
+    Raises ClickException where it is no table, or can't be replaced.
+    """
+    check_can_write(path)
+    if not path.exists():
+        return {"machines": {}, "measurements": []}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        machines = {name: machine for name, machine in table.get("machines", {}).items() if name != kind}
+        measurements = [entry for entry in table.get("measurements", []) if entry["device"] != kind]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise click.ClickException(f"{path} is no table of measurements: remove it, or write to another file") from None
+    return {"machines": machines, "measurements": measurements}
 
 
 def _machine(device: str, threads: int, version: str, level: str) -> dict[str, str | int]:
@@ -62,14 +92,11 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _merged(path: Path, device: str, machine: dict[str, str | int], found: Sequence[Measurement]) -> str:
-    """The table with these measurements in place of those it had of this kind of device; one to a line."""
-    kind = device.partition(":")[0]
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    machines = {**old.get("machines", {}), kind: machine}
-    kept = [entry for entry in old.get("measurements", []) if entry["device"] != kind]
+def _merged(known: dict[str, Any], kind: str, machine: dict[str, str | int], found: Sequence[Measurement]) -> str:
+    """The table with these measurements of this kind of device beside what is known of others; one to a line."""
+    machines = {**known["machines"], kind: machine}
     rounded = [{**asdict(each), "ms": {name: float(f"{ms:.3g}") for name, ms in each.ms.items()}} for each in found]
-    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in (*kept, *rounded))
+    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in (*known["measurements"], *rounded))
     head = json.dumps({"command": "weft bench kernels", "machines": machines}, indent=2).removesuffix("\n}")
     return f'{head},\n  "measurements": [\n{lines}\n  ]\n}}\n'
 

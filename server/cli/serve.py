@@ -148,7 +148,7 @@ SETTINGS = (
         EngineConfig,
         "lora_backend",
         str,
-        "What computes the adapters' part: auto, reference, torch or cpu.",
+        "What computes the adapters' part: auto, reference, torch, cpu or triton.",
     ),
     Setting("adapter-probe", EngineConfig, "adapter_probe", bool, "Compare each adapter with a plain reference."),
     Setting("allow-no-effect", EngineConfig, "allow_no_effect", bool, "Take adapters that change nothing."),

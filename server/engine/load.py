@@ -167,9 +167,11 @@ def _native(config: ServerConfig) -> Native | None:
 
 
 def _describe(model: PagedModel) -> str:
-    if model.native is None:
+    if model.device.type != "cpu":
         return str(model.device)
-    return f"{model.device} ({model.native.level}, {model.native.threads} threads)"
+    native = model.native
+    library, threads = ("no C library", torch.get_num_threads()) if native is None else (native.level, native.threads)
+    return f"{model.device} ({library}, {threads} thread{'s' * (threads != 1)})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,3 +51,10 @@ def test_it_runs_through(tmp_path: Path) -> None:
     text = document.read_text()
     assert text.startswith("Before.\n")
     assert "| 2 | 12 | distinct, 2 |" in text
+
+
+def test_a_machine_without_a_gpu_is_told_in_one_line() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([sys.executable, PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1].startswith("gpu.py: error: no GPU here: --device cpu")

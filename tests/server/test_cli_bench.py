@@ -295,7 +295,8 @@ class TestCommands:
             (("--adapter", "nix"), "--adapter is 'nix', which the server does not have; it has one, two"),
             (("--match", "z*"), "--match is 'z*', which none of the server's 2 adapters does"),
             (("--adapters", "3"), "3 adapters are asked for, and 2 are there"),
-            (("--output", "/nowhere/x.json"), "/nowhere"),
+            (("--output", "/nowhere/x.json"), "/nowhere/x.json can't be written: there is no folder /nowhere"),
+            (("--plot", "/nowhere/x.svg"), "/nowhere/x.svg can't be written: there is no folder /nowhere"),
         ],
     )
     def test_what_the_server_can_not_do_is_one_line(
@@ -304,6 +305,7 @@ class TestCommands:
         ran = run("bench", "load", "--address", address, "--rate", "20", "--duration", "0.1", *FEW, *args)
         assert ran.exit_code == 1
         assert words in ran.error_line
+        assert "answered" not in ran.output  # it is told before the run
 
     @pytest.mark.parametrize(
         ("args", "words"),
@@ -312,6 +314,8 @@ class TestCommands:
             (("load", "--adapters", "-1"), "'--adapters': is '-1'"),
             (("load", "--prompt-tokens", "9:3"), "'--prompt-tokens': is '9:3'; must be LOW:HIGH"),
             (("load", "--rate", "0"), "--rate"),
+            (("load", "--rate", "nan"), "'--rate': 'nan' is not a number"),
+            (("slora", "--duration", "nan"), "'--duration': 'nan' is not a number"),
             (("load", "--rate", "0.1", "--duration", "1"), "are 0 requests"),
             (("load", "--plot", "x.gif"), "--plot is 'x.gif'; must end in one of .png, .svg, .pdf"),
             (("popularity", "zipf"), "zipf"),

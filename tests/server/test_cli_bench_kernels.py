@@ -27,6 +27,27 @@ def test_a_table_is_measured_and_written_beside_what_is_known_of_other_devices(t
     assert "over the fastest's" in result.output
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"measurements": [1]}', '{"machines": 3}'])
+def test_a_file_that_is_no_table_is_told_before_the_measurement_and_kept(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    result = CliRunner().invoke(kernels, ["--quick", "--output", str(path)])
+    assert (result.exit_code, path.read_text()) == (1, text)
+    assert "is no table of measurements" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--output", "/nowhere/x.json"), "/nowhere/x.json can't be written: there is no folder /nowhere"),
+        (("--device", "abacus"), "--device is 'abacus', which this machine does not have"),
+    ],
+)
+def test_what_can_not_be_measured_is_one_line(args: tuple[str, ...], words: str) -> None:
+    result = CliRunner().invoke(kernels, ["--quick", *args])
+    assert (result.exit_code, result.output) == (1, f"Error: {words}\n")
+
+
 def test_the_table_of_the_package_is_of_the_current_shape() -> None:
     measured = read_measured(MEASURED)
     assert {each.device for each in measured} >= {"cpu"}

@@ -33,7 +33,7 @@ from weft.server.metrics import Metrics
 
 ROOT = Path(weft.__file__).parents[2]
 RANKS = (8, 16, 32, 64)
-MOST_ROWS, MOST_CONTEXT = 64, 1920
+MOST_ROWS, MOST_CONTEXT = 64, 1024
 CONTEXT = 64
 STEPS = 6
 """Measured ones of a turn."""

@@ -6,7 +6,7 @@
 #include "pool.h"
 #include "vectors.h"
 
-/* FEW_LINES: bytes that loads from memory are asked for ahead; of floats, one row alone reads as fast as the processor guesses. */
+/* FEW_LINES: bytes that loads from memory are asked for ahead; one row alone reads as fast as the processor guesses. */
 enum { PANEL = 2 * VL, FEW_LINES = 1024 };
 
 /* Columns of a panel. */
@@ -42,60 +42,80 @@ static void store_row(const struct linear *job, int64_t row, int64_t column, vec
     memcpy(to, halves, count * sizeof *to);
 }
 
-/* ROWS rows of one panel: the sums stay in registers. */
-#define DEFINE_TILE(NAME, ROWS, NUMBER, LOAD)                                                                         \
-    static void NAME(const struct linear *job, int64_t row, int64_t panel) {                                          \
-        const NUMBER *w = (const NUMBER *)job->packed + panel * job->d_in * PANEL;                                    \
-        const float *x = job->x + row * job->x_stride;                                                                \
-        /* The first rows of a panel wait for memory; those after them have the time to ask for the next panel. */    \
-        int64_t ahead = row ? job->d_in * PANEL : ROWS > 1 || sizeof *w < 4 ? FEW_LINES / (int64_t)sizeof *w : 0;    \
-        vec low[ROWS], high[ROWS];                                                                                    \
-        vec first = {0}, second = {0};                                                                                \
-        if (job->bias) first = load_f32(job->bias + panel * PANEL), second = load_f32(job->bias + panel * PANEL + VL); \
-        for (int r = 0; r < ROWS; r++) low[r] = first, high[r] = second;                                              \
-        for (int64_t k = 0; k < job->d_in; k++, w += PANEL) {                                                         \
-            vec w0, w1;                                                                                               \
-            LOAD(w, &w0, &w1);                                                                                        \
-            __builtin_prefetch(w + ahead);                                                                            \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                                 \
-                vec value = splat(x[r * job->x_stride + k]);                                                          \
-                low[r] += value * w0;                                                                                 \
-                high[r] += value * w1;                                                                                \
-            }                                                                                                         \
-        }                                                                                                             \
-        for (int r = 0; r < ROWS; r++) store_row(job, row + r, panel * PANEL, low[r], high[r]);                       \
+/* ROWS rows of PANELS panels side by side: the sums stay in registers. Few rows wait for the weights, and several streams of
+ * them come faster than one. */
+#define DEFINE_TILE(NAME, ROWS, PANELS, NUMBER, LOAD)                                                              \
+    static void NAME(const struct linear *job, int64_t row, int64_t panel) {                                       \
+        const int64_t size = job->d_in * PANEL;                                                                    \
+        const NUMBER *w = (const NUMBER *)job->packed + panel * size;                                              \
+        const float *x = job->x + row * job->x_stride;                                                             \
+        /* The first rows of a panel wait for memory; those after them have the time to ask for the next panel. */ \
+        const int64_t ahead = row ? size : ROWS > 1 ? FEW_LINES / (int64_t)sizeof *w : 0;                          \
+        vec low[PANELS][ROWS], high[PANELS][ROWS];                                                                 \
+        for (int p = 0; p < PANELS; p++) {                                                                         \
+            const float *bias = job->bias ? job->bias + (panel + p) * PANEL : NULL;                                \
+            vec first = bias ? load_f32(bias) : (vec){0}, second = bias ? load_f32(bias + VL) : first;             \
+            for (int r = 0; r < ROWS; r++) low[p][r] = first, high[p][r] = second;                                 \
+        }                                                                                                          \
+        for (int64_t k = 0; k < job->d_in; k++, w += PANEL) {                                                      \
+            _Pragma("GCC unroll 16") for (int p = 0; p < PANELS; p++) {                                            \
+                vec w0, w1;                                                                                        \
+                LOAD(w + p * size, &w0, &w1);                                                                      \
+                __builtin_prefetch(w + p * size + ahead);                                                          \
+                _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                          \
+                    vec value = splat(x[r * job->x_stride + k]);                                                   \
+                    low[p][r] += value * w0;                                                                       \
+                    high[p][r] += value * w1;                                                                      \
+                }                                                                                                  \
+            }                                                                                                      \
+        }                                                                                                          \
+        for (int p = 0; p < PANELS; p++)                                                                           \
+            for (int r = 0; r < ROWS; r++) store_row(job, row + r, (panel + p) * PANEL, low[p][r], high[p][r]);    \
     }
 
-#define DEFINE_TILES(SUFFIX, NUMBER, LOAD)      \
-    DEFINE_TILE(tile_1_##SUFFIX, 1, NUMBER, LOAD) \
-    DEFINE_TILE(tile_2_##SUFFIX, 2, NUMBER, LOAD) \
-    DEFINE_TILE(tile_3_##SUFFIX, 3, NUMBER, LOAD) \
-    DEFINE_TILE(tile_4_##SUFFIX, 4, NUMBER, LOAD) \
-    DEFINE_TILE(tile_5_##SUFFIX, 5, NUMBER, LOAD) \
-    DEFINE_TILE(tile_6_##SUFFIX, 6, NUMBER, LOAD)
+#define DEFINE_TILES(ROWS, PANELS)                                                            \
+    DEFINE_TILE(tile_##ROWS##_by_##PANELS##_f32, ROWS, PANELS, float, load_f32_pair)          \
+    DEFINE_TILE(tile_##ROWS##_by_##PANELS##_bf16, ROWS, PANELS, uint16_t, load_bf16_pair)
 
-DEFINE_TILES(f32, float, load_f32_pair)
-DEFINE_TILES(bf16, uint16_t, load_bf16_pair)
+DEFINE_TILES(1, 4)
+DEFINE_TILES(2, 3)
+DEFINE_TILES(1, 1)
+DEFINE_TILES(2, 1)
+DEFINE_TILES(3, 1)
+DEFINE_TILES(4, 1)
+DEFINE_TILES(5, 1)
+DEFINE_TILES(6, 1)
 #if VL == 16 /* which has twice the registers */
-DEFINE_TILE(tile_8_f32, 8, float, load_f32_pair)
-DEFINE_TILE(tile_8_bf16, 8, uint16_t, load_bf16_pair)
-DEFINE_TILE(tile_12_f32, 12, float, load_f32_pair)
-DEFINE_TILE(tile_12_bf16, 12, uint16_t, load_bf16_pair)
+DEFINE_TILES(8, 1)
+DEFINE_TILES(12, 1)
 #endif
 
-typedef void (*tile)(const struct linear *, int64_t, int64_t);
-
-static const struct { int rows; tile by_format[2]; } TILES[] = {
-#if VL == 16
-    {12, {tile_12_f32, tile_12_bf16}}, {8, {tile_8_f32, tile_8_bf16}},
-#endif
-    {6, {tile_6_f32, tile_6_bf16}}, {5, {tile_5_f32, tile_5_bf16}}, {4, {tile_4_f32, tile_4_bf16}},
-    {3, {tile_3_f32, tile_3_bf16}}, {2, {tile_2_f32, tile_2_bf16}}, {1, {tile_1_f32, tile_1_bf16}},
+struct tile {
+    int rows, panels;
+    void (*by_format[2])(const struct linear *, int64_t row, int64_t panel);
 };
+
+#define TILE(ROWS, PANELS) {ROWS, PANELS, {tile_##ROWS##_by_##PANELS##_f32, tile_##ROWS##_by_##PANELS##_bf16}}
+
+/* For jobs of no more rows than these, by their number. */
+static const struct tile FEW[] = {{0, 1, {0, 0}}, TILE(1, 4), TILE(2, 3)};
+
+static const struct tile TILES[] = {
+#if VL == 16
+    TILE(12, 1), TILE(8, 1),
+#endif
+    TILE(6, 1), TILE(5, 1), TILE(4, 1), TILE(3, 1), TILE(2, 1), TILE(1, 1),
+};
+
+static int panels_at_once(const struct linear *job) { return job->rows <= 2 ? FEW[job->rows].panels : 1; }
 
 static void do_panels(void *of, int64_t first, int64_t last) {
     const struct linear *job = of;
-    for (int64_t panel = first; panel < last; panel++) {
+    const int at_once = panels_at_once(job);
+    int64_t panel = first;
+    if (at_once > 1)
+        for (; panel + at_once <= last; panel += at_once) FEW[job->rows].by_format[job->format](job, 0, panel);
+    for (; panel < last; panel++) {
         int64_t row = 0;
         for (int size = 0; row < job->rows; size++)
             for (; job->rows - row >= TILES[size].rows; row += TILES[size].rows)
@@ -109,6 +129,6 @@ void weft_linear(const float *x, const void *packed, const float *bias, void *y,
                  int64_t x_stride, int64_t y_stride, int format, int y_format, int threads) {
     struct linear job = {x, packed, bias, y, rows, d_in, d_out, x_stride, y_stride, format, y_format};
     int64_t panels = (d_out + PANEL - 1) / PANEL;
-    int64_t grain = panels / (4 * threads);
-    share(do_panels, &job, panels, grain > 0 ? grain : 1, threads);
+    int64_t at_once = panels_at_once(&job), grain = panels / (4 * threads * at_once) * at_once;
+    share(do_panels, &job, panels, grain > 0 ? grain : at_once, threads);
 }

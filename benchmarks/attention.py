@@ -62,6 +62,7 @@ def make_batch(runs: list[tuple[int, int]]) -> tuple[Batch, int]:
         chunks=tuple(chunks),
         decodes=tuple(decodes),
         block_tokens=BLOCK,
+        wants_all=True,
     )
     return batch, num_blocks
 
@@ -90,9 +91,9 @@ def measure(shape: tuple[int, int, int], runs: list[tuple[int, int]], native: Na
     options = AttentionOptions(None, None, None, None)
 
     def step(way: Native | None) -> None:
-        attention = attention_of(batch, cache, way)
+        attend = attention_of(batch, cache, way)
         for layer in range(LAYERS):
-            attention.attend(layer, query, key, value, options)
+            attend(layer, query, key, value, options)
 
     return [timed(lambda way=way: step(way)) for way in (native, None)]  # type: ignore[misc]
 

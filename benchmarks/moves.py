@@ -15,6 +15,7 @@ from shapes import write_adapters
 from weft.adapters.pages import HostAdapter, PageConfig, PagePool
 from weft.adapters.reading import Policy, Reader
 from weft.adapters.sources import Sources
+from weft.kernels.native import find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import ModelConfig
 from weft.server.engine.kv_blocks import BlockPool
@@ -88,7 +89,7 @@ class Mover:
     """A page pool on the base, and readers for it, as a server has them."""
 
     def __init__(self, base: Path, adapters: Path, device: str) -> None:
-        model = load_model(ModelConfig(str(base), dtype="float32", device=device))
+        model = load_model(ModelConfig(str(base), dtype="float32", device=device), find_native(1))
         self.device = model.device
         self.pool = PagePool(model.base, PageConfig(2 * 64 // PAGE_ROWS + 1, model.dtype, model.device))
         blocks = BlockPool(2, 16)

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from shapes import SHAPES, make_base
 
 import weft
+from weft.kernels.native import find_native
 from weft.server.config import ModelConfig
 from weft.server.engine.batch import build_batch
 from weft.server.engine.kv_blocks import BlockPool
@@ -76,7 +77,7 @@ class Decoder:
     """A model that decodes one token of many sequences over and over."""
 
     def __init__(self, folder: Path, most: int) -> None:
-        self.model: PagedModel = load_model(ModelConfig(str(folder), dtype="float32", device="cpu"))
+        self.model: PagedModel = load_model(ModelConfig(str(folder), "float32", "cpu"), find_native(1))
         self.pool = BlockPool(most * CONTEXT // BLOCK + 1, BLOCK)
         cache = KvCache(self.model.kv_shapes, self.pool.num_blocks, BLOCK, self.model.dtype, self.model.device)
         self.model.attach(cache, {}, "torch")

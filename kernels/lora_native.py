@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing
 import torch
 
 from weft.kernels.native import FORMATS, Native
-from weft.kernels.plan import PAGE_ROWS, Plan, Segment
+from weft.kernels.plan import PAGE_ROWS, PagedAdapter, Plan, Weighted
 from weft.kernels.site import SiteGroup
 
 CHUNK_ROWS = 48
@@ -116,23 +117,22 @@ class _Layout:
 
     @classmethod
     def of(cls, plan: Plan) -> _Layout:
-        """Chunks in the order of their first segment, each with its segments' pages in the plan's order."""
+        """Chunks of rows with the same mix, each with its adapters' pages in the mix's order."""
         chunks = [
-            (rows[at : at + CHUNK_ROWS], segments)
-            for segments, rows in _rows_by_segments(plan).items()
+            (rows[at : at + CHUNK_ROWS], mix)
+            for mix, rows in _rows_by_mix(plan).items()
             for at in range(0, len(rows), CHUNK_ROWS)
         ]
         sets: dict[frozenset[int], int] = {}
         entries: list[tuple[int, int, int, int]] = []
         scales: list[float] = []
         first_entry = [0]
-        for number, (_, segments) in enumerate(chunks):
-            for index in segments:
-                segment = plan.segments[index]
-                of_sites = sets.setdefault(segment.sites, len(sets))
-                pages = _pages_of(segment)
+        for number, (_, mix) in enumerate(chunks):
+            for adapter, weight in mix:
+                of_sites = sets.setdefault(adapter.sites, len(sets))
+                pages = _pages_of(adapter)
                 entries += [(number, page, count, of_sites) for page, count in pages]
-                scales += [segment.scale] * len(pages)
+                scales += [adapter.scale * weight] * len(pages)
             first_entry.append(len(entries))
         first_row = list(accumulate((len(rows) for rows, _ in chunks), initial=0))
         coef = list(accumulate((PAGE_ROWS * len(chunks[number][0]) for number, *_ in entries), initial=0))
@@ -160,20 +160,18 @@ class _Layout:
             self.struct.touched, self.struct.num_sites = self.touched.data_ptr(), self.covered
 
 
-def _rows_by_segments(plan: Plan) -> dict[tuple[int, ...], list[int]]:
-    """Rows that have the same segments, by the segments' numbers."""
-    segments: dict[int, list[int]] = {}
-    for index, segment in enumerate(plan.segments):
-        rows = segment.rows
-        for row in range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist():
-            segments.setdefault(row, []).append(index)
-    shared: dict[tuple[int, ...], list[int]] = {}
-    for row, indices in segments.items():
-        shared.setdefault(tuple(indices), []).append(row)
+def _rows_by_mix(plan: Plan) -> dict[Sequence[Weighted], list[int]]:
+    """Rows that use the same adapters with the same weights."""
+    shared: dict[Sequence[Weighted], list[int]] = {}
+    for rows, mix in plan.mixes:
+        shared.setdefault(mix, []).extend(rows)
     return shared
 
 
-def _pages_of(segment: Segment) -> list[tuple[int, int]]:
+def _pages_of(adapter: PagedAdapter) -> list[tuple[int, int]]:
     """Its pages that hold rank rows, and how many each."""
-    starts = range(0, segment.rank, PAGE_ROWS)
-    return [(segment.first + i, min(PAGE_ROWS, segment.rank - start)) for i, start in enumerate(starts)]
+    return [
+        (first + at // PAGE_ROWS, min(PAGE_ROWS, rank - at))
+        for first, _, rank in adapter.runs_with_ranks
+        for at in range(0, rank, PAGE_ROWS)
+    ]

@@ -25,8 +25,9 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.T
 def to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [n, d] to the nearest of 255 steps, and float32 [n] of how much a step is: rows ~ int8 * scale."""
     scale = rows.abs().amax(dim=1).float() / 127 if rows.shape[1] else rows.new_zeros(len(rows), dtype=torch.float32)
-    steps = rows.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return steps.round().to(torch.int8), scale
+    tiny = torch.finfo(torch.float32).tiny
+    steps = rows.float() / scale.clamp(min=tiny)[:, None]
+    return steps.round().to(torch.int8), scale.where(scale >= tiny, 0.0)  # such a row is nothing
 
 
 def bytes_of_page(d_in: int, d_out: int, dtype: torch.dtype) -> int:

@@ -11,8 +11,6 @@ from typing import Any
 
 from weft.errors import WeftError
 
-FORMATS = (".png", ".svg", ".pdf")
-
 
 class CannotPlot(WeftError):
     """matplotlib is not there; the message says how to get it."""

@@ -8,7 +8,7 @@ blocks are gathered (see `gathering.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -22,7 +22,7 @@ from weft.server.engine.batch import Batch
 from weft.server.engine.decode_attention import InPlaceDecodes
 from weft.server.engine.gathering import Gathering, attend
 from weft.server.engine.kv_cache import KvCache
-from weft.server.engine.step import AttentionOptions, Shared, current_step
+from weft.server.engine.step import Attend, AttentionOptions, Shared, current_step
 
 ATTENTION = "weft"
 
@@ -80,21 +80,6 @@ class WholePrompt:
         """The base's output stays as it is."""
 
 
-class CacheAttention(Protocol):
-    """How a step attends over the paged cache: it writes each layer's new keys and values, then reads what rows see."""
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """As `Step.attend`."""
-        ...
-
-
 class PagedStep:
     """A step over the paged cache."""
 
@@ -103,20 +88,10 @@ class PagedStep:
     ) -> None:
         """head: the module that sees only the rows whose logits are wanted; "" where none does."""
         self._batch = batch
-        self._attention = attention_of(batch, cache, native)
+        self.attend = attention_of(batch, cache, native)
         self._adapting = adapting
         self._head = (head,)
         self.shared: Shared = {}
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        return self._attention.attend(layer, query, key, value, options)
 
     def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
         """All of it is done in one go."""
@@ -132,13 +107,13 @@ def attends_in_place(native: Native | None, dtype: torch.dtype, device: torch.de
     return native is not None and device.type == "cpu" and dtype in DTYPES
 
 
-def attention_of(batch: Batch, cache: KvCache, native: Native | None) -> CacheAttention:
-    """The fastest there is for the cache."""
+def attention_of(batch: Batch, cache: KvCache, native: Native | None) -> Attend:
+    """The fastest there is for the cache: it writes a layer's new keys and values, then reads what its rows see."""
     if native is not None and attends_in_place(native, cache.dtype, cache.device):
-        return InPlace(batch, cache, native)
+        return InPlace(batch, cache, native).attend
     if cache.device.type == "cuda" and has_triton():
-        return InPlaceDecodes(batch, cache)
-    return Gathering(batch, cache)
+        return InPlaceDecodes(batch, cache).attend
+    return Gathering(batch, cache).attend
 
 
 class InPlace:

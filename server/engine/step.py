@@ -6,7 +6,7 @@ variable, and let it do their work.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +28,11 @@ class AttentionOptions:
 Shared = MutableMapping[Hashable, tuple[torch.Tensor, torch.Tensor]]
 
 
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions], torch.Tensor]
+"""Attention of one layer, by its number: query [heads, T, d], key [kv_heads, T, d], value [kv_heads, T, d_v] ->
+[T, heads, d_v]."""
+
+
 class Step(Protocol):
     """What is running: it attends for one layer at a time, and does what adapters do to a module at a time.
 
@@ -36,16 +41,8 @@ class Step(Protocol):
 
     shared: Shared
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v] -> [T, heads, d_v]."""
-        ...
+    @property
+    def attend(self) -> Attend: ...
 
     def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
         """Begin with what `adapt` will do to linear modules, beside their product; x: [1, T, d_in] or [T, d_in]."""

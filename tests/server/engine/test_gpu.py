@@ -19,23 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "phi3"])
 def test_mixed_batches_give_the_tokens_of_the_cpu(kind: str, tmp_path: Path) -> None:
-    model = make_model(kind, tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
-    adapters = {
-        f"r{rank}": make_adapter(model, tmp_path / f"r{rank}", rank, r=rank, target_modules=linear_names(kind))
-        for rank in (1, 8, 12, 64)
-    }
+    base, adapters, greedy = make_mixed(kind, tmp_path)
     requests = [
-        Request(
-            f"r{i}",
-            tuple(range(3 + i, 20 + 3 * i)),
-            ((name, 1.0),) if name else (),
-            Sampling(temperature=float(i % 2), seed=i),
-            Stopping(max_tokens=32, ignore_eos=True),
-        )
-        for i, name in enumerate([None, *adapters, None, *adapters])
+        replace(request, sampling=Sampling(temperature=float(i % 2), seed=i), stopping=Stopping(32, ignore_eos=True))
+        for i, request in enumerate(greedy)
     ]
-    on_cpu, on_gpu = (Harness(tmp_path / "base", adapters, device=device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (Harness(base, adapters, device=device) for device in ("cpu", "cuda"))
     arrivals = [i % 4 for i in range(len(requests))]
     expected = [answer.ids for answer in on_cpu.run(requests, arrivals)]
     assert [answer.ids for answer in on_gpu.run(requests, arrivals)] == expected

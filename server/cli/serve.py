@@ -163,6 +163,13 @@ SETTINGS = (
         "That a step computes with on a CPU; else as many as pay (measured).",
     ),
     Setting("cuda-graphs", EngineConfig, "cuda_graphs", bool, "Capture decode steps on a GPU once, and replay them."),
+    Setting(
+        "run-ahead",
+        EngineConfig,
+        "run_ahead",
+        bool,
+        "Begin with a step before the tokens of the one before are read; else on a GPU only.",
+    ),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),
     Setting("max-prompt-bytes", ServerConfig, "max_prompt_bytes", int, "The longest text that is taken as a prompt."),

@@ -67,6 +67,7 @@ class Batch:
     say whether a chunk may be published; plan: the adapters' work, None where every row is a base row; logit_plan: the
     same on the logit rows alone, for the head, which has no rank rows; None where no adapter of the step has a patch.
     wants_all: whether the logits of every row are wanted, in order: as a rule, decodes and what is guessed after them.
+    fed: int64 [T] on the model's device, in place of input_ids, where the host does not know the tokens yet.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +83,7 @@ class Batch:
     decodes: tuple[tuple[int, int, list[int]], ...]
     block_tokens: int
     wants_all: bool
+    fed: torch.Tensor | None = None
     _groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
 
     @property
@@ -90,11 +92,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; itself where it is there already."""
-        if self.input_ids.device == device:
+        if self.input_ids.device == device and self.fed is None:
             return self
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
+            input_ids=self.input_ids.to(device) if self.fed is None else self.fed[None],
+            fed=None,
             positions=self.positions.to(device),
             slots=self.slots.to(device),
             logit_rows=self.logit_rows.to(device),

@@ -28,6 +28,7 @@ from weft.errors import InvalidRequest
 from weft.server.engine.grammars import check_grammar
 from weft.server.engine.json_schemas import InvalidSchema, check_schema, parse_schema
 from weft.server.engine.regexes import check_regex
+from weft.server.engine.transfer import to_device
 
 WHITESPACE = r"[ \t\r\n]{1,40}"
 """Between the parts of a JSON value, if any: enough to indent by, and not without an end."""
@@ -225,7 +226,7 @@ def allowed_tokens(matchers: Seq[Matcher], width: int, device: torch.device) -> 
     width: of the model's head; none of its columns past the vocabulary is allowed.
     """
     flags = numpy.unpackbits(_masks(matchers).view(numpy.uint8), axis=1, count=width, bitorder="little")
-    return torch.from_numpy(flags.view(numpy.bool_)).to(device)
+    return to_device(torch.from_numpy(flags.view(numpy.bool_)), device)
 
 
 def is_only(ids: torch.Tensor, row: torch.Tensor) -> bool:

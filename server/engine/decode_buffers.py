@@ -57,6 +57,8 @@ class DecodeBuffers:
             self._put(row, blocks[:used])
         self._pad(n)
         self._copy(depth)
+        if batch.fed is not None:
+            self.parts.ids[:n].copy_(batch.fed)
 
     def rows(self, count: int) -> DecodeRows:
         """The first rows' contexts."""

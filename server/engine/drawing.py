@@ -16,6 +16,7 @@ import torch
 
 from weft.server.engine.request import Sampling
 from weft.server.engine.selecting import largest, reach
+from weft.server.engine.transfer import to_device
 
 _SMALLEST_TEMPERATURE = 1e-30
 """Below it float32 has no full precision left; it is as good as greedy long before."""
@@ -45,7 +46,7 @@ def draw(scores: torch.Tensor, peaks: torch.Tensor, params: Seq[Sampling], unifo
     weights = truncate(scores, peaks, params)
     n = len(weights)
     blocks = weights.view(n, -1, _BLOCK)
-    uniform = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None]
+    uniform = to_device(torch.tensor(uniforms, dtype=torch.float64), scores.device)[:, None]
     block, rest = _pick(blocks.sum(-1).double(), uniform)
     inside = blocks[torch.arange(n, device=scores.device), block.squeeze(-1)]
     token, _ = _pick(inside.double(), rest)
@@ -61,17 +62,17 @@ def truncate(scores: torch.Tensor, peaks: torch.Tensor, params: Seq[Sampling]) -
     weights = padded[:, :vocab]
     torch.exp(z, out=weights)
     lowest = z.new_full((len(params), 1), float("-inf"))
-    rows, k = _rows_with([p.top_k if p.top_k < vocab else 0 for p in params])
+    rows, k = _rows_with([p.top_k if p.top_k < vocab else 0 for p in params], z.device)
     if k:
         lowest[rows] = _top_k(z[rows], k)
         _keep(weights, z, lowest)
-    rows, nucleus = _rows_with([p.top_p if p.top_p < 1 else 0.0 for p in params])
+    rows, nucleus = _rows_with([p.top_p if p.top_p < 1 else 0.0 for p in params], z.device)
     if nucleus:
         lowest[rows] = _top_p(z[rows], weights[rows], lowest[rows], _column(nucleus, z))
         _keep(weights, z, lowest)
     if any(p.min_p for p in params):
         _keep(weights, weights, _column([p.min_p for p in params], z))
-    rows, typical = _rows_with([p.typical_p if p.typical_p < 1 else 0.0 for p in params])
+    rows, typical = _rows_with([p.typical_p if p.typical_p < 1 else 0.0 for p in params], z.device)
     if typical:
         weights[rows] = _typical_p(z[rows], weights[rows], _column(typical, z))
     return padded
@@ -80,10 +81,11 @@ def truncate(scores: torch.Tensor, peaks: torch.Tensor, params: Seq[Sampling]) -
 Number = TypeVar("Number", int, float)
 
 
-def _rows_with(values: Seq[Number]) -> tuple[list[int] | slice, list[Number]]:
+def _rows_with(values: Seq[Number], device: torch.device) -> tuple[torch.Tensor | slice, list[Number]]:
     """The rows whose value is not 0, and their values; a slice where it is all of them, since that copies nothing."""
     rows = [i for i, value in enumerate(values) if value]
-    return (slice(None) if len(rows) == len(values) else rows), [values[i] for i in rows]
+    index = slice(None) if len(rows) in (0, len(values)) else to_device(torch.tensor(rows), device)
+    return index, [values[i] for i in rows]
 
 
 def _keep(weights: torch.Tensor, values: torch.Tensor, lowest: torch.Tensor) -> None:
@@ -93,7 +95,7 @@ def _keep(weights: torch.Tensor, values: torch.Tensor, lowest: torch.Tensor) -> 
 
 def _top_k(z: torch.Tensor, k: Seq[int]) -> torch.Tensor:
     """The k-th largest of each row, [n, 1]."""
-    return largest(z, max(k)).gather(-1, torch.tensor(k, device=z.device)[:, None] - 1)
+    return largest(z, max(k)).gather(-1, to_device(torch.tensor(k), z.device)[:, None] - 1)
 
 
 def _top_p(z: torch.Tensor, weights: torch.Tensor, lowest: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -144,4 +146,4 @@ def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _column(values: Seq[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)[:, None]

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from weft.server.engine.request import Request, Sampling
+from weft.server.engine.transfer import to_device
 
 _FEWEST = 64
 
@@ -69,7 +70,7 @@ def add_biases(scores: torch.Tensor, rows: Seq[int], edits: Seq[RowEdits]) -> No
     """Add each request's biases to its row of scores [n, vocab], in place."""
     at = _flat(scores, rows, [each.bias_ids for each in edits])
     flat = scores.view(-1)
-    flat[at] = flat[at] + torch.cat([each.biases for each in edits]).to(scores.device)
+    flat[at] = flat[at] + to_device(torch.cat([each.biases for each in edits]), scores.device)
 
 
 def penalise(scores: torch.Tensor, rows: Seq[int], counted: Seq[TokenCounts], params: Seq[Sampling]) -> None:
@@ -78,10 +79,10 @@ def penalise(scores: torch.Tensor, rows: Seq[int], counted: Seq[TokenCounts], pa
     In place: x / r where x is above 0, else x * r; then - presence - frequency * times, for tokens in the answer.
     """
     at = _flat(scores, rows, [counts.ids for counts in counted])
-    times = torch.cat([counts.times for counts in counted]).to(scores.device)
+    times = to_device(torch.cat([counts.times for counts in counted]), scores.device)
     lengths = torch.tensor([len(counts.ids) for counts in counted])
     repetition, presence, frequency = (
-        torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(scores.device)
+        to_device(torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths), scores.device)
         for values in zip(
             *((p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params), strict=True
         )
@@ -101,4 +102,4 @@ def _flat(scores: torch.Tensor, rows: Seq[int], ids: Seq[torch.Tensor]) -> torch
     """Where the ids of each row are in the flattened scores."""
     starts = torch.tensor(rows) * scores.shape[-1]
     lengths = torch.tensor([len(each) for each in ids])
-    return (torch.cat(list(ids)) + starts.repeat_interleave(lengths)).to(scores.device)
+    return to_device(torch.cat(list(ids)) + starts.repeat_interleave(lengths), scores.device)

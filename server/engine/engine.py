@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -19,16 +19,18 @@ import torch
 from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
 from weft.kernels.plan import Plans
+from weft.server.engine.ahead import Ahead, Launched
 from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reporter import Reporter
 from weft.server.engine.request import Delta, FinishReason, Request, Token
-from weft.server.engine.sampler import Sample, are_finite, sample
+from weft.server.engine.sampler import Draw, Sample, are_finite, choose
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode, OutputText
+from weft.server.engine.transfer import to_device
 from weft.server.metrics import Metrics, StepStats
 
 _log = logging.getLogger(__name__)
@@ -66,8 +68,13 @@ class Engine:
         metrics: Metrics,
         clock: Callable[[], float],
         speculation: Speculation | None = None,
+        *,
+        run_ahead: bool = False,
     ) -> None:
-        """release gives an adapter version back; clock is monotonic, in seconds."""
+        """release gives an adapter version back; clock is monotonic, in seconds.
+
+        run_ahead: launch steps before the tokens that they follow are on the host; see `ahead.py`.
+        """
         self.limits = limits
         self.clock = clock
         self._model = model
@@ -79,6 +86,7 @@ class Engine:
         self._release = release
         self._metrics = metrics
         self._speculation = speculation
+        self._ahead = Ahead(scheduler, self._launch, limits.context_length, speculation) if run_ahead else None
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
         self._forecast = Forecast(scheduler.pace)
@@ -152,26 +160,30 @@ class Engine:
         events = self._expire(started_s)
         events += self._give_up(started_s)
         self.begun = []
-        preemptions = self._scheduler.num_preemptions
-        picked = self._scheduler.schedule()
-        events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
+        launched = self._ahead.take(self._is_running) if self._ahead is not None else None
+        picked = launched.picked if launched is not None else self._schedule(started_s, events)
         self._is_stalled = not picked
         if not picked:
             self._metrics.stands(self._stats(picked, 0, 0.0))
             return events
-        for _ in range(self._scheduler.num_preemptions - preemptions):
-            self._metrics.preempted()
         num_decodes = sum(item.num_tokens == 1 and item.sequence.num_generated > 0 for item in picked)
-        for item in picked:
-            if item.sequence.started_s is None:
-                item.sequence.started_s = started_s
-                self.begun.append(item.sequence.request)
-                self._observe_prefix(item.sequence)
-        if self._speculation is not None:
-            picked = self._speculation.extend(picked)
-        events += self._run(picked)
+        events += self._run(picked, launched)
         self._measure(picked, num_decodes, self.clock() - started_s)
         return events
+
+    def _schedule(self, now_s: float, events: list[Event]) -> Seq[Scheduled]:
+        """Pick the step's tokens; who can't be run is told so in the events."""
+        preemptions = self._scheduler.num_preemptions
+        picked = self._scheduler.schedule()
+        events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
+        for _ in range(self._scheduler.num_preemptions - preemptions):
+            self._metrics.preempted()
+        for item in picked:
+            if item.sequence.started_s is None:
+                item.sequence.started_s = now_s
+                self.begun.append(item.sequence.request)
+                self._observe_prefix(item.sequence)
+        return self._speculation.extend(picked) if picked and self._speculation is not None else picked
 
     def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
         stats = self._stats(picked, num_decodes, duration_s)
@@ -185,17 +197,25 @@ class Engine:
         self._scheduler.check()
         assert set(self._scheduler.sequences()) == set(self._sequences.values()), "a sequence is lost"
 
-    def _run(self, picked: Seq[Scheduled]) -> list[Event]:
-        """Forward, sample, commit. A step that fails is run again for each request alone: the guilty end, no other."""
+    def _run(self, picked: Seq[Scheduled], launched: Launched | None = None) -> list[Event]:
+        """Forward, sample, commit. A step that fails is run again for each request alone: the guilty end, no other.
+
+        launched: its forward pass, if that was launched before.
+        """
         complete = [item for item in picked if item.completes]
+        was_ahead = launched is not None
         try:
-            block_tokens, check_chunks = self._scheduler.pool.block_tokens, self._scheduler.prefixes.enabled
-            batch = build_batch(picked, block_tokens, _HOST, check_chunks=check_chunks, make_plan=self._plans)
-            logits = self._model.forward(batch)
+            launched = launched or self._launch(picked)
+            batch, logits = launched.batch, launched.logits
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))
-            samples = self._sample(complete, _rows(logits, batch.sample_rows))
+            draws = self._sample(complete, _rows(logits, batch.sample_rows))
+            if self._ahead is not None:
+                self._ahead.follow(picked, [draw.tokens for draw in draws], was_ahead=was_ahead)
+            samples = _by_item(complete, draws)
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
+            if self._ahead is not None:
+                self._ahead.drop()
             if len(picked) > 1:
                 return [event for item in picked for event in self._run([item])]
             (item,) = picked
@@ -208,18 +228,25 @@ class Engine:
         events = self._take_reports(batch.prompt_rows, reports)
         events += self._publish_chunks(batch.checked_rows, finite)
         for item, made in zip(complete, samples, strict=True):
-            if item.sequence.request in self._sequences:
+            if self._is_running(item.sequence):
                 events += self._commit(item, made, now_s)
         return events
 
-    def _sample(self, complete: Seq[Scheduled], logits: torch.Tensor) -> list[Seq[Sample]]:
-        """What is sampled after each sequence's last token and after each of its drafts. logits: a row for each."""
-        if not complete:
-            return []
+    def _is_running(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request) is sequence
+
+    def _launch(self, picked: Seq[Scheduled], fed: torch.Tensor | None = None) -> Launched:
+        """Lay out a step and have the device begin with it. fed: its tokens, where only the device knows them."""
+        block_tokens, check_chunks = self._scheduler.pool.block_tokens, self._scheduler.prefixes.enabled
+        batch = build_batch(picked, block_tokens, _HOST, check_chunks=check_chunks, make_plan=self._plans)
+        batch = batch if fed is None else replace(batch, fed=fed)
+        return Launched(picked, batch, self._model.forward(batch))
+
+    def _sample(self, complete: Seq[Scheduled], logits: torch.Tensor) -> list[Draw]:
+        """What comes after each sequence's last token and after each of its drafts. logits: a row for each."""
         sequences = [item.sequence for item in complete for _ in range(1 + len(item.drafts))]
         ahead = [at for item in complete for at in range(1 + len(item.drafts))]
-        made = iter(sample(logits, sequences, self._eos_token_ids, ahead))
-        return [list(islice(made, 1 + len(item.drafts))) for item in complete]
+        return choose(logits, sequences, self._eos_token_ids, ahead) if sequences else []
 
     def _take_reports(self, reported: Seq[PromptRows], reports: Seq[list[Token]]) -> list[Event]:
         """Keep them for the first delta of each; a prompt whose logits are not finite fails."""
@@ -269,6 +296,8 @@ class Engine:
         self._learn(item, len(tokens) - 1)
         self._observe_tokens(sequence, len(tokens), now_s)
         if reason is not None:
+            if self._ahead is not None and self._ahead.covers(sequence):
+                self._model.scrub(self._last_blocks(sequence))  # behind the step that writes there
             return [self._finish(sequence, reason, now_s, text, tuple(tokens))]
         return [(sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report()))]
 
@@ -282,12 +311,15 @@ class Engine:
 
         The block they begin in is computed again, without any.
         """
-        block_tokens = self._scheduler.pool.block_tokens
-        first = (len(sequence.tokens) - 1) // block_tokens
-        self._model.scrub(sequence.blocks[first:])
-        sequence.num_computed = first * block_tokens
+        last = self._last_blocks(sequence)
+        self._model.scrub(last)
+        sequence.num_computed = (len(sequence.blocks) - len(last)) * self._scheduler.pool.block_tokens
         if sequence.lookup is not None:
             sequence.lookup.stop()
+
+    def _last_blocks(self, sequence: Sequence) -> list[int]:
+        """From that of its last token on."""
+        return sequence.blocks[(len(sequence.tokens) - 1) // self._scheduler.pool.block_tokens :]
 
     def _append(self, sequence: Sequence, made: Sample) -> tuple[Token, str, FinishReason | None]:
         """One more token: as it is published, the text that became final with it, and why it is the last, if it is."""
@@ -366,6 +398,8 @@ class Engine:
         del self._sequences[request]
         if not self._sequences:
             self._plans = Plans()  # it holds the last step's adapters
+            if self._ahead is not None:
+                self._ahead.drop()
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)
@@ -414,7 +448,15 @@ class Engine:
 
 def _rows(logits: torch.Tensor, wanted: Seq[int]) -> torch.Tensor:
     """Those rows, given in order; not copied where they are all."""
-    return logits if len(wanted) == len(logits) else logits[list(wanted)]
+    if len(wanted) == len(logits):
+        return logits
+    return logits[to_device(torch.tensor(wanted, dtype=torch.int64), logits.device)]
+
+
+def _by_item(complete: Seq[Scheduled], draws: Seq[Draw]) -> list[Seq[Sample]]:
+    """What was chosen, once it is on the host: after each item's last token, and after each of its drafts."""
+    made = (sample for draw in draws for sample in draw.read())
+    return [list(islice(made, 1 + len(item.drafts))) for item in complete]
 
 
 def _not_finite(sequence: Sequence) -> WeftError:

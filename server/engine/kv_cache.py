@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from weft.kernels.site import lazy_zeros
+from weft.server.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,10 @@ class KvCache:
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero blocks whose content was never seen to be finite: masked out is not enough, since 0 * NaN is NaN."""
+        index = to_device(torch.tensor(blocks), self.device)
         for tensors in self.layers.values():
             for tensor in tensors:
-                self._by_block(tensor)[blocks] = 0
+                self._by_block(tensor).index_fill_(0, index, 0)
 
     def read(self, tensor: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Gather blocks: int64 [..., m] -> [..., m * block_tokens, kv_heads, d]."""

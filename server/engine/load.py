@@ -132,6 +132,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         speculation=Speculation(
             pool, settings.speculative_tokens, limits.context_length, min(SMALL_STEP, settings.max_batch_tokens)
         ),
+        run_ahead=model.device.type == "cuda" if settings.run_ahead is None else settings.run_ahead,
     )
     dtype = _name(model.dtype)
     info = EngineInfo(

@@ -16,6 +16,7 @@ from weft.server.engine.drawing import argmax, draw
 from weft.server.engine.edits import RowEdits, add_biases, forbid_ends, penalise
 from weft.server.engine.reports import Report, report
 from weft.server.engine.sequence import Sequence
+from weft.server.engine.transfer import ToHost, to_device
 
 _NUMBERS_AT_ONCE = 1 << 20
 """Logits that are worked on at a time, so that what is made of them stays in the processor's cache. On a GPU: all."""
@@ -39,11 +40,38 @@ class Sample:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@torch.inference_mode()
+class Draw:
+    """Tokens that are chosen on the device, and on their way to the host.
+
+    raw: float32 [n, vocab], of a row a sequence; must stay as they are until `read` where a request wants logprobs.
+    tokens: int64 [n]; peaks: the largest of each row's scores.
+    """
+
+    def __init__(self, raw: torch.Tensor, tokens: torch.Tensor, peaks: torch.Tensor, sequences: Seq[Sequence]) -> None:
+        self.tokens = tokens
+        self._chosen = ToHost(torch.stack([tokens, torch.isfinite(peaks).to(tokens.dtype)]))
+        self._sequences = sequences
+        self._raw = raw if any(sequence.request.logprobs for sequence in sequences) else None
+
+    def read(self) -> list[Sample]:
+        """Waits for the device: nothing else in a decode step does."""
+        chosen, finite = self._chosen.wait().tolist()
+        reports = _reports(self._raw, chosen, self._sequences) if self._raw is not None else {}
+        return [Sample(token, finite[i] == 1, *reports.get(i, ())) for i, token in enumerate(chosen)]
+
+
 def sample(
     logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: Seq[int] | None = None
 ) -> list[Sample]:
-    """Choose the next token of each sequence, or with `ahead` the one so many after it.
+    """As `choose`, read at once."""
+    return [made for part in choose(logits, sequences, eos_token_ids, ahead) for made in part.read()]
+
+
+@torch.inference_mode()
+def choose(
+    logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: Seq[int] | None = None
+) -> list[Draw]:
+    """Choose the next token of each sequence, or with `ahead` the one so many after it; in order, some at a time.
 
     logits: [n, vocab], any float dtype, not changed. Penalties and min_tokens count what the sequence holds: those of
     a row ahead must need neither.
@@ -53,11 +81,8 @@ def sample(
     if logits.device.type == "cpu":
         rows = min(max(1, _NUMBERS_AT_ONCE // logits.shape[-1]), _ROWS_AT_ONCE)
     return [
-        made
+        _choose(logits[at : at + rows].float(), sequences[at : at + rows], eos_token_ids, ahead[at : at + rows])
         for at in range(0, len(sequences), rows or 1)
-        for made in _sample(
-            logits[at : at + rows].float(), sequences[at : at + rows], eos_token_ids, ahead[at : at + rows]
-        )
     ]
 
 
@@ -67,22 +92,17 @@ def are_finite(logits: torch.Tensor) -> list[bool]:
     return torch.isfinite(logits.amax(-1)).tolist() if len(logits) else []
 
 
-def _sample(
-    raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: Seq[int]
-) -> list[Sample]:
+def _choose(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: Seq[int]) -> Draw:
     scores = edit(raw, sequences, eos_token_ids)
     tokens = argmax(scores)
     peaks = scores.gather(-1, tokens[:, None]).squeeze(-1)
     drawn = [i for i, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
     if drawn:
-        rows = slice(None) if len(drawn) == len(sequences) else drawn
+        rows = slice(None) if len(drawn) == len(sequences) else to_device(torch.tensor(drawn), raw.device)
         params = [sequences[i].request.sampling for i in drawn]
         uniforms = [sequences[i].uniform(ahead[i]) for i in drawn]
         tokens[rows] = draw(scores[rows], peaks[rows], params, uniforms)
-    # One copy to the host, where the rows are on a device: it is what the step waits for.
-    chosen, finite = torch.stack([tokens, torch.isfinite(peaks).to(tokens.dtype)]).tolist()
-    reports = _reports(raw, chosen, sequences)
-    return [Sample(token, finite[i] == 1, *reports.get(i, ())) for i, token in enumerate(chosen)]
+    return Draw(raw, tokens, peaks, sequences)
 
 
 def edit(raw: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:

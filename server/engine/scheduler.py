@@ -133,6 +133,8 @@ class Scheduler:
         self._max_running = max_running
         self._max_reported = max_reported
         self._num_reported = 0
+        self._num_again = 0
+        """Steps since the last look at those that wait."""
         self._passing_tokens = passing_tokens
         self._turned_away: list[Sequence] = []
         """Who found no room in the last step, in turn."""
@@ -156,6 +158,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Pick the next step; empty only when nothing is running, and all that wait, wait for adapters."""
         self._num_reported = 0
+        self._num_again = 0
         self.is_full = False
         self._make_way()
         picked = self._decodes()
@@ -171,6 +174,24 @@ class Scheduler:
             self._awaited = {}
         while begun and budget > 0:
             budget -= self._pick(picked, begun.popleft(), budget)
+        return picked
+
+    def again(self, sequences: Seq[Sequence]) -> list[Scheduled] | None:
+        """Pick a step of one token of each of these and of nobody else; None where another step may be right.
+
+        All others that run must be about to end. Those that wait are not looked at: they wait a few steps more where
+        all places are taken.
+        """
+        if self.waiting and (len(self.running) < self._max_running or self._num_again == PATIENCE):
+            return None
+        missing = [max(0, self._missing(sequence)) for sequence in sequences]
+        if not self.pool.can_allocate(sum(missing)):
+            return None
+        self._num_again += 1
+        picked: list[Scheduled] = []
+        for sequence, count in zip(sequences, missing, strict=True):
+            sequence.blocks += self.pool.allocate(count)
+            self._pick(picked, sequence, 1)
         return picked
 
     def remove(self, sequence: Sequence) -> None:

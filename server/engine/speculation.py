@@ -7,6 +7,7 @@ guesses, greedy or not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from weft.server.engine.kv_blocks import BlockPool
@@ -41,7 +42,21 @@ class Speculation:
             extended.append(replace(item, drafts=drafts) if drafts else item)
         return extended
 
+    def would_extend(self, picked: Seq[Scheduled]) -> bool:
+        """Whether there was anything to guess, for a step that can't be changed any more. Asked once a step."""
+        room = self._small_step - len(picked)
+        guesses = [self._guess(item.sequence, room) for item in picked if _may_draft(item)] if room > 0 else []
+        return any(guesses)
+
     def _drafts(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        drafts = self._guess(sequence, most)
+        length = len(sequence.tokens)
+        missing = self._pool.blocks_for(length + len(drafts)) - len(sequence.blocks)
+        if missing > 0 and self._pool.can_allocate(missing):
+            sequence.blocks += self._pool.allocate(missing)
+        return drafts[: len(sequence.blocks) * self._pool.block_tokens - length]
+
+    def _guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         if sequence.lookup is None:
             sequence.lookup = Lookup()
         length = len(sequence.tokens)
@@ -51,11 +66,7 @@ class Speculation:
             self._context_length - length,
             sequence.request.stopping.max_tokens - sequence.num_generated - 1,
         )
-        drafts = sequence.lookup.draft(sequence.tokens, most)
-        missing = self._pool.blocks_for(length + len(drafts)) - len(sequence.blocks)
-        if missing > 0 and self._pool.can_allocate(missing):
-            sequence.blocks += self._pool.allocate(missing)
-        return drafts[: len(sequence.blocks) * self._pool.block_tokens - length]
+        return sequence.lookup.draft(sequence.tokens, most)
 
 
 def _may_draft(item: Scheduled) -> bool:

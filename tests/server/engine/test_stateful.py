@@ -243,8 +243,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("host_bytes", [0, 30_000, 1 << 30])
-def test_whatever_happens_to_adapters_no_request_gets_a_wrong_token(folder: Path, host_bytes: int) -> None:
+@pytest.mark.parametrize(("host_bytes", "run_ahead"), [(0, False), (30_000, False), (1 << 30, False), (30_000, True)])
+def test_whatever_happens_to_adapters_no_request_gets_a_wrong_token(
+    folder: Path, host_bytes: int, run_ahead: bool
+) -> None:
     adapters = {name: folder / "adapters" / name for name in CONTENTS}
     roomy = Harness(folder / "base", adapters, prefix_cache=False)
 
@@ -261,6 +263,7 @@ def test_whatever_happens_to_adapters_no_request_gets_a_wrong_token(folder: Path
         block_tokens=BLOCK,
         max_running_requests=6,
         adapter_host_bytes=host_bytes,
+        run_ahead=run_ahead,
     )
     harness.store.delete("c0")
     run_state_machine_as_test(

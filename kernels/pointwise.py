@@ -5,7 +5,9 @@ pointwise.c rounds where transformers' own modules do. Tensors are float32 or bf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum, IntFlag
+from typing import Protocol
 
 import torch
 
@@ -33,6 +35,44 @@ class ActivationKind(IntEnum):
     SILU = 0
     GELU = 1
     GELU_TANH = 2
+
+
+Rowwise = Callable[[torch.Tensor], torch.Tensor]
+"""A norm or an activation: x [..., n] -> y."""
+
+Rotate = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], None]
+"""A rotary embedding: see `Rotary`."""
+
+
+class Pointwise(Protocol):
+    """Makes what is done to rows, in one way. dtypes: of the rows that it is for."""
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]: ...
+
+    def norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: NormKind) -> Rowwise: ...
+
+    def rotary(self, head_dim: int, rotary_dim: int, style: RotaryStyle) -> Rotate: ...
+
+    def activation(self, kind: ActivationKind, *, gated: bool, gate_first: bool = True) -> Rowwise: ...
+
+
+class NativePointwise:
+    """Makes them by the C library."""
+
+    dtypes = frozenset(FORMATS)
+
+    def __init__(self, native: Native) -> None:
+        self._native = native
+
+    def norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: NormKind) -> Norm:
+        return Norm(weight, bias, eps, kind, self._native)
+
+    def rotary(self, head_dim: int, rotary_dim: int, style: RotaryStyle) -> Rotary:
+        return Rotary(head_dim, rotary_dim, style, self._native)
+
+    def activation(self, kind: ActivationKind, *, gated: bool, gate_first: bool = True) -> Activation:
+        return Activation(kind, self._native, gated=gated, gate_first=gate_first)
 
 
 class Norm:

@@ -42,7 +42,7 @@ class EngineConfig:
     prompts that begin alike.
     speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none. cuda_graphs: capture
     decode steps where the device can, and replay them. run_ahead: launch a step before the tokens of the one before are
-    on the host; None: on a GPU.
+    on the host; None: on a GPU. compile: run what is between the products compiled by PyTorch.
     max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
     decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
     """
@@ -69,6 +69,7 @@ class EngineConfig:
     threads: int | None = None
     cuda_graphs: bool = True
     run_ahead: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _between("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)

@@ -170,6 +170,7 @@ SETTINGS = (
         bool,
         "Begin with a step before the tokens of the one before are read; else on a GPU only.",
     ),
+    Setting("compile", EngineConfig, "compile", bool, "Compile norms, rotary embeddings and activations at the start."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),
     Setting("max-prompt-bytes", ServerConfig, "max_prompt_bytes", int, "The longest text that is taken as a prompt."),

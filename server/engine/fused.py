@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.kernels.pointwise import Activation, Rotary
+from weft.kernels.pointwise import Rotate, Rowwise
 from weft.server.engine.linear import Joint
 from weft.server.engine.step import AttentionOptions, current_step
 
@@ -20,7 +20,7 @@ from weft.server.engine.step import AttentionOptions, current_step
 class Mlp:
     """last(act(first(x)))."""
 
-    def __init__(self, first: Joint, act: Activation, last: Joint) -> None:
+    def __init__(self, first: Joint, act: Rowwise, last: Joint) -> None:
         self._first, self._act, self._last = first, act, last
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ class Heads:
 class Attention:
     """One projection to queries, keys and values; norms; rotary embedding; attention; one projection back."""
 
-    def __init__(self, projection: Joint, output: Joint, heads: Heads, rotary: Rotary | None) -> None:
+    def __init__(self, projection: Joint, output: Joint, heads: Heads, rotary: Rotate | None) -> None:
         self._projection, self._output, self._heads, self._rotary = projection, output, heads, rotary
 
     def __call__(

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from weft.kernels.native import FORMATS, Native
-from weft.kernels.pointwise import Activation, ActivationKind, Norm, NormKind, Rotary, RotaryStyle
+from weft.kernels.pointwise import ActivationKind, NormKind, Pointwise, RotaryStyle, Rotate
 from weft.server.engine.attention import WholePrompt
 from weft.server.engine.fused import Around, Attention, Direct, Heads, Layer, Mlp, ParallelLayer
 from weft.server.engine.linear import FrozenLinear, Joint, read
@@ -53,14 +52,14 @@ class Fusion:
     fused: the function of each, by the module's name.
     """
 
-    def __init__(self, model: nn.Module, native: Native, max_position: int) -> None:
+    def __init__(self, model: nn.Module, pointwise: Pointwise, max_position: int, device: torch.device) -> None:
         """Find and prove them. model: with its products frozen, and its hooks in place."""
         self._model = model
-        self._native = native
+        self._pointwise = pointwise
         self._chosen: dict[type[nn.Module], int | None] = {}
         self.fused: dict[str, Function] = {}
-        calls = _watch(model, max_position)
-        for name, call in reversed(calls.items()):  # a part comes before the part that it is in
+        self._calls = _watch(model, max_position, pointwise.dtypes, device)
+        for name, call in reversed(self._calls.items()):  # a part comes before the part that it is in
             module = model.get_submodule(name)
             function = self._find(module, call) if self._chosen.get(type(module), 0) is not None else None
             if function is not None:
@@ -73,6 +72,18 @@ class Fusion:
             with_its_own(self._model.get_submodule(name))
         self.fused.clear()
 
+    def prove_again(self) -> str:
+        """The first module whose function is its own no more, now that what it is made of has changed; "" for none."""
+        for name, function in self.fused.items():
+            module, call = self._model.get_submodule(name), self._calls[name]
+            with_its_own(module)
+            expected = try_out(module, call)
+            error = _error(module, function, call, expected)
+            with_function(module, function)
+            if not error <= _limit(expected):
+                return name
+        return ""
+
     def _find(self, module: nn.Module, call: Call) -> Function | None:
         """The candidate that is nearest to the module's own function, if it is near enough.
 
@@ -82,7 +93,7 @@ class Fusion:
             expected = try_out(module, call)
         except (Unlike, *_FAILURES):
             return None
-        candidates = list(enumerate(_candidates(module, call, expected, self._native)))
+        candidates = list(enumerate(_candidates(module, call, expected, self._pointwise)))
         last = self._chosen.setdefault(type(module), None)
         candidates.sort(key=lambda candidate: candidate[0] != last)
         limit = _limit(expected)
@@ -98,7 +109,9 @@ class Fusion:
         return dict(candidates)[best]
 
 
-def _watch(model: nn.Module, max_position: int) -> dict[str, Call]:
+def _watch(
+    model: nn.Module, max_position: int, dtypes: frozenset[torch.dtype], device: torch.device
+) -> dict[str, Call]:
     """How the model calls the modules that may be replaced, of those that it calls once."""
     calls: dict[str, list[Call]] = {}
 
@@ -108,9 +121,11 @@ def _watch(model: nn.Module, max_position: int) -> dict[str, Call]:
     handles = [
         module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
         for name, module in model.named_modules()
-        if _is_norm(module) or len(_joints(module)) == 2 or any(len(_joints(child)) == 2 for child in module.children())
+        if _is_norm(module, dtypes)
+        or len(_joints(module)) == 2
+        or any(len(_joints(child)) == 2 for child in module.children())
     ]
-    positions = torch.arange(min(_NUM_TOKENS, max_position))[None]
+    positions = torch.arange(min(_NUM_TOKENS, max_position), device=device)[None]
     try:
         with running(WholePrompt()):
             model(input_ids=positions, position_ids=positions, use_cache=False, return_dict=True)
@@ -136,13 +151,13 @@ def _limit(expected: Outcome) -> float:
     return TOLERANCE.get(output.dtype, 0.0) if isinstance(output, torch.Tensor) else 0.0
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_norm(module: nn.Module, dtypes: frozenset[torch.dtype]) -> bool:
     """Whether a module has a weight, maybe a bias, for each number of a row; PyTorch's own norms are one operation."""
     parameters = dict(module.named_parameters())
     return (
         "weight" in parameters
         and parameters.keys() <= {"weight", "bias"}
-        and all(parameter.dim() == 1 and parameter.dtype in FORMATS for parameter in parameters.values())
+        and all(parameter.dim() == 1 and parameter.dtype in dtypes for parameter in parameters.values())
         and not type(module).__module__.startswith("torch.")
         and not any(module.children())
     )
@@ -153,32 +168,32 @@ def _joints(module: nn.Module) -> list[Joint]:
     return list(dict.fromkeys(child.joint for child in module.children() if isinstance(child, FrozenLinear)))
 
 
-def _candidates(module: nn.Module, call: Call, seen: Outcome, native: Native) -> Iterator[Function]:
+def _candidates(module: nn.Module, call: Call, seen: Outcome, pointwise: Pointwise) -> Iterator[Function]:
     """Functions that may be the module's own, by what it holds and what was seen of it."""
-    if _is_norm(module):
-        yield from _norms(module, native)
+    if _is_norm(module, pointwise.dtypes):
+        yield from _norms(module, pointwise)
     elif len(_joints(module)) != 2:
-        yield from _layers(module)
+        yield from _layers(module, pointwise.dtypes)
     elif len(seen.attended) == 1:
-        yield from _attentions(module, call, seen.attended[0], native)
+        yield from _attentions(module, call, seen.attended[0], pointwise)
     elif not seen.attended:
-        yield from _mlps(module, native)
+        yield from _mlps(module, pointwise)
 
 
-def _norms(module: Any, native: Native) -> Iterator[Function]:
+def _norms(module: Any, pointwise: Pointwise) -> Iterator[Function]:
     sizes = [value for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
     for eps, kind in itertools.product(sizes, _NORM_KINDS):
-        yield Norm(module.weight, getattr(module, "bias", None), eps, kind, native)
+        yield pointwise.norm(module.weight, getattr(module, "bias", None), eps, kind)
 
 
-def _mlps(module: nn.Module, native: Native) -> Iterator[Function]:
+def _mlps(module: nn.Module, pointwise: Pointwise) -> Iterator[Function]:
     kinds = [kind for kind in map(_activation_of, module.children()) if kind is not None]
     for (first, last), kind in itertools.product(itertools.permutations(_joints(module)), kinds):
         if first.d_out == 2 * last.d_in:
             for gate_first in (True, False):
-                yield Mlp(first, Activation(kind, native, gated=True, gate_first=gate_first), last)
+                yield Mlp(first, pointwise.activation(kind, gated=True, gate_first=gate_first), last)
         elif first.d_out == last.d_in:
-            yield Mlp(first, Activation(kind, native, gated=False), last)
+            yield Mlp(first, pointwise.activation(kind, gated=False), last)
 
 
 def _activation_of(module: nn.Module) -> ActivationKind | None:
@@ -193,23 +208,23 @@ def _activation_of(module: nn.Module) -> ActivationKind | None:
     return next((kind for kind, function in _ACTIVATIONS.items() if error_between(y, function(x)) <= 1e-6), None)
 
 
-def _attentions(module: nn.Module, call: Call, seen: Attended, native: Native) -> Iterator[Function]:
+def _attentions(module: nn.Module, call: Call, seen: Attended, pointwise: Pointwise) -> Iterator[Function]:
     (heads, _, head_dim), (kv_heads, _, value_dim) = seen.query.shape, seen.value.shape
     own = Heads(seen.layer, heads, kv_heads, head_dim, value_dim, seen.options)
     for projection, output in itertools.permutations(_joints(module)):
         if (projection.d_out, output.d_in) == (own.width, heads * value_dim):
             for normed, rotary in itertools.product(
-                _with_norms(module, own), _rotaries(call, head_dim, seen.query.dtype, native)
+                _with_norms(module, own, pointwise.dtypes), _rotaries(call, head_dim, seen.query.dtype, pointwise)
             ):
                 yield Attention(projection, output, normed, rotary)
 
 
-def _norms_in(module: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(child for child in module.children() if isinstance(child, nn.LayerNorm) or _is_norm(child))
+def _norms_in(module: nn.Module, dtypes: frozenset[torch.dtype]) -> tuple[nn.Module, ...]:
+    return tuple(child for child in module.children() if isinstance(child, nn.LayerNorm) or _is_norm(child, dtypes))
 
 
-def _with_norms(module: nn.Module, own: Heads) -> Iterator[Heads]:
-    norms = _norms_in(module)
+def _with_norms(module: nn.Module, own: Heads, dtypes: frozenset[torch.dtype]) -> Iterator[Heads]:
+    norms = _norms_in(module, dtypes)
     if len(norms) == 2:
         sizes = [read(norm, "weight").numel() for norm in norms]
         if sizes == [own.head_dim, own.head_dim]:
@@ -219,20 +234,20 @@ def _with_norms(module: nn.Module, own: Heads) -> Iterator[Heads]:
     yield own
 
 
-def _rotaries(call: Call, head_dim: int, dtype: torch.dtype, native: Native) -> Iterator[Rotary | None]:
+def _rotaries(call: Call, head_dim: int, dtype: torch.dtype, pointwise: Pointwise) -> Iterator[Rotate | None]:
     tables = call.kwargs.get("position_embeddings")
     if isinstance(tables, tuple) and {table.dtype for table in tables} == {dtype}:
         width = tables[0].shape[-1]
         for style, rotary_dim in itertools.product(_STYLES, (width, 2 * width)):
             if rotary_dim <= head_dim and rotary_dim % 2 == 0:
-                yield Rotary(head_dim, rotary_dim, style, native)
+                yield pointwise.rotary(head_dim, rotary_dim, style)
     yield None
 
 
-def _layers(module: nn.Module) -> Iterator[Function]:
+def _layers(module: nn.Module, dtypes: frozenset[torch.dtype]) -> Iterator[Function]:
     """Of a module that holds fused attention, norms, and one part more."""
-    norms = [Direct(norm) for norm in _norms_in(module)]
-    others = [child for child in module.children() if _computes(child) and child not in _norms_in(module)]
+    norms = [Direct(norm) for norm in _norms_in(module, dtypes)]
+    others = [child for child in module.children() if _computes(child) and child not in _norms_in(module, dtypes)]
     attentions = [child.forward for child in others if isinstance(child.forward, Attention)]
     mlps = [child for child in others if not isinstance(child.forward, Attention)]
     if len(attentions) != 1 or len(mlps) != 1:

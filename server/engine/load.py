@@ -20,6 +20,7 @@ from weft.errors import InvalidConfig, InvalidModel, one_line
 from weft.kernels.native import Native, find_native
 from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
+from weft.server.engine.compiling import compile_parts, compiler_for
 from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
 from weft.server.engine.engine import Engine, Limits
 from weft.server.engine.fairness import FairQueue
@@ -195,7 +196,10 @@ def _fit(
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
     trial = Trial.of(settings, model.device, longest, _max_reported(model))
     small = trial.pool(least)
-    model.attach(_cache(model, small), pages.groups, backend)
+    compiler = compiler_for(model.device) if settings.compile else None
+    model.attach(_cache(model, small), pages.groups, backend, compiler)
+    if compiler is not None and model.fusion is not None:
+        compile_parts(model.fusion, compiler, time.monotonic)
     error = _probe(model, small, expected)
     step_bytes = trial.run(model, small)
     if longest < NEVER - 1 and not model.attends_in_place:

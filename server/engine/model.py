@@ -15,6 +15,7 @@ from weft.adapters.base import Base, ModuleKind
 from weft.errors import InvalidModel, one_line
 from weft.kernels.lora import find_backend
 from weft.kernels.native import FORMATS, Native
+from weft.kernels.pointwise import NativePointwise, Pointwise
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
@@ -88,15 +89,27 @@ class PagedModel:
         """Whether attention takes no memory for copies of the cache and for masks."""
         return attends_in_place(self.native, self.dtype, self.device)
 
-    def attach(self, cache: KvCache, groups: Mapping[tuple[str, ...], SiteGroup], lora_backend: str) -> None:
-        """Give the model its cache, adapters their place, and every product its fastest form."""
+    def attach(
+        self,
+        cache: KvCache,
+        groups: Mapping[tuple[str, ...], SiteGroup],
+        lora_backend: str,
+        pointwise: Pointwise | None = None,
+    ) -> None:
+        """Give the model its cache, adapters their place, and every product its fastest form.
+
+        pointwise: what is between the products; None: the C library, where it computes.
+        """
         self.cache = cache
         self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
         freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
-        if self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
-            self.fusion = Fusion(self.model, self.native, min(self.context_length or _FAR, _FAR))
+        if pointwise is None and self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
+            pointwise = NativePointwise(self.native)
+        if pointwise is not None:
+            with self._on_device():
+                self.fusion = Fusion(self.model, pointwise, min(self.context_length or _FAR, _FAR), self.device)
 
     def use(self, cache: KvCache) -> None:
         """Take another KV cache in place of the attached one, which is let go."""

@@ -132,14 +132,14 @@ def test_whatever_happens_the_answers_are_the_same(
     captured: bool, speculative_tokens: int, folder: Path, plain: Harness
 ) -> None:
     """Arrivals, ends of every kind, cancels, deadlines and preemptions; each answer is what it is alone."""
-    harness = start(folder, kv_tokens=160, max_running_requests=5, speculative_tokens=speculative_tokens)
+    harness = start(folder, kv_tokens=80, max_running_requests=5, speculative_tokens=speculative_tokens)
     if captured:
         harness.engine._model.capture(Means(replay_nothing, attend_gathered, None), 16, 40)
     now_s = 0.0
     harness.engine.clock = lambda: now_s
     rng = random.Random(captured + 2 * speculative_tokens)
     ends: set[object] = set()
-    for _ in range(6):
+    for _ in range(3):
         requests = [any_request(harness, rng, index) for index in range(14)]
         hurried = [
             replace(request, deadline_s=now_s + rng.randint(3, 30)) if rng.random() < 0.2 else request

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 import transformers
 import triton
 from gpu_checks import check_all
+from gpu_engine import compare_ahead, compare_compiled
 from gpu_kernels import Timer, compare_attention, compare_kernels, copy_bandwidth, overlap
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -33,7 +34,7 @@ from weft.kernels.triton_lora import Beside, DeviceWork
 from weft.server.engine.attention import ATTENTION
 from weft.server.engine.batch import Batch, build_batch
 from weft.server.engine.decode_attention import attend_in_place
-from weft.server.engine.graphs import CudaCapture, Means, replay_nothing
+from weft.server.engine.graphs import CudaCapture, GraphRunner, Means, replay_nothing
 from weft.server.engine.kv_cache import KvCache
 from weft.server.engine.model import PagedModel
 from weft.server.engine.request import Request
@@ -48,13 +49,17 @@ _BLOCK_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model to measure with, and what to measure; context: tokens a row sees in the table."""
+    """A model to measure with, and what to measure; context: tokens a row sees in the table, and of prompts.
+
+    decoded: tokens of answers, where an engine is measured.
+    """
 
     config: dict[str, int]
     dtype: torch.dtype
     batches: tuple[int, ...]
     ranks: tuple[int, ...]
     context: int
+    decoded: int
 
 
 SHAPES = {
@@ -71,6 +76,7 @@ SHAPES = {
         (1, 8, 32, 64, 128),
         (16, 64),
         128,
+        64,
     ),
     "tiny": Shape(
         {
@@ -85,6 +91,7 @@ SHAPES = {
         (2,),
         (12,),
         8,
+        3,
     ),
 }
 POPULARITIES = ("identical", "distinct", "uniform", "skewed")
@@ -110,7 +117,8 @@ class Bench:
 
     def __init__(self, shape: Shape, device: torch.device, *, beside: bool) -> None:
         self.shape, self.device = shape, device
-        config = LlamaConfig(**shape.config, max_position_embeddings=8192, tie_word_embeddings=False)
+        self.max_positions = 8192
+        config = LlamaConfig(**shape.config, max_position_embeddings=self.max_positions, tie_word_embeddings=False)
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype, attn_implementation=ATTENTION)
@@ -120,8 +128,9 @@ class Bench:
             parameter.nbytes for name, parameter in model.named_parameters() if "embed_tokens" not in name
         )
         most = max(shape.batches)
-        self.blocks_a_row = -(-shape.context // _BLOCK_TOKENS)
-        self.cache = KvCache(self.model.kv_shapes, 1 + most * self.blocks_a_row, _BLOCK_TOKENS, shape.dtype, device)
+        self.blocks_a_row = -(-(shape.context + shape.decoded) // _BLOCK_TOKENS)
+        self.num_blocks = 1 + most * self.blocks_a_row
+        self.cache = KvCache(self.model.kv_shapes, self.num_blocks, _BLOCK_TOKENS, shape.dtype, device)
         num_pages = 1 + most * (-(-max(shape.ranks) // PAGE_ROWS))
         self.pages = PagePool(self.model.base, PageConfig(num_pages, shape.dtype, device))
         for group in self.pages.groups.values():
@@ -131,7 +140,11 @@ class Bench:
         self.model.attach(self.cache, self.pages.groups, "triton")
         capture = CudaCapture(device) if device.type == "cuda" else replay_nothing
         self.means = Means(capture, attend_in_place, DeviceWork, Beside(device) if beside else None)
-        self.graphs = self.model.capture(self.means, most, self.blocks_a_row)
+        self.graphs = self.capture()
+
+    def capture(self) -> GraphRunner:
+        """Steps as the model runs them now, each size when it first comes."""
+        return self.model.capture(self.means, max(self.shape.batches), self.blocks_a_row)
 
     def adapter(self, index: int, rank: int) -> PagedAdapter:
         pages = -(-rank // PAGE_ROWS)
@@ -242,6 +255,8 @@ def describe(result: dict[str, object]) -> str:
     kernels: list[dict[str, float]] = result["kernels"]  # type: ignore[assignment]
     attention: list[dict[str, float]] = result["attention"]  # type: ignore[assignment]
     overlaps: list[dict[str, float]] = result["overlap"]  # type: ignore[assignment]
+    ahead: list[dict[str, float]] = result["ahead"]  # type: ignore[assignment]
+    compiled: list[dict[str, float]] = result["compiled"]  # type: ignore[assignment]
     graphs: dict[str, object] = result["graphs"]  # type: ignore[assignment]
     right = sum(bool(check["right"]) for check in checks)
     parts = [
@@ -260,6 +275,26 @@ def describe(result: dict[str, object]) -> str:
                     f"{row['step_with_host_ms']:.3f}",
                 )
                 for row in steps
+            ],
+        ),
+        "Steps of an engine, distinct adapters, from step to step with the host's work, in ms.\n",
+        table(
+            ("rows", "launched in turn", "launched ahead", "same tokens"),
+            [
+                (str(row["rows"]), f"{row['in_turn_ms']:.3f}", f"{row['ahead_ms']:.3f}", str(bool(row["same_tokens"])))
+                for row in ahead
+            ],
+        ),
+        f"Decode steps without and with `--compile`, which took {compiled[0]['compiling_s']:.1f} s; in ms.\n",
+        table(
+            ("rows", "base", "base, compiled", "mixed", "mixed, compiled", "largest relative error"),
+            [
+                (
+                    str(row["rows"]),
+                    *(f"{row[key]:.3f}" for key in ("base_ms", "compiled_base_ms", "mixed_ms", "compiled_mixed_ms")),
+                    f"{row['largest_relative_error']:.1e}",
+                )
+                for row in compiled
             ],
         ),
         "The adapters' part alone, all layers, distinct adapters, in ms; of the copy's bandwidth.\n",
@@ -322,6 +357,15 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
+    def keep_rows(key: str, rows: Iterable[dict[str, object]]) -> None:
+        kept: list[dict[str, object]] = []
+        keep(key, kept)
+        for row in rows:
+            kept.append(row)
+            keep(key, kept)
+            shown = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+            print(key, shown, flush=True)
+
     checks = check_all(device, thorough=device.type == "cuda")
     keep("checks", checks)
     for check in checks:
@@ -334,20 +378,12 @@ def main() -> None:
     bench = Bench(shape, device, beside=options.beside)
     keep("graphs", check_graphs(bench))
     print("captured against eager:", result["graphs"], flush=True)
-    kernels = []
-    for row in compare_kernels(bench, timer, bandwidth):
-        kernels.append(row)
-        keep("kernels", kernels)
-        print(row, flush=True)
-    keep("attention", list(compare_attention(bench, timer, bandwidth)))
-    print(result["attention"], flush=True)
-    keep("overlap", list(overlap(bench, timer)))
-    print(result["overlap"], flush=True)
-    steps = []
-    for row in measure_steps(bench, timer, bandwidth, deadline_s):
-        steps.append(row)
-        keep("steps", steps)
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    keep_rows("kernels", compare_kernels(bench, timer, bandwidth))
+    keep_rows("attention", compare_attention(bench, timer, bandwidth))
+    keep_rows("overlap", overlap(bench, timer))
+    keep_rows("ahead", compare_ahead(bench))
+    keep_rows("steps", measure_steps(bench, timer, bandwidth, deadline_s))
+    keep_rows("compiled", compare_compiled(bench, timer))
     if options.report is not None:
         from report import write_section  # noqa: PLC0415 - brings what a GPU machine may lack
 

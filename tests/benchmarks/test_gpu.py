@@ -48,6 +48,8 @@ def test_it_runs_through(tmp_path: Path) -> None:
     assert all(check["right"] for check in result["checks"])
     assert all(row["repeats"] for row in result["steps"])
     assert result["graphs"]["tokens_that_agree"] == result["graphs"]["rows"]
+    assert all(row["same_tokens"] for row in result["ahead"])
+    assert all(row["parts"] and row["largest_relative_error"] < 1e-5 for row in result["compiled"])
     text = document.read_text()
     assert text.startswith("Before.\n")
     assert "| 2 | 12 | distinct, 2 |" in text

@@ -102,8 +102,10 @@ class Activation:
 
 def _compiled(function: Function) -> Function:
     """Products and sums are rounded where they are without: or a number would depend on whether this is on."""
-    options = {"emulate_precision_casts": True}
-    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+    compiled: Function = torch.compile(
+        function, dynamic=False, fullgraph=True, options={"emulate_precision_casts": True}
+    )
+    return compiled
 
 
 def _any_rows(x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +140,7 @@ def _rotate(
         first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
     else:
         first, second = slice(0, half), slice(half, rotary_dim)
-    by_head = x[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
+    by_head = x[:, : heads * head_dim].unflatten(-1, (heads, head_dim))  # type: ignore[no-untyped-call]
     of_first, of_second = (slice(0, half),) * 2 if style & RotaryStyle.SHARED else (first, second)
     low, high = by_head[..., first], by_head[..., second]
     turned_low = low * cos[:, None, of_first] - high * sin[:, None, of_first]

@@ -1,11 +1,12 @@
 """The next step's forward pass, launched while the last one's tokens are on their way to the host.
 
-A decode step is as a rule followed by one more token of each of its sequences. Its own tokens the
-device knows before the host does; all else that the next step needs is known. So it is laid out and launched first, and
-reads its tokens where they were chosen; then the host waits for them, and commits and publishes them while the device
-goes on. Nothing of that step is sampled before the tokens that it follows are committed: penalties, constraints and
-whatever else a row is sampled by see what they would have seen. A sequence that turns out to have ended has a row too
-many, which nobody looks at.
+A decode step is as a rule followed by one more token of each of its sequences. All that the next step needs is known
+by then but the tokens themselves, and those the device knows before the host does. So the next step is laid out and
+launched first, and reads its tokens where they were chosen; then the host waits for them, and commits and publishes
+them while the device goes on. Nothing of that step is sampled before the tokens that it follows are committed:
+penalties, constraints and whatever else a row is sampled by see what they would have seen. A sequence that turns out
+to have ended has a row too many, which nobody looks at. Its blocks are free at once: whoever gets them writes behind
+that step, on the device.
 
 Where a row can't be known to go on, or another may join, there is no such step: the next one is picked in its turn.
 """
@@ -43,8 +44,15 @@ class Ahead:
     """At most one step that was launched ahead of its turn."""
 
     def __init__(
-        self, scheduler: Scheduler, launch: Launch, context_length: int, speculation: Speculation | None
+        self,
+        scheduler: Scheduler,
+        launch: Launch,
+        context_length: int,
+        speculation: Speculation | None,
+        *,
+        enabled: bool,
     ) -> None:
+        self._enabled = enabled
         self._scheduler = scheduler
         self._launch = launch
         self._context_length = context_length
@@ -90,7 +98,8 @@ class Ahead:
     def _is_known(self, picked: Seq[Scheduled], *, was_ahead: bool) -> bool:
         """Whether nobody else runs, and nothing is to be read that the next launch writes over, or to be guessed."""
         return (
-            len(picked) == len(self._scheduler.running)
+            self._enabled
+            and len(picked) == len(self._scheduler.running)
             and all(item.completes and not item.drafts and not item.sequence.request.logprobs for item in picked)
             and all(item.sequence.request.prompt_logprobs_from is None for item in picked)
             and not (was_ahead and self._speculation is not None and self._speculation.would_extend(picked))

@@ -68,7 +68,8 @@ def truncate(scores: torch.Tensor, peaks: torch.Tensor, params: Seq[Sampling]) -
         _keep(weights, z, lowest)
     rows, nucleus = _rows_with([p.top_p if p.top_p < 1 else 0.0 for p in params], z.device)
     if nucleus:
-        lowest[rows] = _top_p(z[rows], weights[rows], lowest[rows], _column(nucleus, z))
+        within = all(0 < p.top_k <= _CANDIDATES for p in params if p.top_p < 1)
+        lowest[rows] = _top_p(z[rows], weights[rows], lowest[rows], _column(nucleus, z), is_within_candidates=within)
         _keep(weights, z, lowest)
     if any(p.min_p for p in params):
         _keep(weights, weights, _column([p.min_p for p in params], z))
@@ -98,14 +99,21 @@ def _top_k(z: torch.Tensor, k: Seq[int]) -> torch.Tensor:
     return largest(z, max(k)).gather(-1, to_device(torch.tensor(k), z.device)[:, None] - 1)
 
 
-def _top_p(z: torch.Tensor, weights: torch.Tensor, lowest: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The smallest z of the fewest tokens whose probability reaches p, [n, 1] (Holtzman et al. 2020, nucleus)."""
+def _top_p(
+    z: torch.Tensor, weights: torch.Tensor, lowest: torch.Tensor, p: torch.Tensor, *, is_within_candidates: bool
+) -> torch.Tensor:
+    """The smallest z of the fewest tokens whose probability reaches p, [n, 1] (Holtzman et al. 2020, nucleus).
+
+    is_within_candidates: whether none can be beyond, by top-k; else a device is asked, and waited for.
+    """
     wanted = _share(weights, p)
     candidates = largest(z, _CANDIDATES)
     mass = candidates.exp() * (candidates >= lowest)
     upto = mass.cumsum(-1, dtype=torch.float64)
     last = (upto < wanted).sum(-1, keepdim=True).clamp_(max=candidates.shape[-1] - 1)
     ends = torch.maximum(candidates.gather(-1, last), lowest)
+    if is_within_candidates:
+        return ends
     beyond = (upto[:, -1] < wanted[:, 0]).nonzero().flatten()
     if len(beyond):
         ends[beyond] = -reach(z[beyond].abs(), weights[beyond], wanted[beyond])

@@ -86,7 +86,7 @@ class Engine:
         self._release = release
         self._metrics = metrics
         self._speculation = speculation
-        self._ahead = Ahead(scheduler, self._launch, limits.context_length, speculation) if run_ahead else None
+        self._ahead = Ahead(scheduler, self._launch, limits.context_length, speculation, enabled=run_ahead)
         self._sequences: dict[Request, Sequence] = {}
         self._is_stalled = False
         self._forecast = Forecast(scheduler.pace)
@@ -160,7 +160,7 @@ class Engine:
         events = self._expire(started_s)
         events += self._give_up(started_s)
         self.begun = []
-        launched = self._ahead.take(self._is_running) if self._ahead is not None else None
+        launched = self._ahead.take(self._is_running)
         picked = launched.picked if launched is not None else self._schedule(started_s, events)
         self._is_stalled = not picked
         if not picked:
@@ -210,12 +210,10 @@ class Engine:
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))
             draws = self._sample(complete, _rows(logits, batch.sample_rows))
-            if self._ahead is not None:
-                self._ahead.follow(picked, [draw.tokens for draw in draws], was_ahead=was_ahead)
+            self._ahead.follow(picked, [draw.tokens for draw in draws], was_ahead=was_ahead)
             samples = _by_item(complete, draws)
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
-            if self._ahead is not None:
-                self._ahead.drop()
+            self._ahead.drop()
             if len(picked) > 1:
                 return [event for item in picked for event in self._run([item])]
             (item,) = picked
@@ -296,7 +294,7 @@ class Engine:
         self._learn(item, len(tokens) - 1)
         self._observe_tokens(sequence, len(tokens), now_s)
         if reason is not None:
-            if self._ahead is not None and self._ahead.covers(sequence):
+            if self._ahead.covers(sequence):
                 self._model.scrub(self._last_blocks(sequence))  # behind the step that writes there
             return [self._finish(sequence, reason, now_s, text, tuple(tokens))]
         return [(sequence.request, Delta(text, tuple(tokens), prompt=sequence.take_prompt_report()))]
@@ -398,8 +396,7 @@ class Engine:
         del self._sequences[request]
         if not self._sequences:
             self._plans = Plans()  # it holds the last step's adapters
-            if self._ahead is not None:
-                self._ahead.drop()
+            self._ahead.drop()
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)

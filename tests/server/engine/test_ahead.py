@@ -64,8 +64,7 @@ def count_steps(harness: Harness, requests: list[Request]) -> tuple[int, int]:
         harness.submit(request)
     steps = 0
     while harness.engine.has_work:
-        ahead = harness.engine._ahead
-        launched += ahead is not None and ahead._next is not None
+        launched += harness.engine._ahead._next is not None
         harness.step()
         steps += 1
     return steps, launched
@@ -109,7 +108,7 @@ def any_request(harness: Harness, rng: random.Random, index: int) -> Request:
     stopping = replace(
         request.stopping,
         stop_token_ids=frozenset(rng.sample(range(VOCAB), rng.choice([0, 20]))),
-        stop_sequences=rng.choice([(), ("a", "e"), ("0",)]),
+        stop_sequences=rng.choice([(), ("a", "e", "t"), ("0", "i", "n", "s")]),
         min_tokens=rng.choice([0, 0, 5]),
         ignore_eos=rng.random() < 0.5,
     )
@@ -139,7 +138,8 @@ def test_whatever_happens_the_answers_are_the_same(
     harness.engine.clock = lambda: now_s
     rng = random.Random(captured + 2 * speculative_tokens)
     ends: set[object] = set()
-    for _ in range(3):
+    num_ahead = 0
+    for _ in range(4):
         requests = [any_request(harness, rng, index) for index in range(14)]
         hurried = [
             replace(request, deadline_s=now_s + rng.randint(3, 30)) if rng.random() < 0.2 else request
@@ -157,6 +157,7 @@ def test_whatever_happens_the_answers_are_the_same(
                 harness.engine.cancel(hurried[index])
             if harness.engine.has_work:
                 harness.step()
+            num_ahead += harness.engine._ahead._next is not None
             now_s += 1.0
         for index, request in enumerate(requests):
             (expected,) = plain.run([request])
@@ -168,21 +169,22 @@ def test_whatever_happens_the_answers_are_the_same(
             ends.add(answer.finish.reason if answer.finish else type(answer.error))
     assert ends >= {FinishReason.MAX_TOKENS, FinishReason.STOP_TOKEN, FinishReason.STOP_SEQUENCE, DeadlineExceeded}
     assert harness.engine._scheduler.num_preemptions > 0
+    assert num_ahead > 20
 
 
 def test_what_is_computed_after_the_end_stays_in_no_block(folder: Path) -> None:
     """The token that ends an answer gives values that are not finite, in a block that another sequence gets next."""
-    other = ask(2, max_tokens=20)
-    (expected,) = start(folder, run_ahead=False).run([other])
-    harness = start(folder, kv_tokens=8 * BLOCK, prefix_cache=False, max_running_requests=1)
-    (first,) = harness.run([ask(5, max_tokens=6)])
-    end = next(token for token in first.ids if token not in {*other.prompt, *expected.ids, *ask(5).prompt})
+    harness, request = start(folder), ask(5, max_tokens=6)
+    (first,) = harness.run([request])
+    end = next(token for token in reversed(first.ids) if token not in request.prompt)
+    model = harness.engine._model
     with torch.no_grad():
-        harness.engine._model.model.get_input_embeddings().weight[end] = float("nan")
+        model.model.get_input_embeddings().weight[end] = float("nan")
     (ended,) = harness.run([ask(5, stop_token_ids=frozenset([end]))])
     assert ended.finish is not None
     assert ended.finish.reason is FinishReason.STOP_TOKEN
-    assert harness.run([other])[0].ids == expected.ids
+    assert model.cache is not None
+    assert all(tensor.isfinite().all() for tensors in model.cache.layers.values() for tensor in tensors)
 
 
 def test_a_request_that_comes_back_as_it_was_begins_anew(folder: Path, plain: Harness) -> None:

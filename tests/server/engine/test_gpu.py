@@ -72,6 +72,43 @@ def test_captured_steps_give_the_tokens_of_steps_run_as_they_come(kind: str, tmp
     assert not captured.engine._model._graphs._is_off
 
 
+def test_steps_launched_ahead_give_the_tokens_of_steps_launched_in_turn(tmp_path: Path) -> None:
+    base, adapters, greedy = make_mixed("llama", tmp_path)
+    requests = [replace(each, sampling=Sampling(float(i % 2), top_k=30, seed=i)) for i, each in enumerate(greedy)]
+    arrivals = [i % 4 for i in range(len(requests))]
+    in_turn, ahead = (Harness(base, adapters, device="cuda", run_ahead=each) for each in (False, True))
+    expected = [answer.ids for answer in in_turn.run(requests, arrivals)]
+    assert [answer.ids for answer in ahead.run(requests, arrivals)] == expected
+
+
+def test_a_decode_step_waits_for_nothing_but_its_tokens(tmp_path: Path) -> None:
+    base, adapters, greedy = make_mixed("llama", tmp_path)
+    requests = [
+        replace(each, sampling=Sampling(float(i % 2), top_k=30, top_p=0.9, seed=i)) for i, each in enumerate(greedy)
+    ]
+    harness = Harness(base, adapters, device="cuda", speculative_tokens=0)
+    answers = [harness.submit(request) for request in requests]
+    while not all(answer.ids for answer in answers):
+        harness.step()
+    harness.step()
+    torch.cuda.set_sync_debug_mode("error")  # an event that is waited for is none
+    try:
+        for _ in range(10):
+            harness.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(len(answer.ids) > 10 for answer in answers)
+
+
+def test_compiled_parts_give_the_tokens_of_their_classes(tmp_path: Path) -> None:
+    base, adapters, requests = make_mixed("llama", tmp_path)
+    plain, compiled = (Harness(base, adapters, device="cuda", compile=each) for each in (False, True))
+    assert compiled.engine._model.fusion is not None
+    assert compiled.engine._model.fusion.fused
+    expected = [answer.ids for answer in plain.run(requests)]
+    assert [answer.ids for answer in compiled.run(requests)] == expected
+
+
 def test_no_step_takes_memory_from_the_device_after_the_first_ones(tmp_path: Path) -> None:
     base, adapters, requests = make_mixed("llama", tmp_path)
     harness = Harness(base, adapters, device="cuda", speculative_tokens=0)

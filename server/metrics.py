@@ -122,6 +122,8 @@ class Metrics:
             "weft_speculative_tokens", "Tokens guessed ahead, by outcome.", ["outcome"], registry=registry
         )
         self._accepted, self._rejected = speculated.labels("accepted"), speculated.labels("rejected")
+        self._ready = Gauge("weft_ready", "1 while health says SERVING, else 0.", registry=registry)
+        self._lost = Gauge("weft_engine_lost", "1 once the engine has stopped by itself.", registry=registry)
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
         registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
@@ -179,6 +181,22 @@ class Metrics:
     def adapter_evicted(self, tier: str) -> None:
         """An adapter left a tier, "host" or "device", to make room. May be called from any thread."""
         self._evictions.labels(tier).inc()
+
+    def set_ready(self, *, is_ready: bool) -> None:
+        """What health says. Any thread may call this."""
+        self._ready.set(is_ready)
+
+    def engine_lost(self) -> None:
+        """The engine stopped by itself. Any thread may call this."""
+        self._lost.set(1)
+
+    def set_limits(self, max_running: int, max_queued: int) -> None:
+        """The most requests that run and that wait."""
+        for name, text, most in (
+            ("weft_requests_running_limit", "The most requests that run at once.", max_running),
+            ("weft_requests_waiting_limit", "The most requests that wait; one more is refused.", max_queued),
+        ):
+            Gauge(name, text, registry=self._registry).set(most)
 
     def watch_adapters(self, snapshot: Callable[[], AdapterSnapshot]) -> None:
         """Publish the adapters as they are at each scrape; called from the scrape's thread."""

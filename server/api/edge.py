@@ -20,10 +20,11 @@ from opentelemetry.trace import Tracer
 
 from weft.errors import InvalidRequest, Problem, Unavailable, WeftError
 from weft.server.api.errors import code_of, to_status, unexpected_status
-from weft.server.api.observing import Behaviour, Context, Observed, note_refusal, note_request
+from weft.server.api.observing import Behaviour, Observed, note_refusal, note_request
 
 _log = logging.getLogger(__name__)
 
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 PACKAGE = "weft.v1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import time
 from collections import defaultdict
@@ -9,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import click
-import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 _TIMEOUT_S = 10.0
@@ -38,14 +38,18 @@ class Scrape:
 def scrape(address: str, clock: Callable[[], float] = time.monotonic) -> Scrape:
     """Raises click.ClickException where there are no metrics of Weft's. address: HOST:PORT."""
     url = f"http://{address}/metrics"
+    connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_S)
     try:
-        # A proxy from the environment is for web pages, not for a server's own port.
-        response = httpx2.get(url, timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
         at_s = clock()
-        families = list(text_string_to_metric_families(response.text))
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        families = list(text_string_to_metric_families(text))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
         hint = "start the server, or say where its metrics are with --metrics HOST:PORT"
-        raise click.ClickException(f"{url} gives no metrics ({error}): {hint}") from None
+        raise click.ClickException(f"{url} gives no metrics ({reason}): {hint}") from None
+    finally:
+        connection.close()
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families

@@ -16,7 +16,7 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
-from weft.errors import WeftError
+from weft.errors import InvalidRequest, WeftError
 from weft.server.calls import current_call
 
 FORMATS = ("text", "json")
@@ -27,8 +27,9 @@ _SCOPE = {"request_id": "request", "adapters": "adapter", "caller": "caller"}
 """What a line says of its request, and the word for it in text."""
 
 _TELLING = (WeftError, OSError, MemoryError)
+_QUOTING = (InvalidRequest,)
 _TELLING_MODULES = ("torch",)
-"""Errors whose messages are about machines, files and shapes."""
+"""Errors whose messages are about machines, files and shapes; those that quote the request are none of them."""
 
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -38,7 +39,7 @@ def configure(log_format: str, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(json_formatter() if log_format == "json" else TextFormatter())
     handler.addFilter(add_scope)
-    logging.basicConfig(handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler])
     logging.captureWarnings(capture=True)
     logging.getLogger("weft").setLevel(level.upper())
     threading.excepthook = _log_thread
@@ -111,5 +112,6 @@ def _lines(error: BaseException) -> Iterable[str]:
     yield "Traceback (most recent call last):\n"
     yield from traceback.format_tb(error.__traceback__)
     kind = type(error)
-    tells = isinstance(error, _TELLING) or kind.__module__.split(".")[0] in _TELLING_MODULES
+    is_known = isinstance(error, _TELLING) or kind.__module__.split(".")[0] in _TELLING_MODULES
+    tells = is_known and not isinstance(error, _QUOTING)
     yield f"{kind.__name__}: {error}\n" if tells else f"{kind.__name__} (what it says is not logged)\n"

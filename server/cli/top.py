@@ -21,7 +21,7 @@ METRICS_PORT = 9090
 MAX_ADAPTERS = 1000
 """That are asked for by name: one page."""
 
-_LINES_BESIDE_ADAPTERS = 12
+_LINES_BESIDE_ADAPTERS = 14
 _INTERVAL = click.FloatRange(0.1, 3600)
 
 

@@ -112,14 +112,14 @@ def _named(now: Scrape, what: str) -> set[str]:
 
 def to_screen(frame: Frame, address: str, max_rows: int) -> RenderableType:
     """max_rows: of adapters, the rest are counted."""
-    numbers = Table.grid(padding=(0, 3))
+    numbers = Table.grid(padding=(0, 2))
     numbers.add_row(_requests(frame), _latency(frame), _memory(frame))
     server = frame["server"]
     words = f"{server['model']} in {server['dtype']} on {server['device']}, weft {server['version']}"
     state = "" if server["ready"] else "  NOT READY"
     return Group(
         Text(f"{address}  {words}{state}", overflow="ellipsis", no_wrap=True),
-        Panel(numbers, title=f"over {frame['interval_s']:.1f} s", title_align="left"),
+        Panel(numbers, title=f"over {frame['interval_s']:.1f} s", title_align="left", expand=False),
         _adapters(frame["adapters"], max_rows),
     )
 
@@ -139,11 +139,13 @@ def _requests(frame: Frame) -> RenderableType:
 
 
 def _latency(frame: Frame) -> RenderableType:
-    table = Table("", "p50", "p95", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", *_QUANTILES):
+        table.add_column(heading, no_wrap=True)
     for key, name in _NAMES.items():
         table.add_row(name, *(_seconds(frame["latency"][key][quantile]) for quantile in _QUANTILES))
     steps = frame["steps"]
-    table.add_row("step", _seconds(steps["seconds"]), f"{steps['requests'] or 0:.1f} requests")
+    table.add_row("mean step", _seconds(steps["seconds"]))
     return table
 
 
@@ -152,6 +154,7 @@ def _memory(frame: Frame) -> RenderableType:
         {
             "KV blocks": _of(frame["kv"]),
             "pages": _of(frame["pages"]),
+            "requests/step": f"{frame['steps']['requests'] or 0:.1f}",
             "prefix hits": _share(frame["prefix_cache_hits"]),
             "preempted/s": f"{frame['steps']['preemptions']:.1f}",
             "evicted/s": _rates(frame["adapters"]["evictions"]),
@@ -161,7 +164,9 @@ def _memory(frame: Frame) -> RenderableType:
 
 
 def _adapters(adapters: Frame, max_rows: int) -> RenderableType:
-    table = Table("adapter", "tier", "now", "in flight", "requests/s", "tokens/s", box=None, pad_edge=False)
+    table = Table("adapter", "tier", "now", box=None, pad_edge=False)
+    for heading in ("in flight", "requests/s", "tokens/s"):
+        table.add_column(heading, justify="right")
     for row in adapters["busy"][:max_rows]:
         now = " ".join(word for word in ("running", "waiting") if row[word])
         in_flight = "" if row["in_flight"] is None else str(row["in_flight"])
@@ -173,6 +178,7 @@ def _adapters(adapters: Frame, max_rows: int) -> RenderableType:
 
 def _pairs(rows: Mapping[str, str]) -> Table:
     table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
     for key, value in rows.items():
         table.add_row(key, Text(value))
     return table

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from weft.errors import WeftError
+from weft.errors import InvalidRequest, WeftError
 from weft.server.calls import Call, current_call
 from weft.server.logs import TextFormatter, add_scope, json_formatter, log_loop_error
 
@@ -107,7 +107,15 @@ def chain(*errors: Exception) -> Exception:
     return raised.value
 
 
-@pytest.mark.parametrize("error", [KeyError(SECRET), ValueError(f"can't encode {SECRET!r}"), RuntimeError(SECRET)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError(SECRET),
+        ValueError(f"can't encode {SECRET!r}"),
+        RuntimeError(SECRET),
+        InvalidRequest.of("chat.messages[0].role", f"is {SECRET!r}"),
+    ],
+)
 def test_what_an_unexpected_error_says_is_not_logged_but_its_kind_and_place_are(either: Log, error: Exception) -> None:
     either.logger.error("it failed", exc_info=chain(error, TypeError(SECRET)))
     assert SECRET not in either.text

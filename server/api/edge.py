@@ -6,7 +6,7 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
@@ -74,7 +74,7 @@ class Edge(grpc.GenericRpcHandler):
     def _observed(self, method: str, behaviour: Behaviour) -> Behaviour:
         return Observed(method.removeprefix("/"), behaviour, self._tracer).run
 
-    async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+    async def _refuse(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         error = Unavailable("the model is loading: try again")
         status = to_status(error)
         note_refusal(error, code_of(status).name)
@@ -91,7 +91,7 @@ class _Call:
     handler: Handler
     count_refusal: Callable[[str], None]
 
-    async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+    async def run(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         try:
             request = self._parse(raw)
             note_request(request)

@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
-from opentelemetry import propagate
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from weft.errors import MAX_PROBLEMS, InvalidRequest, WeftError
 from weft.server.api.callers import current_caller
 from weft.server.calls import Call, current_call, this_call
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Behaviour = Callable[[bytes, Context], AsyncIterator[Message]]
+Behaviour = Callable[[bytes, Context], AsyncGenerator[Message, None]]
 
 MAX_REQUEST_ID_CHARACTERS = 128
 
 _access = logging.getLogger("weft.access")
 
+_W3C = TraceContextTextMapPropagator()
 _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """Codes that are the server's failure, by OpenTelemetry's conventions for RPC."""
 
@@ -38,14 +39,14 @@ class Observed:
     behaviour: Behaviour
     tracer: Tracer | None
 
-    async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+    async def run(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         started_s = time.perf_counter()
         call = Call(self.method, self._span(context))
         # Never reset: the variable lives as long as the RPC's task, and a stream that its client left may be closed by
         # another.
         current_call.set(call)
         try:
-            async with aclosing(self.behaviour(raw, context)) as responses:  # type: ignore[type-var]
+            async with aclosing(self.behaviour(raw, context)) as responses:
                 async for response in responses:
                     yield response
         except (asyncio.CancelledError, GeneratorExit):
@@ -63,7 +64,7 @@ class Observed:
             return None
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         attributes = {"rpc.system.name": "grpc", "rpc.method": self.method}
-        return self.tracer.start_span(self.method, propagate.extract(metadata), SpanKind.SERVER, attributes)
+        return self.tracer.start_span(self.method, _W3C.extract(metadata), SpanKind.SERVER, attributes)
 
 
 def note_request(request: Message) -> None:

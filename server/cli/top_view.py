@@ -23,8 +23,8 @@ _LATENCIES = {
 _QUANTILES = {"p50": 0.5, "p95": 0.95}
 _NAMES = {
     "time_to_first_token_s": "first token",
-    "inter_token_s": "between tokens",
-    "queue_s": "in the queue",
+    "inter_token_s": "inter-token",
+    "queue_s": "queue",
     "end_to_end_s": "end to end",
 }
 
@@ -113,6 +113,8 @@ def _named(now: Scrape, what: str) -> set[str]:
 def to_screen(frame: Frame, address: str, max_rows: int) -> RenderableType:
     """max_rows: of adapters, the rest are counted."""
     numbers = Table.grid(padding=(0, 2))
+    for is_latency in (False, True, False):  # a latency that is cut short says nothing; the others can wrap
+        numbers.add_column(no_wrap=is_latency)
     numbers.add_row(_requests(frame), _latency(frame), _memory(frame))
     server = frame["server"]
     words = f"{server['model']} in {server['dtype']} on {server['device']}, weft {server['version']}"
@@ -154,7 +156,7 @@ def _memory(frame: Frame) -> RenderableType:
         {
             "KV blocks": _of(frame["kv"]),
             "pages": _of(frame["pages"]),
-            "requests/step": f"{frame['steps']['requests'] or 0:.1f}",
+            "batch": f"{frame['steps']['requests'] or 0:.1f}",
             "prefix hits": _share(frame["prefix_cache_hits"]),
             "preempted/s": f"{frame['steps']['preemptions']:.1f}",
             "evicted/s": _rates(frame["adapters"]["evictions"]),
@@ -194,7 +196,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _of(used: Mapping[str, int]) -> str:
     share = used["used"] / used["total"] if used["total"] else None
-    return f"{used['used']:,} of {used['total']:,} ({_share(share)})"
+    return f"{used['used']:,} of {used['total']:,}, {_share(share)}"
 
 
 def _share(share: float | None) -> str:
@@ -204,4 +206,4 @@ def _share(share: float | None) -> str:
 def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

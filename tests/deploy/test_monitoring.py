@@ -14,6 +14,7 @@ import grpc
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from promtool import needs_promtool, promtool
 from serving import served
 from tiny import make_adapter, make_model, save_tokenizer
 
@@ -42,8 +43,8 @@ def metrics_of(expression: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names of all samples that a server has after its first request."""
+def scrape(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a server tells after its first request."""
     root = tmp_path_factory.mktemp("monitoring")
     model = make_model("llama", root / "base")
     save_tokenizer(root / "base")
@@ -60,8 +61,31 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         stopping = {"max_tokens": 2, "ignore_eos": True}
         stub.Generate(inference_pb2.GenerateRequest(text="hello", adapter_id="one", stopping=stopping))
         with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
-            text = response.read().decode()
-    return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+            text: str = response.read().decode()
+    return text
+
+
+@pytest.fixture(scope="module")
+def exported(scrape: str) -> set[str]:
+    """The names of its samples."""
+    return {sample.name for family in text_string_to_metric_families(scrape) for sample in family.samples}
+
+
+@needs_promtool
+def test_promtool_finds_nothing_in_a_servers_metrics_but_vllms_own_names(scrape: str) -> None:
+    ran = promtool("check", "metrics", text=scrape.encode())
+    complaints = (ran.stdout + ran.stderr).decode().splitlines()
+    assert [line for line in complaints if not line.startswith("vllm:")] == []
+
+
+@needs_promtool
+def test_every_query_of_the_dashboard_is_one(tmp_path: Path) -> None:
+    queries = [target["expr"].replace("$__rate_interval", "5m") for target in TARGETS]
+    rules = [{"record": f"query:{index}", "expr": query} for index, query in enumerate(queries)]
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    ran = promtool("check", "rules", str(file))
+    assert ran.returncode == 0, ran.stderr.decode()
 
 
 def test_rules_read_what_a_server_exports_or_another_rule_records(exported: set[str]) -> None:

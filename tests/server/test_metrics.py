@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from promtool import needs_promtool, promtool
 
 from weft.server.metrics import BASE, OTHER, AdapterSnapshot, Metrics, StepStats
 
-PROMTOOL = shutil.which(
-    "promtool", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-)
 MODEL = {"model_name": "tiny"}
 
 STEP = StepStats(
@@ -278,12 +271,9 @@ def test_a_scrape_is_read_by_the_clients_own_parser(scraped: Scraped) -> None:
     }
 
 
-@pytest.mark.skipif(PROMTOOL is None, reason="promtool is neither beside Python nor on the PATH")
+@needs_promtool
 def test_promtool_finds_nothing_but_vllms_own_names(scraped: Scraped) -> None:
-    assert PROMTOOL is not None
-    ran = subprocess.run(
-        [PROMTOOL, "check", "metrics"], input=everything(scraped), capture_output=True, check=False, timeout=60
-    )
+    ran = promtool("check", "metrics", text=everything(scraped))
     complaints = (ran.stdout + ran.stderr).decode().splitlines()
     assert [line for line in complaints if not line.startswith("vllm:")] == []
 

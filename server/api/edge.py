@@ -6,7 +6,7 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
@@ -16,9 +16,11 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc.status_pb2 import Status
+from opentelemetry.trace import Tracer
 
 from weft.errors import InvalidRequest, Problem, Unavailable, WeftError
 from weft.server.api.errors import code_of, to_status, unexpected_status
+from weft.server.api.observing import Behaviour, Observed, note_refusal, note_request
 
 _log = logging.getLogger(__name__)
 
@@ -45,9 +47,10 @@ class EndedByEngine(Exception):
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self, count_refusal: Callable[[str], None]) -> None:
+    def __init__(self, count_refusal: Callable[[str], None], tracer: Tracer | None = None) -> None:
         """count_refusal: called with the code, in lower case, of each RPC that is refused."""
         self._count_refusal = count_refusal
+        self._tracer = tracer
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -60,16 +63,21 @@ class Edge(grpc.GenericRpcHandler):
         if not method.startswith(f"/{PACKAGE}."):
             return None
         if not self._handlers:
-            return grpc.unary_stream_rpc_method_handler(self._refuse)
+            return grpc.unary_stream_rpc_method_handler(self._observed(method, self._refuse))
         found = (handler.service(handler_call_details) for handler in self._handlers)
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return None
         call = _Call(method, handler, self._count_refusal)
-        return grpc.unary_stream_rpc_method_handler(call.run, None, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(self._observed(method, call.run), None, handler.response_serializer)
 
-    async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
-        status = to_status(Unavailable("the model is loading: try again"))
+    def _observed(self, method: str, behaviour: Behaviour) -> Behaviour:
+        return Observed(method.removeprefix("/"), behaviour, self._tracer).run
+
+    async def _refuse(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
+        error = Unavailable("the model is loading: try again")
+        status = to_status(error)
+        note_refusal(error, code_of(status).name)
         self._count_refusal(code_of(status).name.lower())
         await abort(context, status)
         yield Status()  # never reached; makes a generator of it
@@ -83,9 +91,10 @@ class _Call:
     handler: Handler
     count_refusal: Callable[[str], None]
 
-    async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+    async def run(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         try:
             request = self._parse(raw)
+            note_request(request)
             if self.handler.response_streaming:
                 async with aclosing(self._behaviour(request, context)) as responses:
                     async for response in responses:
@@ -119,10 +128,10 @@ class _Call:
     def _status(self, error: Exception) -> Status:
         if isinstance(error, WeftError):
             status = to_status(error)
-            _log.info("%s: %s: %s", self.method, code_of(status).name, status.message)
         else:
             status = unexpected_status()
             _log.error("%s failed", self.method, exc_info=error)
+        note_refusal(error, code_of(status).name)
         return status
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from weft.errors import InvalidConfig, one_line
-from weft.kernels import compiled
-from weft.kernels.compiled import CompiledPointwise
+from weft.kernels import pointwise_compiled as compiled
+from weft.kernels.pointwise_compiled import CompiledPointwise
 from weft.server.engine.fused import Attention, Mlp
 from weft.server.engine.fusing import Fusion
 

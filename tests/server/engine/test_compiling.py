@@ -14,8 +14,8 @@ from tiny import linear_names, make_adapter, make_model, save_tokenizer
 from torch._dynamo.utils import counters
 
 from weft.errors import InvalidConfig
-from weft.kernels import compiled
-from weft.kernels.compiled import CompiledPointwise
+from weft.kernels import pointwise_compiled as compiled
+from weft.kernels.pointwise_compiled import CompiledPointwise
 from weft.server.engine.decode_attention import attend_gathered
 from weft.server.engine.graphs import Means, replay_nothing
 from weft.server.engine.request import Request, Sampling, Stopping

@@ -128,7 +128,7 @@ def test_a_key_on_an_open_line_is_warned_of(run: Run) -> None:
         (["--tls-ca", "{text}"], "--tls-ca {text} holds no certificate in PEM"),
         (["--tls-cert", "{pem}", "--tls-key", "{pem}"], "--tls-key {pem} holds no private key in PEM"),
         (["--api-key", "two words"], "--api-key (WEFT_API_KEY) holds no key"),
-        (["--api-key", "a" * 5000], "--api-key (WEFT_API_KEY) holds no key"),
+        (["--api-key", "a" * 7500], "--api-key (WEFT_API_KEY) holds no key"),
         (["--api-key", "a", "--api-key-file", "{text}"], "--api-key (WEFT_API_KEY) and --api-key-file are both given"),
         (["--api-key-file", "{none}"], "--api-key-file {none} can't be read: No such file"),
         (["--api-key-file", "{empty}"], "--api-key-file {empty} is empty"),

@@ -2,7 +2,7 @@
 
 A closed loop of streams, one message a token, against a small model on one thread: so gRPC's share is as large as it
 gets. Each round asks every server once, in an order that changes, and is compared with the plain server's. Connections
-are made before the clock runs.
+are made before the clock runs. The server's processor time a token says the same of a machine that others use, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from jwt.algorithms import ECAlgorithm
-from loaded import Load, closed_loop, weft_server
+from loaded import Load, closed_loop, processor_s, weft_process
 from report import Samples, machine, table, write_section
 from rich.progress import Progress
 from shapes import SHAPES, make_base
@@ -117,6 +117,14 @@ def _sign(signer: ec.EllipticCurvePrivateKey, subject: x509.Name) -> x509.Certif
     )
 
 
+@dataclass
+class Measured:
+    """Of one server, round by round: tokens a second, and its processor's microseconds a token."""
+
+    speeds: Samples = field(default_factory=Samples)
+    costs: Samples = field(default_factory=Samples)
+
+
 async def tokens_per_s(server: Endpoint, effort: Effort, seed: int) -> float:
     async with server.aio_channel([]) as channel:
         await channel.channel_ready()
@@ -133,26 +141,40 @@ async def tokens_per_s(server: Endpoint, effort: Effort, seed: int) -> float:
     return effort.requests * effort.load.new_tokens / taken_s
 
 
-def measure(servers: Mapping[str, Endpoint], effort: Effort, progress: Progress) -> dict[str, Samples]:
-    """Tokens a second by kind, round by round; the first round, which warms up, is not among them."""
-    found = {kind: Samples() for kind in servers}
+def measure(servers: Mapping[str, tuple[Endpoint, int]], effort: Effort, progress: Progress) -> dict[str, Measured]:
+    """By kind of server, given with its process's id. The first round, which warms up, is left out."""
+    found = {kind: Measured() for kind in servers}
+    num_tokens = effort.requests * effort.load.new_tokens
     work = progress.add_task("warming up", total=(effort.rounds + 1) * len(servers))
     kinds = list(servers)
     for turn in range(effort.rounds + 1):
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
-            speed = asyncio.run(tokens_per_s(servers[kind], effort, turn))
+            server, process_id = servers[kind]
+            before_s = processor_s(process_id)
+            speed = asyncio.run(tokens_per_s(server, effort, turn))
             if turn:
-                found[kind].values.append(speed)
+                found[kind].speeds.values.append(speed)
+                found[kind].costs.values.append((processor_s(process_id) - before_s) / num_tokens * 1e6)
             progress.update(work, advance=1, description=f"round {turn} of {effort.rounds}: {kind}")
     return found
 
 
-def show(found: Mapping[str, Samples]) -> str:
-    rows = []
-    for kind, speeds in found.items():
-        pairs = zip(speeds.values, found[PLAIN].values, strict=True)
-        rows.append([kind, speeds.show(digits=0), Samples([mine / plain for mine, plain in pairs]).show(digits=3)])
-    return table(["TLS and credentials", "tokens/s", "over neither, in its round"], rows)
+def over(samples: Samples, plain: Samples) -> str:
+    pairs = zip(samples.values, plain.values, strict=True)
+    return Samples([mine / other for mine, other in pairs]).show(digits=3)
+
+
+def show(found: Mapping[str, Measured]) -> str:
+    plain = found[PLAIN]
+    rows = [
+        [
+            *(kind, each.speeds.show(digits=0), over(each.speeds, plain.speeds)),
+            *(each.costs.show(digits=0), over(each.costs, plain.costs)),
+        ]
+        for kind, each in found.items()
+    ]
+    head = ["TLS and credentials", "tokens/s", "over neither, in its round", "processor, µs a token", "over neither"]
+    return table(head, rows)
 
 
 @click.command(help=__doc__)
@@ -176,8 +198,8 @@ def main(quick: bool, rounds: int | None, output: Path) -> None:
         }
         servers = {}
         for kind, (options, credentials, secret) in kinds.items():
-            address = stack.enter_context(weft_server(folder / "base", *options, threads=1))
-            servers[kind] = Endpoint(address, secret, credentials)
+            address, process_id = stack.enter_context(weft_process(folder / "base", *options, threads=1))
+            servers[kind] = Endpoint(address, secret, credentials), process_id
         found = measure(servers, effort, progress)
     load = effort.load
     report = (

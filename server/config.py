@@ -115,19 +115,22 @@ class ServerConfig:
     tls_cert, tls_key: PEM files, without which there is no TLS; tls_client_ca: who signs the certificates that every
     client must show then. access: the file that says who may call. allow_anonymous: anybody may, from anywhere.
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
-    watch: whether the adapters folder is looked at after the start.
+    watch: whether the adapters folder is looked at after the start. metrics_host: None is host. otlp_endpoint: where
+    traces go; None leaves that to OpenTelemetry's own variables.
     """
 
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     host: str = "127.0.0.1"
     port: int = 50051
+    metrics_host: str | None = None
     metrics_port: int = 9090
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     access: Path | None = None
     allow_anonymous: bool = False
+    otlp_endpoint: str | None = None
     adapters: Path | None = None
     source_roots: tuple[Path | str, ...] = ()
     cache: Path | None = None

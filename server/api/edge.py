@@ -6,7 +6,7 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc.status_pb2 import Status
+from opentelemetry.trace import Tracer
 
 from weft.errors import AdapterNotFound, InvalidRequest, Problem, Unavailable, WeftError
 from weft.server.api.access.audit import AuditLine
@@ -23,6 +24,7 @@ from weft.server.api.access.gate import Gate, check_role
 from weft.server.api.access.rights import concealed
 from weft.server.api.callers import current_caller
 from weft.server.api.errors import code_of, to_status, unexpected_status
+from weft.server.api.observing import Behaviour, Observed, note_refusal, note_request
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +51,11 @@ class EndedByEngine(Exception):
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self, count_refusal: Callable[[str], None], gate: Gate) -> None:
+    def __init__(self, count_refusal: Callable[[str], None], gate: Gate, tracer: Tracer | None = None) -> None:
         """count_refusal: called with the code, in lower case, of each RPC that is refused."""
         self._count_refusal = count_refusal
         self._gate = gate
+        self._tracer = tracer
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -65,16 +68,21 @@ class Edge(grpc.GenericRpcHandler):
         if not method.startswith(f"/{PACKAGE}."):
             return None
         if not self._handlers:
-            return grpc.unary_stream_rpc_method_handler(self._refuse)
+            return grpc.unary_stream_rpc_method_handler(self._observed(method, self._refuse))
         found = (handler.service(handler_call_details) for handler in self._handlers)
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return None
         call = _Call(method, handler, self._count_refusal, self._gate)
-        return grpc.unary_stream_rpc_method_handler(call.run, None, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(self._observed(method, call.run), None, handler.response_serializer)
 
-    async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
-        status = to_status(Unavailable("the model is loading: try again"))
+    def _observed(self, method: str, behaviour: Behaviour) -> Behaviour:
+        return Observed(method.removeprefix("/"), behaviour, self._tracer).run
+
+    async def _refuse(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
+        error = Unavailable("the model is loading: try again")
+        status = to_status(error)
+        note_refusal(error, code_of(status).name)
         self._count_refusal(code_of(status).name.lower())
         await abort(context, status)
         yield Status()  # never reached; makes a generator of it
@@ -89,7 +97,7 @@ class _Call:
     count_refusal: Callable[[str], None]
     gate: Gate
 
-    async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+    async def run(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         audit = AuditLine.of(self.method, context)
         try:
             async with aclosing(self._answers(raw, context, audit)) as responses:
@@ -110,13 +118,14 @@ class _Call:
             if audit is not None:
                 audit.write()
 
-    async def _answers(self, raw: bytes, context: Context, audit: AuditLine | None) -> AsyncGenerator[Message]:
+    async def _answers(self, raw: bytes, context: Context, audit: AuditLine | None) -> AsyncGenerator[Message, None]:
         caller = await self.gate.authenticate(context)
         current_caller.set(caller)
         if audit is not None:
             audit.asked(raw, self.handler.request_deserializer)
         check_role(caller, self.method)
         request = self._parse(raw)
+        note_request(request)
         with caller.quota.running() if caller.quota is not None else nullcontext():
             if self.handler.response_streaming:
                 async with aclosing(self._behaviour(request, context)) as responses:
@@ -148,10 +157,10 @@ class _Call:
             error = concealed(error, current_caller.get())
         if isinstance(error, WeftError):
             status = to_status(error)
-            _log.info("%s: %s: %s", self.method, code_of(status).name, status.message)
         else:
             status = unexpected_status()
             _log.error("%s failed", self.method, exc_info=error)
+        note_refusal(error, code_of(status).name)
         return status
 
 

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
+from opentelemetry.trace import Tracer
 from transformers import PreTrainedTokenizerBase
 
 from weft.server.api.access.gate import Gate
@@ -96,6 +97,7 @@ class House:
         has_chat_template: bool = True,
         compiler: Compiler | None = None,
         late_s: float = 0.0,
+        tracer: Tracer | None = None,
     ) -> Iterator[Any]:
         """A stub to a second port of the same engine, where InferenceService is set up in another way.
 
@@ -116,12 +118,11 @@ class House:
         def clock() -> float:
             return float(engine.clock()) - late_s
 
-        servicer = InferenceServicer(
-            self.frontend, prompts, constraints, limits, clock, max_request_s, Rights(self.store.labels_of)
-        )
+        rights = Rights(self.store.labels_of)
+        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s, rights, tracer)
 
         async def start() -> tuple[grpc.aio.Server, int]:
-            edge = Edge(self.server._metrics.refused, Gate())
+            edge = Edge(self.server._metrics.refused, Gate(), tracer)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((edge,))

@@ -77,6 +77,18 @@ def test_many_streams_at_once_give_what_one_gives(harness: Harness) -> None:
     asyncio.run(main())
 
 
+def test_a_stream_knows_since_when_it_runs(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend, frontend.stream(ask()) as stream:
+            assert stream.begun_s is None
+            arrived_s = harness.engine.clock()
+            await anext(aiter(stream))
+            assert stream.begun_s is not None
+            assert arrived_s <= stream.begun_s <= harness.engine.clock()
+
+    asyncio.run(main())
+
+
 def test_leaving_early_frees_everything(harness: Harness) -> None:
     async def main() -> None:
         async with running(harness) as frontend:

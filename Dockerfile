@@ -1,5 +1,5 @@
 # docker build --target cpu -t weft:cpu .
-# docker run -p 50051:50051 -p 9090:9090 -v /srv/models:/models:ro weft:cpu serve --model /models/base --host 0.0.0.0
+# docker run -p 50051:50051 -p 9090:9090 -v /srv/models:/models:ro weft:cpu serve --model /models/base --host 0.0.0.0 --allow-anonymous
 
 FROM python:3.11-bookworm AS build
 WORKDIR /src

@@ -29,6 +29,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/prefixes.py
 	$(BIN)/python benchmarks/fairness.py
 	$(BIN)/python benchmarks/constraints.py
+	$(BIN)/python benchmarks/access.py
 
 check: $(READY) $(STUBS)/.ready $(PROMTOOL)
 	$(BIN)/ruff format --check

@@ -23,7 +23,23 @@ from weft.v1 import inference_pb2, inference_pb2_grpc
 
 @contextmanager
 def weft_server(base: Path, *options: object, threads: int | None = None) -> Iterator[str]:
-    """A `weft serve` process on free ports; yields its address and ends it. threads: of PyTorch; None: its choice."""
+    """As `weft_process`; yields the address alone."""
+    with weft_process(base, *options, threads=threads) as (address, _):
+        yield address
+
+
+def processor_s(process_id: int) -> float:
+    """Of all its threads, in its own code and in the system's, so far."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def weft_process(base: Path, *options: object, threads: int | None = None) -> Iterator[tuple[str, int]]:
+    """A `weft serve` process on free ports; yields its address and its id, and ends it.
+
+    threads: of PyTorch; None: its choice.
+    """
     command = [sys.executable, "-m", "weft.server.cli", "serve", "--model", base, "--port", "0", "--metrics-port", "0"]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     process = subprocess.Popen(
@@ -36,7 +52,7 @@ def weft_server(base: Path, *options: object, threads: int | None = None) -> Ite
             log.append(line)
             if found := re.search(r"gRPC on (\S+),", line):
                 threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield found[1]
+                yield found[1], process.pid
                 return
         raise RuntimeError(f"weft serve did not start: {''.join(log)}")
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from opentelemetry.trace import Tracer
 
 from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
+from weft.server.api.access.rights import Rights
+from weft.server.api.callers import current_caller
 from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
@@ -35,7 +37,10 @@ from weft.v1 import inference_pb2_grpc
 
 @dataclass(frozen=True, slots=True)
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """clock: the engine's. max_request_s: how long a request without a deadline may take. tracer: None, nothing is."""
+    """clock: the engine's. max_request_s: how long a request without a deadline may take. rights: the callers'.
+
+    tracer: None, nothing is.
+    """
 
     frontend: Frontend
     prompts: Prompts
@@ -43,6 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     limits: RequestLimits
     clock: Callable[[], float]
     max_request_s: float
+    rights: Rights
     tracer: Tracer | None = None
 
     async def Generate(self, request: pb2.GenerateRequest, context: Context) -> pb2.GenerateResponse:
@@ -79,14 +85,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._check({f"continuations[{index}]": whole for index, whole in enumerate(requests)}, "with the prompt ")
         tokens: list[list[Token]] = [[] for _ in requests]
         finishes: list[Finish] = []
-        async with self.frontend.streams(requests) as streams:
+        num_prompt_tokens = len(prompt) + sum(map(len, continuations))
+        async with self._streams(requests, num_prompt_tokens) as streams:
             record.queued(streams)
             async for index, delta in _reporting(streams):
                 record.take(delta)
                 tokens[index] += delta.prompt
                 finishes += [delta.finish] if delta.finish is not None else []
         usage = to_usage(finishes)
-        usage.prompt_tokens = len(prompt) + sum(map(len, continuations))
+        usage.prompt_tokens = num_prompt_tokens
         return pb2.ScoreResponse(
             scores=[to_score(scored) for scored in tokens],
             usage=usage,
@@ -117,7 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         checked = replace(to_engine_request(message, metadata, self.limits, deadline_s), arrived_s=arrived_s)
         with self._recorded(message, checked) as record:
             prompt, requests = await self._prepare(message, checked, deadline_s)
-            async with self.frontend.streams(requests) as streams:
+            async with self._streams(requests, len(prompt)) as streams:
                 record.queued(streams)
                 shown = await self.prompts.show(message, prompt) if message.output.include_prompt else None
                 reply = Reply(
@@ -153,6 +160,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             record.end()
 
+    @asynccontextmanager
+    async def _streams(self, requests: Sequence[Request], num_prompt_tokens: int) -> AsyncIterator[Streams]:
+        """The answers to requests with the same adapters, if their caller may use these and has tokens left."""
+        quota = current_caller.get().quota
+        self.rights.check_mix([adapter_id for adapter_id, _ in requests[0].adapters])
+        if quota is not None:
+            quota.check_tokens()
+        async with self.frontend.streams(requests) as streams:
+            if quota is not None:
+                quota.spend(num_prompt_tokens)
+            yield streams
+
     def _check(self, requests: Mapping[str, Request], before: str = "") -> None:
         """Raises InvalidRequest for prompts that can't be run. requests: by the path that each is reported at."""
         violations = Violations()
@@ -180,9 +199,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 async def _reporting(streams: Streams) -> AsyncIterator[tuple[int, Delta]]:
-    """The deltas of requests that the engine has taken, whose errors it has counted."""
+    """The deltas of requests that the engine has taken, whose errors it has counted; their caller pays for each."""
+    quota = current_caller.get().quota
     try:
-        async for item in streams:
-            yield item
+        async for index, delta in streams:
+            if quota is not None:
+                quota.spend(len(delta.tokens))
+            yield index, delta
     except WeftError as error:
         raise EndedByEngine(error) from error

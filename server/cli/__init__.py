@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import click
 
+import weft.server.cli.environment  # noqa: F401 - before gRPC
 from weft.errors import InvalidConfig, WeftError
 from weft.server.cli.adapters import adapters
 from weft.server.cli.bench import bench
 from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
+from weft.server.cli.keys import keys
 from weft.server.cli.serve import serve
 from weft.server.cli.top import top
 
@@ -26,7 +28,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, top, bench, demo):
+for command in (serve, generate, adapters, keys, top, bench, demo):
     cli.add_command(command)
 
 

@@ -11,7 +11,7 @@ import grpc
 from rich.console import Console
 from rich.live import Live
 
-from weft.server.cli.client import address_option, connected
+from weft.server.cli.client import Endpoint, connected, server_options
 from weft.server.cli.output import wide_console
 from weft.server.cli.scraping import Interval, scrape
 from weft.server.cli.top_view import Frame, to_frame, to_screen
@@ -32,7 +32,7 @@ def _metrics_address(_context: click.Context, _option: click.Parameter, metrics:
 
 
 @click.command()
-@address_option
+@server_options
 @click.option(
     "--metrics",
     envvar="WEFT_METRICS",
@@ -45,10 +45,10 @@ def _metrics_address(_context: click.Context, _option: click.Parameter, metrics:
 )
 @click.option("--once", is_flag=True, help="Print one frame and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print frames as JSON, one a line.")
-def top(address: str, metrics: str | None, interval: float, once: bool, as_json: bool) -> None:
+def top(server: Endpoint, metrics: str | None, interval: float, once: bool, as_json: bool) -> None:
     """Show requests, latency, memory and the busiest adapters of a running server, until Ctrl-C."""
-    where = metrics or f"{address.rpartition(':')[0]}:{METRICS_PORT}"
-    with connected(address) as channel:
+    where = metrics or f"{server.address.rpartition(':')[0]}:{METRICS_PORT}"
+    with connected(server) as channel:
         frames = _frames(channel, where, interval, time.sleep)
         if as_json:
             for frame in frames:
@@ -56,9 +56,9 @@ def top(address: str, metrics: str | None, interval: float, once: bool, as_json:
                 if once:
                     return
         elif once:
-            wide_console().print(to_screen(next(frames), address, MAX_ADAPTERS))
+            wide_console().print(to_screen(next(frames), server.address, MAX_ADAPTERS))
         else:
-            _show(frames, address)
+            _show(frames, server.address)
 
 
 def _frames(channel: grpc.Channel, metrics: str, interval_s: float, wait: Callable[[float], None]) -> Iterator[Frame]:

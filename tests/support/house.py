@@ -17,6 +17,8 @@ from google.rpc.status_pb2 import Status
 from opentelemetry.trace import Tracer
 from transformers import PreTrainedTokenizerBase
 
+from weft.server.api.access.gate import Gate
+from weft.server.api.access.rights import Rights
 from weft.server.api.edge import Edge
 from weft.server.api.inference import InferenceServicer
 from weft.server.api.prompts import Prompts
@@ -116,10 +118,11 @@ class House:
         def clock() -> float:
             return float(engine.clock()) - late_s
 
-        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s, tracer)
+        rights = Rights(self.store.labels_of)
+        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s, rights, tracer)
 
         async def start() -> tuple[grpc.aio.Server, int]:
-            edge = Edge(self.server._metrics.refused, tracer)
+            edge = Edge(self.server._metrics.refused, Gate(), tracer)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((edge,))

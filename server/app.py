@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -28,6 +28,7 @@ from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AddressUnavailable, Unavailable
 from weft.server.api.adapters import AdapterServicer
 from weft.server.api.edge import Edge
+from weft.server.api.health import Health
 from weft.server.api.inference import InferenceServicer
 from weft.server.api.loading import AdapterLoader
 from weft.server.api.prompts import Prompts
@@ -59,9 +60,6 @@ SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
 )
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _MetricsHandler(WSGIRequestHandler):
@@ -118,14 +116,16 @@ class Server:
         self._config = config
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICES)
         self._edge = Edge(self._metrics.refused)
         self._grpc: grpc.aio.Server | None = None
+        self._probes: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
         self._state: State | None = None
         self._loaded: _Loaded | None = None
         self.address = ""
         self.metrics_address = ""
+        self.health_address = ""
 
     async def open(self) -> None:
         """Listen. Health says NOT_SERVING, and every other RPC is refused until `load` is done.
@@ -137,8 +137,8 @@ class Server:
         _check_free("--metrics-port", config.host, config.metrics_port)
         max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
         self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)])
-        await self._set_health(_NOT_SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self._health.loading()
+        self._health.add_to(self._grpc)
         self._grpc.add_generic_rpc_handlers((self._edge,))
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         try:
@@ -153,6 +153,8 @@ class Server:
         self._http[0].RequestHandlerClass = _MetricsHandler
         self.metrics_address = _join(config.host, self._http[0].server_port)
         await self._grpc.start()
+        if config.health_port is not None:
+            await self._open_probes(config.host, config.health_port)
 
     async def load(self) -> None:
         """Load the model and the adapters, and start to serve. Raises InvalidModel, InvalidConfig."""
@@ -187,7 +189,7 @@ class Server:
             folders=_Watch.of(folders) if folders is not None and config.watch else None,
         )
         self._add_services(loaded, frontend, loader)
-        await self._set_health(_SERVING)
+        await self._health.serving()
         for reservation in rest:
             loader.restore(reservation)
 
@@ -198,7 +200,7 @@ class Server:
 
     async def drain(self) -> None:
         """Refuse new requests and let those in flight finish, as long as the configuration says."""
-        await self._health.enter_graceful_shutdown()
+        await self._health.draining()
         if self._loaded is not None:
             grace_s, loaded = self._config.drain_grace_s, self._loaded
             ends = [loaded.folders.end(grace_s)] if loaded.folders is not None else []
@@ -208,6 +210,8 @@ class Server:
         """Give the ports back. Requests still in flight are cancelled."""
         if self._grpc is not None:
             await self._grpc.stop(CLOSING_GRACE_S)
+        if self._probes is not None:
+            await self._probes.stop(0.0)
         if self._loaded is not None:
             self._loaded.watcher.cancel()
             with suppress(asyncio.CancelledError):
@@ -237,6 +241,18 @@ class Server:
             f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC on {self.address}, "
             f"metrics on http://{self.metrics_address}/metrics"
         )
+
+    async def _open_probes(self, host: str, port: int) -> None:
+        """Health alone on a port of its own: the kubelet's probes speak neither TLS nor authentication."""
+        _check_free("--health-port", host, port)
+        self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._health.add_to(self._probes)
+        try:
+            port = self._probes.add_insecure_port(_join(host, port))
+        except RuntimeError as error:
+            raise _unavailable("--health-port", host, port, "") from error
+        self.health_address = _join(host, port)
+        await self._probes.start()
 
     def _load_adapters(
         self, loader: AdapterLoader, state: State | None, folders: AdapterFolders | None
@@ -272,11 +288,7 @@ class Server:
 
     async def _watch(self, frontend: Frontend) -> None:
         await frontend.lost.wait()
-        await self._set_health(_NOT_SERVING)
-
-    async def _set_health(self, status: int) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+        await self._health.lost()
 
 
 @asynccontextmanager

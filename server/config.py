@@ -112,7 +112,7 @@ class ServerConfig:
 
     source_roots: folders, and prefixes such as hf:org/ or https://host/folder/, that adapters may come from.
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
-    watch: whether the adapters folder is looked at after the start.
+    watch: whether the adapters folder is looked at after the start. health_port: for probes, plain; None has none.
     """
 
     model: ModelConfig
@@ -120,6 +120,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int = 9090
+    health_port: int | None = None
     adapters: Path | None = None
     source_roots: tuple[Path | str, ...] = ()
     cache: Path | None = None
@@ -134,6 +135,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _between("--port", self.port, 0, 65535)
         _between("--metrics-port", self.metrics_port, 0, 65535)
+        _between("--health-port", self.health_port, 0, 65535)
         _between("--max-request-seconds", self.max_request_s, 0.001, 86400 * 7)
         _between("--drain-grace-seconds", self.drain_grace_s, 0, 86400)
         _between("--max-prompt-bytes", self.max_prompt_bytes, 1, 1 << 28)

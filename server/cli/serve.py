@@ -119,6 +119,7 @@ SETTINGS = (
     Setting("host", ServerConfig, "host", str, "The address to listen on."),
     Setting("port", ServerConfig, "port", int, "For gRPC; 0 takes any free one."),
     Setting("metrics-port", ServerConfig, "metrics_port", int, "For Prometheus; 0 takes any free one."),
+    Setting("health-port", ServerConfig, "health_port", int, "For probes: health alone, without TLS; else none."),
     Setting("max-batch-tokens", EngineConfig, "max_batch_tokens", int, "The most tokens that a step computes."),
     Setting("max-running-requests", EngineConfig, "max_running_requests", int, "The most requests in a step."),
     Setting("max-queued-requests", EngineConfig, "max_queued_requests", int, "The most requests that wait."),

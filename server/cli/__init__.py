@@ -13,7 +13,9 @@ from weft.server.cli.adapters import adapters
 from weft.server.cli.bench import bench
 from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
+from weft.server.cli.health import health
 from weft.server.cli.serve import serve
+from weft.server.cli.sync import sync
 
 INTERRUPTED = 130
 """The exit code that shells give to what Ctrl-C ended."""
@@ -25,7 +27,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, bench, demo):
+for command in (serve, generate, adapters, sync, health, bench, demo):
     cli.add_command(command)
 
 

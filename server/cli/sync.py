@@ -92,7 +92,6 @@ class _Sync:
             except grpc.RpcError as error:
                 self.said.problem(describe(error, self.address))
             self.said.turn()
-            sys.stdout.flush()
             wake.wait(interval_s)
 
     def _follow_file(self, wake: threading.Event) -> None:

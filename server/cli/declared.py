@@ -62,12 +62,13 @@ def _entries(path: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidConfig(f"{path} can't be read as {'JSON' if is_json else 'TOML'} ({reason})") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("adapters"), list):
+    entries = raw.get("adapters") if isinstance(raw, dict) else None
+    if not isinstance(entries, list):
         raise InvalidConfig(f"{path} has no list 'adapters'; an empty one is written adapters = []")
     for key in raw:
         if key != "adapters":
             raise InvalidConfig(f"{path}: {key!r} is no key; there is 'adapters' alone")
-    return raw["adapters"]
+    return entries
 
 
 def _problems(entry: Any) -> Iterator[str]:

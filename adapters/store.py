@@ -182,6 +182,12 @@ class AdapterStore:
                 return self._snapshot(entry)
         raise self._unknown(name)
 
+    def labels_of(self, name: str) -> Mapping[str, str]:
+        """The labels of an adapter; none where there is no such adapter."""
+        with self._lock:
+            entry = self._entries.get(name)
+            return {} if entry is None else entry.labels
+
     def list(
         self, after: str = "", limit: int | None = None, wanted: Callable[[AdapterInfo], bool] = lambda _: True
     ) -> list[AdapterInfo]:
@@ -424,9 +430,8 @@ class AdapterStore:
         with self._lock:
             names = [*self._entries]
         close = nearest(name, names)
-        return AdapterNotFound(
-            adapter_id or name, f"did you mean {close!r}?" if close else "list what is loaded with `weft adapters list`"
-        )
+        hint = f"did you mean {close!r}?" if close else "list what is loaded with `weft adapters list`"
+        return AdapterNotFound(adapter_id or name, hint, close or "")
 
     def _snapshot(self, entry: _Entry) -> AdapterInfo:
         version = entry.version

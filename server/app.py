@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from weft.adapters.locations import is_remote
 from weft.adapters.state import Recorder, State
 from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AddressUnavailable, Unavailable
+from weft.server.api.access.access import Access
+from weft.server.api.access.rights import Rights
 from weft.server.api.adapters import AdapterServicer
 from weft.server.api.edge import Edge
 from weft.server.api.health import Health
@@ -34,7 +37,7 @@ from weft.server.api.loading import AdapterLoader
 from weft.server.api.prompts import Prompts
 from weft.server.api.server_info import ServerServicer
 from weft.server.api.translation import RequestLimits
-from weft.server.config import ServerConfig
+from weft.server.config import ServerConfig, is_loopback
 from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
@@ -113,11 +116,14 @@ class Server:
     """One server from its ports to its end: `open`, `load`, `drain`, `close`, each once and in this order."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Raises InvalidConfig where a file that says who may call does not hold what it should."""
         self._config = config
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
         self._health = Health(SERVICES)
-        self._edge = Edge(self._metrics.refused)
+        self._access = Access(config, self._metrics, time.monotonic)
+        self._edge = Edge(self._metrics.refused, self._access.gate)
+        self._access_watch: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
@@ -142,7 +148,7 @@ class Server:
         self._grpc.add_generic_rpc_handlers((self._edge,))
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         try:
-            port = self._grpc.add_insecure_port(_join(config.host, config.port))
+            port = self._listen(self._grpc)
         except RuntimeError as error:
             raise _unavailable("--port", config.host, config.port, "") from error
         self.address = _join(config.host, port)
@@ -152,6 +158,7 @@ class Server:
             raise _unavailable("--metrics-port", config.host, config.metrics_port, error.strerror) from error
         self._http[0].RequestHandlerClass = _MetricsHandler
         self.metrics_address = _join(config.host, self._http[0].server_port)
+        self._access_watch = asyncio.create_task(self._access.watch(), name="watch who may call")
         await self._grpc.start()
         if config.health_port is not None:
             await self._open_probes(config.host, config.health_port)
@@ -208,14 +215,14 @@ class Server:
 
     async def close(self) -> None:
         """Give the ports back. Requests still in flight are cancelled."""
+        if self._access_watch is not None:
+            await _cancelled(self._access_watch)
         if self._grpc is not None:
             await self._grpc.stop(CLOSING_GRACE_S)
         if self._probes is not None:
             await self._probes.stop(0.0)
         if self._loaded is not None:
-            self._loaded.watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._loaded.watcher
+            await _cancelled(self._loaded.watcher)
             await asyncio.to_thread(self._loaded.loader.close)
         if self._state is not None:
             self._state.close()
@@ -238,7 +245,7 @@ class Server:
         loading = f", loading: {num_loading}" if num_loading else ""
         return (
             f"{self._loaded.info.startup_line}; adapters loaded: {self._loaded.num_adapters}, "
-            f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC on {self.address}, "
+            f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC{self._guarded} on {self.address}, "
             f"metrics on http://{self.metrics_address}/metrics"
         )
 
@@ -253,6 +260,23 @@ class Server:
             raise _unavailable("--health-port", host, port, "") from error
         self.health_address = _join(host, port)
         await self._probes.start()
+
+    @property
+    def _guarded(self) -> str:
+        """What of TLS and credentials there is, in words."""
+        config = self._config
+        words = [
+            "mutual TLS" if config.tls_client_ca else "TLS" if config.tls_cert else "",
+            "for those in --access" if config.access else "",
+        ]
+        return "".join(f" {word}" for word in words if word)
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        config, credentials = self._config, self._access.credentials
+        address = _join(config.host, config.port)
+        if config.access is not None and credentials is None and not is_loopback(config.host):
+            _log.warning("--access without --tls-cert: keys and tokens come over the network as they are")
+        return server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
 
     def _load_adapters(
         self, loader: AdapterLoader, state: State | None, folders: AdapterFolders | None
@@ -279,10 +303,13 @@ class Server:
         )
         constraints = ConstraintCache(loaded.compiler)
         clock = loaded.engine.clock
-        inference = InferenceServicer(frontend, prompts, constraints, limits, clock, config.max_request_s)
+        rights = Rights(loaded.store.labels_of)
+        inference = InferenceServicer(frontend, prompts, constraints, limits, clock, config.max_request_s, rights)
+        adapters = AdapterServicer(loaded.store, loader, rights)
+        self._access.when_changed(adapters.watchers.begin_anew)
         edge = cast("Any", self._edge)  # takes handlers as a server does
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, edge)
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(loaded.store, loader), edge)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, edge)
         server_info = ServerServicer(version("weft"), config, loaded.info)
         server_pb2_grpc.add_ServerServiceServicer_to_server(server_info, edge)
 
@@ -353,6 +380,13 @@ async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def _in_daemon_thread(work: Callable[[], Result]) -> Result:

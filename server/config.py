@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ class ServerConfig:
     """Where the server listens, what it loads at start and later, and how long it waits. Port 0 takes any free port.
 
     source_roots: folders, and prefixes such as hf:org/ or https://host/folder/, that adapters may come from.
+    tls_cert, tls_key: PEM files, without which there is no TLS; tls_client_ca: who signs the certificates that every
+    client must show then. access: the file that says who may call. allow_anonymous: anybody may, from anywhere.
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
     watch: whether the adapters folder is looked at after the start. health_port: for probes, plain; None has none.
     """
@@ -121,6 +124,11 @@ class ServerConfig:
     port: int = 50051
     metrics_port: int = 9090
     health_port: int | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    access: Path | None = None
+    allow_anonymous: bool = False
     adapters: Path | None = None
     source_roots: tuple[Path | str, ...] = ()
     cache: Path | None = None
@@ -141,12 +149,26 @@ class ServerConfig:
         _between("--max-prompt-bytes", self.max_prompt_bytes, 1, 1 << 28)
         _between("--metrics-adapters", self.metrics_adapters, 0, 10000)
         _between("--max-adapter-bytes", self.max_adapter_bytes, 1, 1 << 50)
+        self._check_access()
         for option, folder in (
             ("--adapters", self.adapters),
             *(("--source-root", root) for root in self._source_folders),
         ):
             if folder is not None and not folder.is_dir():
                 raise InvalidConfig(f"{option} is {str(folder)!r}; must be an existing folder")
+
+    def _check_access(self) -> None:
+        for given, missing in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert")):
+            if getattr(self, given) is not None and getattr(self, missing) is None:
+                raise InvalidConfig(f"{_option(given)} is given without {_option(missing)}: TLS needs both")
+        closed_by = next((name for name in ("access", "tls_client_ca") if getattr(self, name) is not None), None)
+        if closed_by is not None and self.allow_anonymous:
+            raise InvalidConfig(f"--allow-anonymous and {_option(closed_by)} contradict each other: choose one")
+        if closed_by is None and not self.allow_anonymous and not is_loopback(self.host):
+            raise InvalidConfig(
+                f"--host is {self.host!r}, which other machines can reach, and nothing says who may call: give "
+                "--access FILE or --tls-client-ca FILE, or --allow-anonymous to let anybody"
+            )
 
     @property
     def all_source_roots(self) -> tuple[Path, ...]:
@@ -166,6 +188,18 @@ class ServerConfig:
 def is_prefix(root: Path | str) -> bool:
     """Whether it begins as a URL does; a folder of such a name can be written ./hf:name."""
     return isinstance(root, str) and re.match(r"[A-Za-z][A-Za-z0-9+-]*:", root) is not None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _between(option: str, value: float | None, low: float, high: float) -> None:

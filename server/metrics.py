@@ -118,6 +118,13 @@ class Metrics:
         self._refused = Counter(
             "weft_refused_requests", "Requests that the engine never had, by status code.", ["code"], registry=registry
         )
+        self._quota_refused = Counter(
+            "weft_quota_refusals", "Requests over their caller's quota, by the limit.", ["limit"], registry=registry
+        )
+        self._reloads = Counter(
+            "weft_reloads", "Files and keys of access that were read again.", ["what", "outcome"], registry=registry
+        )
+        self._certificate_expiry: Gauge | None = None
         speculated = Counter(
             "weft_speculative_tokens", "Tokens guessed ahead, by outcome.", ["outcome"], registry=registry
         )
@@ -167,6 +174,24 @@ class Metrics:
     def refused(self, code: str) -> None:
         """A request ended before the engine had it. code: a gRPC status, lower case. Any thread may call this."""
         self._refused.labels(code).inc()
+
+    def quota_refused(self, limit: str) -> None:
+        """A request was over its caller's quota: requests_per_minute, tokens_per_minute or max_in_flight."""
+        self._quota_refused.labels(limit).inc()
+
+    def reloaded(self, what: str, outcome: str) -> None:
+        """What says who may call was read again. what: "access", "certificate" or "jwks"; outcome: "ok" or "failed"."""
+        self._reloads.labels(what, outcome).inc()
+
+    def certificate_expires(self, at_s: float) -> None:
+        """The certificate that new connections get is valid until then, in seconds since the epoch."""
+        if self._certificate_expiry is None:
+            self._certificate_expiry = Gauge(
+                "weft_certificate_expiry_timestamp_seconds",
+                "When the TLS certificate expires.",
+                registry=self._registry,
+            )
+        self._certificate_expiry.set(at_s)
 
     def adapter_loaded(self, seconds: float, outcome: str) -> None:
         """A load ended: outcome "ok", or why not. May be called from any thread."""

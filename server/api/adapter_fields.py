@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from weft.adapters.names import MAX_NAME_CHARACTERS
 from weft.adapters.records import AdapterChange, AdapterInfo, NewAdapter
 from weft.errors import InvalidRequest, Problem
+from weft.server.api.callers import ANYBODY, Caller, current_caller
 from weft.server.api.resources import STATES
 from weft.server.api.violations import Violations
 from weft.v1 import adapter_pb2 as pb2
@@ -24,17 +25,22 @@ _SET_BY_CLIENT = frozenset({"name", *_MUTABLE})
 
 @dataclass(frozen=True, slots=True)
 class AdapterFilter:
-    """Which adapters are asked for: those that match all of it. state: of `weft.v1`; unspecified, any."""
+    """Which adapters are asked for: those that match all of it. state: of `weft.v1`; unspecified, any.
+
+    caller: who asks, and is told of no other adapters than it may use.
+    """
 
     state: int
     labels: Mapping[str, str]
     name_prefix: str
+    caller: Caller = ANYBODY
 
     def matches(self, info: AdapterInfo) -> bool:
         return (
             self.state in (pb2.ADAPTER_STATE_UNSPECIFIED, STATES[info.state])
             and info.name.startswith(self.name_prefix)
             and all(info.labels.get(key) == value for key, value in self.labels.items())
+            and self.caller.may_use(info.name, info.labels)
         )
 
 
@@ -43,7 +49,8 @@ def to_filter(request: pb2.ListAdaptersRequest | pb2.WatchAdaptersRequest, viola
     if request.state not in pb2.AdapterState.values():
         violations.add("state", f"is {request.state}, which is no state that this server knows")
     _check_length(request.name_prefix, "name_prefix", violations)
-    return AdapterFilter(request.state, _labels(request.labels, "labels", violations), request.name_prefix)
+    labels = _labels(request.labels, "labels", violations)
+    return AdapterFilter(request.state, labels, request.name_prefix, current_caller.get())
 
 
 def to_new_adapter(adapter: pb2.Adapter) -> NewAdapter:

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from weft.adapters.report import AdapterReport
 from weft.adapters.store import AdapterStore
 from weft.errors import InvalidRequest
+from weft.server.api.access.rights import Rights
 from weft.server.api.adapter_fields import (
     page_start,
     page_token,
@@ -17,6 +18,7 @@ from weft.server.api.adapter_fields import (
     to_name,
     to_new_adapter,
 )
+from weft.server.api.callers import current_caller
 from weft.server.api.edge import Context
 from weft.server.api.loading import AdapterLoader
 from weft.server.api.planning import to_plan, to_wanted
@@ -33,19 +35,23 @@ MAX_PAGE_SIZE = 1000
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     """Answers from the store; loads through the loader, and ends the watches when that drains."""
 
-    def __init__(self, store: AdapterStore, loader: AdapterLoader) -> None:
+    def __init__(self, store: AdapterStore, loader: AdapterLoader, rights: Rights) -> None:
         self.store = store
         self.loader = loader
+        self.rights = rights
         self.watchers = Watchers(store)
         loader.when_draining(self.watchers.close)
 
     async def CreateAdapter(self, request: pb2.CreateAdapterRequest, context: Context) -> pb2.CreateAdapterResponse:
         new = to_new_adapter(request.adapter)
+        self.rights.check_new(new)
         info = await self.loader.create(new) if request.wait else await self.loader.start(new)
         return pb2.CreateAdapterResponse(adapter=to_message(info))
 
     async def GetAdapter(self, request: pb2.GetAdapterRequest, context: Context) -> pb2.GetAdapterResponse:
-        return pb2.GetAdapterResponse(adapter=to_message(self.store.get(to_name(request))))
+        name = to_name(request)
+        self.rights.check_name(name)
+        return pb2.GetAdapterResponse(adapter=to_message(self.store.get(name)))
 
     async def ListAdapters(self, request: pb2.ListAdaptersRequest, context: Context) -> pb2.ListAdaptersResponse:
         violations = Violations()
@@ -62,10 +68,13 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def UpdateAdapter(self, request: pb2.UpdateAdapterRequest, context: Context) -> pb2.UpdateAdapterResponse:
         change = to_change(request)
+        self.rights.check_change(request.adapter.name, change)
         return pb2.UpdateAdapterResponse(adapter=to_message(await self.loader.update(request.adapter.name, change)))
 
     async def DeleteAdapter(self, request: pb2.DeleteAdapterRequest, context: Context) -> pb2.DeleteAdapterResponse:
-        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(to_name(request))))
+        name = to_name(request)
+        self.rights.check_name(name)
+        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(name)))
 
     async def WatchAdapters(
         self, request: pb2.WatchAdaptersRequest, context: Context
@@ -84,12 +93,16 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def CheckAdapter(self, request: pb2.CheckAdapterRequest, context: Context) -> pb2.CheckAdapterResponse:
         if not request.source:
             raise InvalidRequest.of("source", "is empty; it is required")
+        self.rights.check_source(request.source)
         return pb2.CheckAdapterResponse(report=to_report(await self._inspect(request.source, "source")))
 
     async def PlanCapacity(self, request: pb2.PlanCapacityRequest, context: Context) -> pb2.PlanCapacityResponse:
-        wanted = to_wanted(request)
+        wanted, caller = to_wanted(request), current_caller.get()
+        for source in wanted.sources:
+            self.rights.check_source(source)
         reports = [await self._inspect(source, f"sources[{i}]") for i, source in enumerate(wanted.sources)]
-        return to_plan(wanted, reports, self.store.list(), self.store.capacity(), self.loader.metrics.kv_tokens)
+        present = self.store.list(wanted=lambda info: caller.may_use(info.name, info.labels))
+        return to_plan(wanted, reports, present, self.store.capacity(), self.loader.metrics.kv_tokens)
 
     async def _inspect(self, source: str, path: str) -> AdapterReport:
         """path: of the field that holds the source."""

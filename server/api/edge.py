@@ -1,4 +1,4 @@
-"""What every RPC of `weft.v1` passes on its way in and out: parsing, unknown fields, errors.
+"""What every RPC of `weft.v1` passes on its way in and out: who calls, parsing, unknown fields, errors.
 
 Servicers raise Weft's errors; here they become statuses. Until the servicers are there, every RPC is refused.
 """
@@ -6,8 +6,8 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn, TypeAlias
@@ -17,7 +17,11 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc.status_pb2 import Status
 
-from weft.errors import InvalidRequest, Problem, Unavailable, WeftError
+from weft.errors import AdapterNotFound, InvalidRequest, Problem, Unavailable, WeftError
+from weft.server.api.access.audit import AuditLine
+from weft.server.api.access.gate import Gate, check_role
+from weft.server.api.access.rights import concealed
+from weft.server.api.callers import current_caller
 from weft.server.api.errors import code_of, to_status, unexpected_status
 
 _log = logging.getLogger(__name__)
@@ -45,9 +49,10 @@ class EndedByEngine(Exception):
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self, count_refusal: Callable[[str], None]) -> None:
+    def __init__(self, count_refusal: Callable[[str], None], gate: Gate) -> None:
         """count_refusal: called with the code, in lower case, of each RPC that is refused."""
         self._count_refusal = count_refusal
+        self._gate = gate
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -65,7 +70,7 @@ class Edge(grpc.GenericRpcHandler):
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return None
-        call = _Call(method, handler, self._count_refusal)
+        call = _Call(method, handler, self._count_refusal, self._gate)
         return grpc.unary_stream_rpc_method_handler(call.run, None, handler.response_serializer)
 
     async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
@@ -82,24 +87,46 @@ class _Call:
     method: str
     handler: Handler
     count_refusal: Callable[[str], None]
+    gate: Gate
 
     async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+        audit = AuditLine.of(self.method, context)
         try:
-            request = self._parse(raw)
-            if self.handler.response_streaming:
-                async with aclosing(self._behaviour(request, context)) as responses:
-                    async for response in responses:
-                        yield response
-            else:
-                yield await self._behaviour(request, context)
+            async with aclosing(self._answers(raw, context, audit)) as responses:
+                async for response in responses:
+                    yield response
         except grpc.aio.AbortError:
             raise
         except EndedByEngine as ended:
             await abort(context, self._status(ended.error))
         except Exception as error:  # noqa: BLE001 - the edge: whatever happens is answered
             status = self._status(error)
-            self.count_refusal(code_of(status).name.lower())
+            code = code_of(status).name.lower()
+            self.count_refusal(code)
+            if audit is not None:
+                audit.outcome = code
             await abort(context, status)
+        finally:
+            if audit is not None:
+                audit.write()
+
+    async def _answers(self, raw: bytes, context: Context, audit: AuditLine | None) -> AsyncGenerator[Message]:
+        caller = await self.gate.authenticate(context)
+        current_caller.set(caller)
+        if audit is not None:
+            audit.asked(raw, self.handler.request_deserializer)
+        check_role(caller, self.method)
+        request = self._parse(raw)
+        with caller.quota.running() if caller.quota is not None else nullcontext():
+            if self.handler.response_streaming:
+                async with aclosing(self._behaviour(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+                return
+            response = await self._behaviour(request, context)
+            if audit is not None:
+                audit.answered(response)
+            yield response
 
     @property
     def _behaviour(self) -> Any:
@@ -117,6 +144,8 @@ class _Call:
         return request
 
     def _status(self, error: Exception) -> Status:
+        if isinstance(error, AdapterNotFound):
+            error = concealed(error, current_caller.get())
         if isinstance(error, WeftError):
             status = to_status(error)
             _log.info("%s: %s: %s", self.method, code_of(status).name, status.message)

@@ -24,7 +24,10 @@ from weft.errors import (
     InvalidAdapter,
     InvalidRequest,
     OutOfCapacity,
+    PermissionDenied,
     Problem,
+    QuotaExceeded,
+    Unauthenticated,
     Unavailable,
     WeftError,
 )
@@ -80,6 +83,14 @@ def _retry(delay_s: float) -> Iterable[Message]:
     yield details_pb2.RetryInfo(retry_delay=delay)
 
 
+def _quota_failure(error: QuotaExceeded) -> Iterable[Message]:
+    yield from _retry(error.retry_after_s)
+    violation = details_pb2.QuotaFailure.Violation(
+        subject=shorten(f"caller:{error.caller}", _MAX_FIELD_BYTES), description=error.limit
+    )
+    yield details_pb2.QuotaFailure(violations=[violation])
+
+
 _TABLE: Mapping[type[WeftError], _Row] = {
     AdapterNotFound: _Row(
         grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", lambda error: _adapter(error.adapter_id, str(error))
@@ -89,10 +100,13 @@ _TABLE: Mapping[type[WeftError], _Row] = {
     AdapterExists: _Row(
         grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS", lambda error: _adapter(error.name, str(error))
     ),
+    QuotaExceeded: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", _quota_failure),
     OutOfCapacity: _Row(
         grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_CAPACITY", lambda error: _retry(error.retry_after_s)
     ),
     Unavailable: _Row(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", lambda error: _retry(UNAVAILABLE_RETRY_S)),
+    Unauthenticated: _Row(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDenied: _Row(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     GenerationFailed: _Row(grpc.StatusCode.INTERNAL, "GENERATION_FAILED"),
 }

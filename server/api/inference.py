@@ -11,6 +11,8 @@ from typing import Any
 
 from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
+from weft.server.api.access.rights import Rights
+from weft.server.api.callers import current_caller
 from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """clock: the engine's. max_request_s: how long a request without a deadline may take."""
+    """clock: the engine's. max_request_s: how long a request without a deadline may take. rights: the callers'."""
 
     frontend: Frontend
     prompts: Prompts
@@ -44,6 +46,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     limits: RequestLimits
     clock: Callable[[], float]
     max_request_s: float
+    rights: Rights
 
     async def Generate(self, request: pb2.GenerateRequest, context: Context) -> pb2.GenerateResponse:
         async with aclosing(self._answer(request, context)) as messages:
@@ -73,7 +76,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._check({f"continuations[{index}]": whole for index, whole in enumerate(requests)}, "with the prompt ")
         tokens: list[list[Token]] = [[] for _ in requests]
         finishes: list[Finish] = []
-        async with self.frontend.streams(requests) as streams:
+        num_prompt_tokens = len(prompt) + sum(map(len, continuations))
+        async with self._streams(requests, num_prompt_tokens) as streams:
             async for index, delta in _reporting(streams):
                 tokens[index] += delta.prompt
                 finishes += [delta.finish] if delta.finish is not None else []
@@ -81,7 +85,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             "request %s: %d continuations scored, by %s", shared.request_id, len(tokens), _names(streams.adapters)
         )
         usage = to_usage(finishes)
-        usage.prompt_tokens = len(prompt) + sum(map(len, continuations))
+        usage.prompt_tokens = num_prompt_tokens
         return pb2.ScoreResponse(
             scores=[to_score(scored) for scored in tokens],
             usage=usage,
@@ -120,7 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         prompt_logprobs = message.output.prompt_logprobs and len(prompt) > 1
         if prompt_logprobs:
             requests[0] = replace(requests[0], prompt_logprobs_from=1)
-        async with self.frontend.streams(requests) as streams:
+        async with self._streams(requests, len(prompt)) as streams:
             shown = await self.prompts.show(message, prompt) if message.output.include_prompt else None
             reply = Reply(
                 *(checked.request_id, streams.adapters, shown),
@@ -132,6 +136,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     _log_finish(checked.request_id, streams.adapters, delta.finish)
                 for response in reply.push(index, delta):
                     yield response
+
+    @asynccontextmanager
+    async def _streams(self, requests: Sequence[Request], num_prompt_tokens: int) -> AsyncIterator[Streams]:
+        """The answers to requests with the same adapters, if their caller may use these and has tokens left."""
+        quota = current_caller.get().quota
+        self.rights.check_mix([adapter_id for adapter_id, _ in requests[0].adapters])
+        if quota is not None:
+            quota.check_tokens()
+        async with self.frontend.streams(requests) as streams:
+            if quota is not None:
+                quota.spend(num_prompt_tokens)
+            yield streams
 
     def _check(self, requests: Mapping[str, Request], before: str = "") -> None:
         """Raises InvalidRequest for prompts that can't be run. requests: by the path that each is reported at."""
@@ -160,10 +176,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 async def _reporting(streams: Streams) -> AsyncIterator[tuple[int, Delta]]:
-    """The deltas of requests that the engine has taken, whose errors it has counted."""
+    """The deltas of requests that the engine has taken, whose errors it has counted; their caller pays for each."""
+    quota = current_caller.get().quota
     try:
-        async for item in streams:
-            yield item
+        async for index, delta in streams:
+            if quota is not None:
+                quota.spend(len(delta.tokens))
+            yield index, delta
     except WeftError as error:
         raise EndedByEngine(error) from error
 

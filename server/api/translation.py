@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from google.protobuf.duration_pb2 import Duration
 
 from weft.adapters.names import MAX_NAME_CHARACTERS
+from weft.server.api.callers import current_caller
 from weft.server.api.chat import check_chat
 from weft.server.api.constraint_fields import check_constraint
 from weft.server.api.violations import Number, Range, Violations
@@ -160,13 +161,15 @@ def _shared(
     if request.WhichOneof("prompt") == "text" and not request.text:
         violations.add("text", "is empty; give a prompt")
     violations.length(request.cache_salt, "cache_salt", MAX_CACHE_SALT_CHARACTERS)
+    caller = current_caller.get()
+    other = _other(metadata, violations) if caller.on_behalf else ""
     return Request(
         request_id=_request_id(request.request_id, violations),
         prompt=(),
         adapters=_adapters(request, metadata, violations),
         priority=violations.number(request, "priority", 0, PRIORITIES),
-        caller=_caller(metadata, violations),
-        cache_salt=request.cache_salt,
+        caller=caller.asking_for(other),
+        cache_salt=caller.salted(request.cache_salt, other),
         deadline_s=deadline_s,
     )
 
@@ -209,8 +212,8 @@ def _request_id(given: str, violations: Violations) -> str:
     return given or uuid.uuid4().hex
 
 
-def _caller(metadata: Metadata, violations: Violations) -> str:
-    """Who asks, by the word of the gateway in front; empty where it says nothing."""
+def _other(metadata: Metadata, violations: Violations) -> str:
+    """Whom a gateway in front asks for; empty where it says nothing."""
     said = {str(value): key for key, value in metadata if key in CALLER_METADATA and value}
     if len(said) > 1:
         violations.add(f"metadata {max(said.values())}", f"names callers that disagree: {', '.join(map(repr, said))}")

@@ -34,6 +34,8 @@ class Watch:
     _untold: dict[str, tuple[AdapterInfo, bool]] = field(default_factory=dict)
     _first: set[str] = field(default_factory=set)
     _told: set[str] = field(default_factory=set)
+    refusal: str | None = None
+    """Why it ends, where it was ended alone."""
     _is_listed: bool = False
 
     def begin(self, present: Iterable[AdapterInfo]) -> None:
@@ -93,7 +95,7 @@ class Watchers:
             watch.begin(self._store.list())
             while True:
                 await watch.ready.wait()
-                self._check_open()
+                self._check_open(watch)
                 if watch.has_more:
                     yield watch.next()
                 else:
@@ -107,9 +109,16 @@ class Watchers:
         for watch in self._watches:
             watch.ready.set()
 
-    def _check_open(self) -> None:
-        if self._refusal is not None:
-            raise Unavailable(self._refusal)
+    def begin_anew(self) -> None:
+        """End every watch, for its caller's rights may be others now; each may be asked for again."""
+        for watch in self._watches:
+            watch.refusal = "who may see what has changed: watch again"
+            watch.ready.set()
+
+    def _check_open(self, watch: Watch | None = None) -> None:
+        refusal = self._refusal or (watch.refusal if watch is not None else None)
+        if refusal is not None:
+            raise Unavailable(refusal)
 
     def _enter(self, watch: Watch) -> None:
         if not self._watches:

@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, cast
 
 import grpc
 import numpy
@@ -58,16 +59,29 @@ def _ready(scheduled: Scheduled, adapter: str, pool: Sequence[int], draw: numpy.
     return Ready(scheduled, adapter, request.SerializeToString())
 
 
-async def run(address: str, requests: Sequence[Ready], timeout_s: float | None, done: Progress) -> Run:
+class Server(Protocol):
+    """Where the load goes. metadata: of each call."""
+
+    @property
+    def metadata(self) -> Sequence[tuple[str, str]]: ...
+
+    def aio_channel(self, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel: ...
+
+
+async def run(server: Server, requests: Sequence[Ready], timeout_s: float | None, done: Progress) -> Run:
     """Send all at their times; `done` is told of each as it ends. timeout_s: each request's deadline, from its sending.
 
     Raises grpc.RpcError where the server can't be reached at the start.
     """
-    channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for _ in range(NUM_CHANNELS)]
+    channels = [server.aio_channel(_OPTIONS) for _ in range(NUM_CHANNELS)]
     try:
         await asyncio.gather(*(_connected(channel) for channel in channels))
         calls: list[Any] = [
-            channel.unary_stream(_METHOD, None, pb2.StreamGenerateResponse.FromString) for channel in channels
+            partial(
+                cast("Any", channel.unary_stream(_METHOD, None, pb2.StreamGenerateResponse.FromString)),
+                metadata=server.metadata,
+            )
+            for channel in channels
         ]
         start_s, busy_s = time.perf_counter(), time.process_time()
         tasks = []

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import click
 
+import weft.server.cli.environment  # noqa: F401 - before gRPC
 from weft.errors import InvalidConfig, WeftError
 from weft.server.cli.adapters import adapters
 from weft.server.cli.bench import bench
 from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
 from weft.server.cli.health import health
+from weft.server.cli.keys import keys
 from weft.server.cli.serve import serve
 from weft.server.cli.sync import sync
 
@@ -27,7 +29,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, sync, health, bench, demo):
+for command in (serve, generate, adapters, sync, health, keys, bench, demo):
     cli.add_command(command)
 
 

@@ -20,7 +20,7 @@ from weft.server.cli.adapter_tables import (
     print_report,
     state_name,
 )
-from weft.server.cli.client import address_option, connected
+from weft.server.cli.client import Endpoint, connected, server_options
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
 
@@ -69,12 +69,12 @@ def adapters() -> None:
 
 
 @adapters.command(name="list")
-@address_option
+@server_options
 @_filtered
 @json_option
-def list_(address: str, as_json: bool, **wanted: Any) -> None:
+def list_(server: Endpoint, as_json: bool, **wanted: Any) -> None:
     """List the adapters."""
-    with _service(address) as stub:
+    with _service(server) as stub:
         found = list(pages(stub, _filter(wanted)))
     if as_json:
         print_json(found)
@@ -86,25 +86,25 @@ def list_(address: str, as_json: bool, **wanted: Any) -> None:
 
 @adapters.command()
 @click.argument("name")
-@address_option
+@server_options
 @json_option
-def show(name: str, address: str, as_json: bool) -> None:
+def show(name: str, server: Endpoint, as_json: bool) -> None:
     """Show all that is known of one adapter."""
-    with _service(address) as stub:
+    with _service(server) as stub:
         adapter = stub.GetAdapter(pb2.GetAdapterRequest(name=name)).adapter
     print_json(adapter) if as_json else print_adapter(adapter)
 
 
 @adapters.command()
 @click.argument("source")
-@address_option
+@server_options
 @json_option
-def check(source: str, address: str, as_json: bool) -> int:
+def check(source: str, server: Endpoint, as_json: bool) -> int:
     """Say, module by module, what of SOURCE would be applied, and what can't be served and why. Loads nothing.
 
     Ends with 1 if it can't be served.
     """
-    with _service(address) as stub:
+    with _service(server) as stub:
         report = stub.CheckAdapter(pb2.CheckAdapterRequest(source=_url(source))).report
     print_json(report) if as_json else print_report(report)
     return 1 if report.problems else 0
@@ -113,20 +113,20 @@ def check(source: str, address: str, as_json: bool) -> int:
 @adapters.command()
 @click.argument("name")
 @click.argument("source")
-@address_option
+@server_options
 @click.option("--label", "labels", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="May be given repeatedly.")
 @click.option("--pinned", is_flag=True, help="Never evict it.")
 @click.option("--no-wait", is_flag=True, help="Return before it is loaded.")
-def load(name: str, source: str, address: str, labels: Mapping[str, str], pinned: bool, no_wait: bool) -> None:
+def load(name: str, source: str, server: Endpoint, labels: Mapping[str, str], pinned: bool, no_wait: bool) -> None:
     """Load the PEFT folder at SOURCE under NAME: a path on the server's machine, `hf:org/repo`, a URL."""
-    with _service(address) as stub:
+    with _service(server) as stub:
         adapter = pb2.Adapter(name=name, source=_url(source), labels=labels, pinned=pinned)
         print_adapter(stub.CreateAdapter(pb2.CreateAdapterRequest(adapter=adapter, wait=not no_wait)).adapter)
 
 
 @adapters.command()
 @click.argument("name")
-@address_option
+@server_options
 @click.option("--source", help="Read it from here now. Requests in flight finish on the version they began with.")
 @click.option("--pin/--unpin", "pinned", default=None, help="Never evict it, or do.")
 @click.option(
@@ -138,7 +138,7 @@ def load(name: str, source: str, address: str, labels: Mapping[str, str], pinned
 )
 @click.option("--no-labels", is_flag=True, help="Drop its labels.")
 def update(
-    name: str, address: str, source: str | None, pinned: bool | None, labels: Mapping[str, str], no_labels: bool
+    name: str, server: Endpoint, source: str | None, pinned: bool | None, labels: Mapping[str, str], no_labels: bool
 ) -> None:
     """Change an adapter, all at once or not at all."""
     if labels and no_labels:
@@ -150,49 +150,49 @@ def update(
     adapter = pb2.Adapter(
         name=name, source=_url(source) if source is not None else "", pinned=bool(pinned), labels=labels
     )
-    _update(address, adapter, paths)
+    _update(server, adapter, paths)
 
 
 @adapters.command()
 @click.argument("name")
-@address_option
-def pin(name: str, address: str) -> None:
+@server_options
+def pin(name: str, server: Endpoint) -> None:
     """Bring an adapter to the device, and keep it there."""
-    _update(address, pb2.Adapter(name=name, pinned=True), ["pinned"])
+    _update(server, pb2.Adapter(name=name, pinned=True), ["pinned"])
 
 
 @adapters.command()
 @click.argument("name")
-@address_option
-def unpin(name: str, address: str) -> None:
+@server_options
+def unpin(name: str, server: Endpoint) -> None:
     """Let an adapter make room for others again."""
-    _update(address, pb2.Adapter(name=name), ["pinned"])
+    _update(server, pb2.Adapter(name=name), ["pinned"])
 
 
 @adapters.command()
 @click.argument("name")
-@address_option
-def unload(name: str, address: str) -> None:
+@server_options
+def unload(name: str, server: Endpoint) -> None:
     """Take an adapter away; requests in flight finish with it."""
-    with _service(address) as stub:
+    with _service(server) as stub:
         stub.DeleteAdapter(pb2.DeleteAdapterRequest(name=name))
     click.echo(f"{name} is unloaded")
 
 
 @adapters.command()
-@address_option
+@server_options
 @_filtered
 @json_option
-def watch(address: str, as_json: bool, **wanted: Any) -> None:
+def watch(server: Endpoint, as_json: bool, **wanted: Any) -> None:
     """Print each adapter, `listed`, and then each change as it happens: one line an event, until Ctrl-C."""
-    with _service(address) as stub:
+    with _service(server) as stub:
         for event in stub.WatchAdapters(pb2.WatchAdaptersRequest(**_filter(wanted))):
             print_json(event, indent=None) if as_json else click.echo(event_line(event))
 
 
 @adapters.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@address_option
+@server_options
 @click.option(
     *("--shape", "shapes"),
     multiple=True,
@@ -205,7 +205,7 @@ def watch(address: str, as_json: bool, **wanted: Any) -> None:
 )
 @json_option
 def plan(
-    sources: Sequence[str], address: str, shapes: Sequence[pb2.AdapterShape], ranks: Sequence[int], as_json: bool
+    sources: Sequence[str], server: Endpoint, shapes: Sequence[pb2.AdapterShape], ranks: Sequence[int], as_json: bool
 ) -> int:
     """Say whether adapters would fit on the device all at once, and what there is. Loads nothing.
 
@@ -214,7 +214,7 @@ def plan(
     request = pb2.PlanCapacityRequest(
         sources=[_url(source) for source in sources], shapes=shapes, ranks=ranks or PLANNED_RANKS
     )
-    with _service(address) as stub:
+    with _service(server) as stub:
         answer = stub.PlanCapacity(request)
     print_json(answer) if as_json else print_plan(answer)
     return 0 if answer.fits else 1
@@ -232,14 +232,14 @@ def pages(stub: adapter_pb2_grpc.AdapterServiceStub, wanted: Mapping[str, Any]) 
 
 
 @contextmanager
-def _service(address: str) -> Iterator[adapter_pb2_grpc.AdapterServiceStub]:
-    with connected(address) as channel:
+def _service(server: Endpoint) -> Iterator[adapter_pb2_grpc.AdapterServiceStub]:
+    with connected(server) as channel:
         yield adapter_pb2_grpc.AdapterServiceStub(channel)
 
 
-def _update(address: str, adapter: pb2.Adapter, paths: Sequence[str]) -> None:
+def _update(server: Endpoint, adapter: pb2.Adapter, paths: Sequence[str]) -> None:
     request = pb2.UpdateAdapterRequest(adapter=adapter, update_mask=FieldMask(paths=paths))
-    with _service(address) as stub:
+    with _service(server) as stub:
         print_adapter(stub.UpdateAdapter(request).adapter)
 
 

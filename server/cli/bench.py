@@ -15,7 +15,7 @@ import click
 
 from weft.server.cli.bench_kernels import check_can_write, kernels
 from weft.server.cli.bench_tables import Watch, print_runs
-from weft.server.cli.client import address_option, connected, failures_in_words
+from weft.server.cli.client import Endpoint, connected, failures_in_words, server_options
 
 if TYPE_CHECKING:
     from weft.server.bench.summary import Record, Summary
@@ -95,7 +95,7 @@ _rate_options: Sequence[Callable[[Any], Any]] = (
     ),
 )
 _common_options: Sequence[Callable[[Any], Any]] = (
-    address_option,
+    server_options,
     click.option("--adapter", "names", multiple=True, metavar="ID", help="Ask for this one; may be given repeatedly."),
     click.option("--match", metavar="GLOB", help="Ask for the server's adapters whose names match, such as 'team-*'."),
     click.option(
@@ -132,7 +132,7 @@ def bench() -> None:
 class Settings:
     """What all workloads are run with."""
 
-    address: str
+    server: Endpoint
     names: Sequence[str]
     match: str | None
     fit: bool
@@ -242,7 +242,7 @@ def _run(settings: Settings, base_only: bool, wanted: int, prompt: Lengths, new:
     for path in (settings.output, settings.plot):
         if path is not None:
             check_can_write(path)
-    with connected(settings.address) as channel:
+    with connected(settings.server) as channel:
         target = survey(channel)
     adapters = [] if base_only else target.choose(settings.names, settings.match)
     if settings.fit:
@@ -266,11 +266,11 @@ def _run_all(settings: Settings, target: Target, adapters: Sequence[str], planne
     from weft.server.bench.summary import summarize  # noqa: PLC0415
 
     runs: Runs = []
-    with Watch() as watch, failures_in_words(settings.address):
+    with Watch() as watch, failures_in_words(settings.server):
         for workload in planned:
             requests = generator.prepare(workload.schedule(), adapters, target.pool, workload.seed)
             watch.begin(workload, len(requests))
-            ran = asyncio.run(generator.run(settings.address, requests, settings.timeout, watch.ended))
+            ran = asyncio.run(generator.run(settings.server, requests, settings.timeout, watch.ended))
             runs.append((workload, summarize(ran.records, ran.busy_s, ran.wall_s), ran.records))
     return runs
 

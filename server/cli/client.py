@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 import grpc
@@ -13,56 +17,224 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from weft.server.api.access.keys import can_be_sent
+
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
-_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):(\d{1,5})")
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):(\d{1,5})")
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+Options = Sequence[tuple[str, Any]]
 
 
-def _check_address(_context: click.Context, _option: click.Parameter, address: str) -> str:
-    match = _ADDRESS.fullmatch(address)
-    if match is None or not 1 <= int(match[1]) <= 65535:
-        raise click.UsageError(f"--address is {address!r}; must be HOST:PORT, such as {DEFAULT_ADDRESS} or [::1]:50051")
-    return address
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server, and how to talk to it. api_key: or a token; empty for none. credentials: None without TLS."""
+
+    address: str
+    api_key: str = field(default="", repr=False)
+    credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with each call."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+    def channel(self, options: Options) -> grpc.Channel:
+        """Its calls bring the metadata with them."""
+        if self.credentials is not None:
+            channel = grpc.secure_channel(self.address, self.credentials, options)
+        else:
+            channel = grpc.insecure_channel(self.address, options)
+        return grpc.intercept_channel(channel, _WithMetadata(self.metadata)) if self.api_key else channel
+
+    def aio_channel(self, options: Options) -> grpc.aio.Channel:
+        """Its calls have to be given the metadata."""
+        if self.credentials is not None:
+            return grpc.aio.secure_channel(self.address, self.credentials, options)
+        return grpc.aio.insecure_channel(self.address, options)
 
 
-address_option: Callable[[Any], Callable[..., Any]] = click.option(
-    "--address",
-    default=DEFAULT_ADDRESS,
-    show_default=True,
-    envvar="WEFT_ADDRESS",
-    metavar="HOST:PORT",
-    callback=_check_address,
-    help="Of the server.",
+class _CallDetails(NamedTuple):
+    """As grpc's own, which can't be made."""
+
+    method: str
+    timeout: float | None
+    metadata: Sequence[tuple[str, str | bytes]]
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _WithMetadata(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Adds metadata to every call. Unlike call credentials, also where there is no TLS."""
+
+    def __init__(self, metadata: Sequence[tuple[str, str]]) -> None:
+        self._metadata = metadata
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._added(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._added(client_call_details), request)
+
+    def _added(self, call: Any) -> _CallDetails:
+        metadata = (*(call.metadata or ()), *self._metadata)
+        return _CallDetails(
+            call.method, call.timeout, metadata, call.credentials, call.wait_for_ready, call.compression
+        )
+
+
+_OPTIONS: Sequence[Callable[[Any], Any]] = (
+    click.option(
+        *("--address",),
+        default=DEFAULT_ADDRESS,
+        show_default=True,
+        envvar="WEFT_ADDRESS",
+        metavar="HOST:PORT",
+        help="Of the server.",
+    ),
+    click.option(
+        *("--api-key",),
+        envvar="WEFT_API_KEY",
+        metavar="KEY",
+        help="An API key or a token, better given as WEFT_API_KEY: others see a command line.",
+    ),
+    click.option("--api-key-file", type=_FILE, envvar="WEFT_API_KEY_FILE", help="A file that holds it."),
+    click.option("--tls", is_flag=True, envvar="WEFT_TLS", help="Talk TLS; also by the options that follow."),
+    click.option("--tls-ca", type=_FILE, envvar="WEFT_TLS_CA", help="Who signs the server's certificate, in PEM."),
+    click.option("--tls-cert", type=_FILE, envvar="WEFT_TLS_CERT", help="The client's own certificate, in PEM."),
+    click.option("--tls-key", type=_FILE, envvar="WEFT_TLS_KEY", help="Its private key, in PEM."),
 )
 
 
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which server; the command gets them as `server`, an Endpoint."""
+
+    @wraps(command)
+    def with_server(
+        address: str,
+        api_key: str | None,
+        api_key_file: Path | None,
+        tls: bool,
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        **rest: Any,
+    ) -> Any:
+        host = _host_of(address)
+        files = (tls_ca, tls_cert, tls_key)
+        credentials = _credentials(*files) if tls or any(files) else None
+        key = _api_key(api_key, api_key_file)
+        if key and credentials is None and not _is_loopback(host):
+            click.echo(f"weft: the API key goes to {address} unencrypted: add --tls", err=True)
+        return command(server=Endpoint(address, key, credentials), **rest)
+
+    decorated: Callable[..., Any] = with_server
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
 @contextmanager
-def connected(address: str) -> Iterator[grpc.Channel]:
+def connected(server: Endpoint) -> Iterator[grpc.Channel]:
     """A channel; an RPC that fails inside the block ends the command with one line."""
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    with grpc.insecure_channel(address, options) as channel, failures_in_words(address):
+    with server.channel(options) as channel, failures_in_words(server):
         yield channel
 
 
 @contextmanager
-def failures_in_words(address: str = "its address") -> Iterator[None]:
+def failures_in_words(server: Endpoint | None = None) -> Iterator[None]:
     """An RPC that fails inside the block ends the command with one line."""
     try:
         yield
     except grpc.RpcError as error:
-        raise click.ClickException(describe(error, address)) from None
+        raise click.ClickException(describe(error, server or Endpoint("its address"))) from None
 
 
-def describe(error: grpc.RpcError, address: str) -> str:
-    """An RPC's failure in words: the server's own, or that there is no server."""
+def describe(error: grpc.RpcError, server: Endpoint) -> str:
+    """An RPC's failure in words: the server's own, or why there is none."""
     call: Any = error  # the errors that stubs raise are calls too
     status: Status | None = rpc_status.from_call(call)
     if status is None:
         code = error.code()
         if code is grpc.StatusCode.UNAVAILABLE:
-            return f"no server answers at {address}: start one with `weft serve`"
+            return _no_server(server, error.details() or "")
         return f"{code.name}: {error.details()}"
     return ": ".join([*_code_name(status), _violations(status) or status.message])
+
+
+def _no_server(server: Endpoint, details: str) -> str:
+    where, is_closed = server.address, "Socket closed" in details or "Connection reset" in details
+    if server.credentials is None:
+        hint = ", or, if it takes TLS alone, add --tls" if is_closed else ""
+        return f"no server answers at {where}: start one with `weft serve`{hint}"
+    if "WRONG_VERSION_NUMBER" in details:
+        return f"the server at {where} does not talk TLS: leave --tls and its files out"
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return f"the certificate of {where} is not trusted: give who signed it with --tls-ca, and look when it expires"
+    if "ostname" in details or "eer name" in details:
+        return f"the certificate of {where} is for another name: use one that it names in --address"
+    if is_closed or "handshake" in details:
+        return f"{where} ends the TLS handshake: if it asks for certificates, give one that it trusts with --tls-cert"
+    return f"no server answers at {where}: start one with `weft serve`"
+
+
+def _host_of(address: str) -> str:
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        raise click.UsageError(f"--address is {address!r}; must be HOST:PORT, such as {DEFAULT_ADDRESS} or [::1]:50051")
+    return match[1].strip("[]")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _api_key(given: str | None, file: Path | None) -> str:
+    """The key, which no message repeats."""
+    key, where = (given or "").strip(), "--api-key (WEFT_API_KEY)"
+    if file is not None:
+        if key:
+            raise click.UsageError("--api-key (WEFT_API_KEY) and --api-key-file are both given: choose one")
+        key, where = _read("--api-key-file", file).decode(errors="replace").strip(), f"--api-key-file {file}"
+        if not key:
+            raise click.UsageError(f"{where} is empty")
+    if key and not can_be_sent(key):
+        raise click.UsageError(f"{where} holds no key: one is a single word of letters, digits and signs")
+    return key
+
+
+def _credentials(ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials:
+    for option, path, other, other_path in (
+        ("--tls-cert", cert, "--tls-key", key),
+        ("--tls-key", key, "--tls-cert", cert),
+    ):
+        if path is not None and other_path is None:
+            raise click.UsageError(f"{option} is given without {other}: a client shows a certificate with both")
+    return grpc.ssl_channel_credentials(
+        _pem("--tls-ca", ca), _pem("--tls-key", key, "PRIVATE KEY"), _pem("--tls-cert", cert)
+    )
+
+
+def _pem(option: str, path: Path | None, kind: str = "CERTIFICATE") -> bytes | None:
+    if path is None:
+        return None
+    pem = _read(option, path)
+    if not re.search(rb"-----BEGIN [A-Z ]*" + kind.encode(), pem):
+        raise click.UsageError(f"{option} {path} holds no {kind.lower()} in PEM (-----BEGIN {kind}-----)")
+    return pem
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise click.UsageError(f"{option} {path} can't be read: {error.strerror}") from None
 
 
 def _code_name(status: Status) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from weft.server.cli.client import address_option, connected
+from weft.server.cli.client import Endpoint, connected, server_options
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 
@@ -55,7 +55,7 @@ def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s:
 @click.command()
 @click.argument("prompt")
 @click.option("--adapter", default="", metavar="ID", help="NAME or NAME@sha256:…; without it the base answers.")
-@address_option
+@server_options
 @click.option("--stream", is_flag=True, help="Print the answer as it comes.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message.")
 @_with_fields(_SAMPLING)
@@ -68,13 +68,13 @@ def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s:
 @click.option("--choice", multiple=True, metavar="TEXT", help="The answer is this; give it for each that it may be.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end.")
 @click.option("--timeout", type=float, callback=_check_timeout, metavar="SECONDS", help="Give up after that.")
-def generate(prompt: str, address: str, stream: bool, timeout: float | None, **options: Any) -> None:
+def generate(prompt: str, server: Endpoint, stream: bool, timeout: float | None, **options: Any) -> None:
     """Answer PROMPT (`-` reads it from standard input)."""
     if stream and (options["n"] or 1) > 1:
         raise click.UsageError("--stream shows one answer as it comes; --n asks for several")
     text = sys.stdin.read() if prompt == "-" else prompt
     request = _request(text, options)
-    with connected(address) as channel:
+    with connected(server) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         if stream:
             twin = pb2.StreamGenerateRequest()

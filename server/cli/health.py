@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb2
 from grpc_health.v1 import health_pb2_grpc
 
-from weft.server.cli.client import address_option, connected
+from weft.server.cli.client import Endpoint, connected, server_options
 
 
 @click.command()
@@ -17,10 +17,10 @@ from weft.server.cli.client import address_option, connected
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(0.001, 3600), default=5.0, show_default=True, help="In seconds."
 )
-@address_option
-def health(service: str, timeout_s: float, address: str) -> int:
+@server_options
+def health(server: Endpoint, service: str, timeout_s: float) -> int:
     """Say whether the server at --address serves. Ends with 0 if it does, with 1 if not or if there is none."""
-    with connected(address) as channel:
+    with connected(server) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             status = stub.Check(pb2.HealthCheckRequest(service=service), timeout=timeout_s).status

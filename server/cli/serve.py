@@ -120,6 +120,19 @@ SETTINGS = (
     Setting("port", ServerConfig, "port", int, "For gRPC; 0 takes any free one."),
     Setting("metrics-port", ServerConfig, "metrics_port", int, "For Prometheus; 0 takes any free one."),
     Setting("health-port", ServerConfig, "health_port", int, "For probes: health alone, without TLS; else none."),
+    Setting(
+        "tls-cert", ServerConfig, "tls_cert", _PATH, "The server's certificate and its chain in PEM: turns TLS on."
+    ),
+    Setting("tls-key", ServerConfig, "tls_key", _PATH, "Its private key in PEM. Both are read again when they change."),
+    Setting(
+        *("tls-client-ca", ServerConfig, "tls_client_ca", _PATH),
+        "Who signs the certificates that every client must show then: mutual TLS.",
+    ),
+    Setting("access", ServerConfig, "access", _PATH, "A TOML file that says who may call and what they may do."),
+    Setting(
+        *("allow-anonymous", ServerConfig, "allow_anonymous", bool),
+        "Let anybody call who can reach another address than loopback.",
+    ),
     Setting("max-batch-tokens", EngineConfig, "max_batch_tokens", int, "The most tokens that a step computes."),
     Setting("max-running-requests", EngineConfig, "max_running_requests", int, "The most requests in a step."),
     Setting("max-queued-requests", EngineConfig, "max_queued_requests", int, "The most requests that wait."),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 import grpc
@@ -17,7 +17,7 @@ from watchfiles import Change, watch
 
 from weft.errors import InvalidConfig
 from weft.server.cli.adapters import pages
-from weft.server.cli.client import address_option, connected, describe
+from weft.server.cli.client import Endpoint, connected, describe, server_options
 from weft.server.cli.declared import read
 from weft.server.cli.syncing import Step, steps_to, take_all
 from weft.v1 import adapter_pb2 as pb2
@@ -51,7 +51,7 @@ class _Sync:
     """path: of the declaration. owner: whose adapters those are that may be deleted."""
 
     path: Path
-    address: str
+    server: Endpoint
     stub: adapter_pb2_grpc.AdapterServiceStub
     owner: str
     prune: bool
@@ -69,7 +69,7 @@ class _Sync:
 
     def once(self) -> bool:
         """Take every step; whether everything is as declared then. Raises InvalidConfig and grpc.RpcError."""
-        for step, failure in take_all(self.plan(), self.stub, lambda error: describe(error, self.address)):
+        for step, failure in take_all(self.plan(), self.stub, lambda error: describe(error, self.server)):
             if failure:
                 self.said.problem(f"{step.adapter.name} was not {step.verb.done}: {failure}")
             else:
@@ -77,7 +77,10 @@ class _Sync:
         return not self.said.now
 
     def for_good(self, interval_s: float, ready_file: Path | None) -> NoReturn:
-        """Once now, and again when the file or the server has changed, and now and then without."""
+        """Once now, and again when the file or the server has changed, and now and then without.
+
+        Raises grpc.RpcError where the key is refused: whoever starts it again gives it the one that holds now.
+        """
         wake = threading.Event()
         for follow in (self._follow_file, self._follow_server):
             threading.Thread(target=follow, args=(wake,), daemon=True).start()
@@ -90,7 +93,9 @@ class _Sync:
             except InvalidConfig as error:
                 self.said.problem(str(error))
             except grpc.RpcError as error:
-                self.said.problem(describe(error, self.address))
+                if _code(error) is grpc.StatusCode.UNAUTHENTICATED:
+                    raise
+                self.said.problem(describe(error, self.server))
             self.said.turn()
             wake.wait(interval_s)
 
@@ -114,14 +119,20 @@ class _Sync:
                     if event.kind in (pb2.ADAPTER_EVENT_KIND_LISTED, pb2.ADAPTER_EVENT_KIND_DELETED):
                         wake.set()
             except grpc.RpcError as error:
-                if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.CANCELLED:
+                if _code(error) is grpc.StatusCode.CANCELLED:
                     return
             time.sleep(RECONNECT_S)
 
 
+def _code(error: Any) -> grpc.StatusCode:
+    """Of an error that a stub raised, which is a call too."""
+    code: grpc.StatusCode = error.code()
+    return code
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@address_option
+@server_options
 @click.option("--watch/--once", "for_good", default=False, help="Go on as the file and the server change.  [once]")
 @click.option("--prune/--no-prune", default=True, help="Delete what sync made and the file no longer has.  [prune]")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
@@ -140,8 +151,8 @@ class _Sync:
     "--ready-file", type=click.Path(path_type=Path), help="Made once the list has been gone through, for a probe."
 )
 def sync(
+    server: Endpoint,
     file: Path,
-    address: str,
     for_good: bool,
     prune: bool,
     dry_run: bool,
@@ -165,8 +176,8 @@ def sync(
         raise click.UsageError("--dry-run and --watch contradict each other; choose one")
     if not owner:
         raise click.UsageError("--managed-by is empty; must be a text")
-    with connected(address) as channel:
-        syncing = _Sync(file.absolute(), address, adapter_pb2_grpc.AdapterServiceStub(channel), owner, prune)
+    with connected(server) as channel:
+        syncing = _Sync(file.absolute(), server, adapter_pb2_grpc.AdapterServiceStub(channel), owner, prune)
         if dry_run:
             for step in syncing.plan():
                 click.echo(f"would {step.verb} {step.what}")

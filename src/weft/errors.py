@@ -78,8 +78,10 @@ class InvalidConfig(WeftError):
 class AdapterNotFound(WeftError):
     """No adapter has this name, or the named version is gone."""
 
-    def __init__(self, adapter_id: str, hint: str = "") -> None:
+    def __init__(self, adapter_id: str, hint: str = "", nearest: str = "") -> None:
+        """nearest: a name that may have been meant, which the hint says."""
         self.adapter_id = adapter_id
+        self.nearest = nearest
         super().__init__(f"adapter {adapter_id!r} is not loaded" + (f": {hint}" if hint else ""))
 
 
@@ -97,6 +99,23 @@ class OutOfCapacity(WeftError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class QuotaExceeded(OutOfCapacity):
+    """A caller has asked for more than it may for now."""
+
+    def __init__(self, caller: str, limit: str, retry_after_s: float) -> None:
+        self.caller = caller
+        self.limit = limit
+        super().__init__(f"the quota of caller {caller!r} is used up: {limit}", retry_after_s)
+
+
+class Unauthenticated(WeftError):
+    """No credentials, or such as prove nothing. The message never holds any of them."""
+
+
+class PermissionDenied(WeftError):
+    """The caller is known, and may not do that."""
 
 
 class Unavailable(WeftError):

@@ -167,13 +167,17 @@ class TestFit:
         assert [name for name in environment if name not in OPTIONS] == ["HOME"]
         assert len(environment) == len(set(environment))
 
-    def test_every_option_of_the_sidecar_is_one_of_its_command(self, rendered: Rendered) -> None:
+    def test_every_option_of_the_sidecar_is_one_of_its_command(
+        self, rendered: Rendered, settings: dict[str, Any]
+    ) -> None:
         for container in rendered.server["containers"]:
             if container["name"] != "sync":
                 continue
             command, *arguments = container["args"]
             context = cli.commands[command].make_context(command, list(arguments))  # raises what is wrong with them
             assert context.params["for_good"]
+            assert context.params["tls"] == ("tls_cert" in settings)
+            assert (context.params["api_key_file"] is not None) == ("access" in settings)
             assert [item["name"] for item in container["env"]] == ["WEFT_ADDRESS"]
             made = context.params["ready_file"]
             assert container["readinessProbe"]["exec"]["command"] == ["test", "-f", str(made)]

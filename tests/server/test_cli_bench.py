@@ -22,6 +22,7 @@ from weft.server.bench import generator
 from weft.server.bench.summary import LATE_S, Record, Spread, Summary, percentile, summarize
 from weft.server.bench.workload import Burst, Scheduled, Trace, fitted, prompt_ids, shares
 from weft.server.cli.bench import _finite
+from weft.server.cli.client import Endpoint
 from weft.v1 import inference_pb2, inference_pb2_grpc
 
 FEW = ("--prompt-tokens", "4:12", "--new-tokens", "2:6")
@@ -191,7 +192,7 @@ class TestOpenLoop:
             async with echoing(len(schedule) + unanswered) as (_, address):
                 ready = generator.prepare(schedule, ["x", "y"], (5, 6), seed=1)
                 seen: list[Record] = []
-                ran = await generator.run(address, ready, timeout_s, seen.append)
+                ran = await generator.run(Endpoint(address), ready, timeout_s, seen.append)
                 assert sorted(map(id, seen)) == sorted(map(id, ran.records))
                 assert ran.busy_s > 0
                 return ran.records

@@ -15,9 +15,12 @@ from typing import IO, Any
 
 import grpc
 import pytest
+from certificates import make_ca, make_certificate
 from commands import SCRIPT, Run, free_port
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import served
 
+from weft.server.api.access.keys import digest_of, new_key
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
@@ -314,3 +317,45 @@ class TestWatch:
             write(file, [entry(folders, "a"), entry(folders, "b")])
             assert next(sync.said).startswith("created b ")
         assert set(listed(empty)) == {"a", "b"}
+
+
+class TestAccess:
+    """Over TLS, with a key, as the sidecar does it."""
+
+    @pytest.fixture
+    def guarded(self, empty_config: ServerConfig, tmp_path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Address, and the options that get in."""
+        ca = make_ca()
+        (tmp_path / "ca.crt").write_bytes(ca.certificate_pem)
+        cert, key = make_certificate(ca, "weft", "localhost").write(tmp_path, "tls")
+        secret = new_key()
+        (tmp_path / "key").write_text(secret)
+        (tmp_path / "access.toml").write_text(
+            f'[callers.sync]\nroles = ["admin", "read"]\nkey_sha256 = ["{digest_of(secret)}"]\n'
+        )
+        config = replace(empty_config, tls_cert=cert, tls_key=key, access=tmp_path / "access.toml", health_port=0)
+        with served(config) as server:
+            address = f"localhost:{server.address.rpartition(':')[2]}"
+            yield address, ("--tls", "--tls-ca", str(tmp_path / "ca.crt"), "--api-key-file", str(tmp_path / "key"))
+            with grpc.insecure_channel(server.health_address) as channel:
+                stub: Any = health_pb2_grpc.HealthStub(channel)
+                assert stub.Check(health_pb2.HealthCheckRequest(service="readiness")).status == 1, "probes stay plain"
+
+    def test_the_sidecar_gets_in_with_its_files(
+        self, run: Run, guarded: tuple[str, tuple[str, ...]], folders: Path, tmp_path: Path
+    ) -> None:
+        address, options = guarded
+        file = write(tmp_path / "a.json", [entry(folders, "a")])
+        ran = run("sync", str(file), "--address", address, *options)
+        assert (ran.exit_code, ran.error) == (0, "")
+        assert ran.output.startswith("created a ")
+        assert run("health", "--address", address, *options[:3]).output == "serving\n"
+
+    def test_a_key_that_holds_no_more_ends_it(
+        self, guarded: tuple[str, tuple[str, ...]], folders: Path, tmp_path: Path
+    ) -> None:
+        address, options = guarded
+        (tmp_path / "key").write_text(new_key())
+        with watching(write(tmp_path / "a.json", [entry(folders, "a")]), address, *options) as sync:
+            assert next(sync.problems).startswith("weft: UNAUTHENTICATED: ")
+            assert sync.process.wait() == 1

@@ -164,3 +164,39 @@ def test_one_request_can_ask_for_as_many_answers_as_may_wait_and_run() -> None:
     assert EngineConfig(max_running_requests=4, max_queued_requests=8).max_requests == 12
     assert EngineConfig(max_running_requests=4, max_queued_requests=8, max_queued_per_adapter=2).max_requests == 6
     assert EngineConfig(max_running_requests=4, max_queued_requests=8, max_queued_per_adapter=9).max_requests == 12
+
+
+class TestAccess:
+    CERT, KEY, CA, ACCESS = Path("cert"), Path("key"), Path("ca"), Path("access")
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+    def test_on_loopback_nobody_has_to_say_who_they_are(self, host: str) -> None:
+        assert ServerConfig(MODEL, host=host).access is None
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "weft.example", ""])  # noqa: S104 - refused
+    def test_another_address_needs_to_know_or_to_be_told_not_to(self, host: str) -> None:
+        words = f"--host is {host!r}, which other machines can reach, .*--access FILE .*or --allow-anonymous"
+        with pytest.raises(InvalidConfig, match=words):
+            ServerConfig(MODEL, host=host)
+        with pytest.raises(InvalidConfig, match=words):
+            ServerConfig(MODEL, host=host, tls_cert=self.CERT, tls_key=self.KEY)
+        ServerConfig(MODEL, host=host, allow_anonymous=True)
+        ServerConfig(MODEL, host=host, access=self.ACCESS)
+        ServerConfig(MODEL, host=host, tls_cert=self.CERT, tls_key=self.KEY, tls_client_ca=self.CA)
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"tls_cert": CERT}, "--tls-cert is given without --tls-key: TLS needs both"),
+            ({"tls_key": KEY}, "--tls-key is given without --tls-cert: TLS needs both"),
+            ({"tls_client_ca": CA}, "--tls-client-ca is given without --tls-cert: TLS needs both"),
+            ({"access": ACCESS, "allow_anonymous": True}, "--allow-anonymous and --access contradict each other"),
+            (
+                {"tls_cert": CERT, "tls_key": KEY, "tls_client_ca": CA, "allow_anonymous": True},
+                "--allow-anonymous and --tls-client-ca contradict each other: choose one",
+            ),
+        ],
+    )
+    def test_options_that_contradict_each_other_are_named(self, fields: dict[str, Any], words: str) -> None:
+        with pytest.raises(InvalidConfig, match=re.escape(words)):
+            ServerConfig(MODEL, **fields)

@@ -16,6 +16,8 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 from transformers import PreTrainedTokenizerBase
 
+from weft.server.api.access.gate import Gate
+from weft.server.api.access.rights import Rights
 from weft.server.api.edge import Edge
 from weft.server.api.inference import InferenceServicer
 from weft.server.api.prompts import Prompts
@@ -114,10 +116,12 @@ class House:
         def clock() -> float:
             return float(engine.clock()) - late_s
 
-        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s)
+        servicer = InferenceServicer(
+            self.frontend, prompts, constraints, limits, clock, max_request_s, Rights(self.store.labels_of)
+        )
 
         async def start() -> tuple[grpc.aio.Server, int]:
-            edge = Edge(self.server._metrics.refused)
+            edge = Edge(self.server._metrics.refused, Gate())
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((edge,))

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from house import House, Refusal, generate, refusal, refusal_of
 
 from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
+from weft.server.api.access.gate import Gate
 from weft.server.api.chat import MAX_CHAT_MESSAGES
 from weft.server.api.edge import MAX_ITEMS, MAX_UNKNOWN_BYTES, Edge, EndedByEngine
 from weft.server.api.translation import MAX_ADAPTERS
@@ -51,7 +52,7 @@ class Misbehaving(inference_pb2_grpc.InferenceServiceServicer):
 async def served(
     servicer: Misbehaving | None, count_refusal: Callable[[str], None] = lambda code: None
 ) -> AsyncIterator[grpc.aio.Channel]:
-    server, edge = grpc.aio.server(), Edge(count_refusal)
+    server, edge = grpc.aio.server(), Edge(count_refusal, Gate())
     server.add_generic_rpc_handlers((edge,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

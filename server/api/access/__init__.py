@@ -1,0 +1,1 @@
+"""Who may do what: credentials, rights, quotas, and the files that say so."""

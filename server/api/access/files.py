@@ -1,0 +1,90 @@
+"""Files that are read again when they have changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
+
+from weft.errors import InvalidConfig
+
+_log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+Opening: TypeAlias = Callable[[Path], Path]
+"""Called with each file before it is read, which it returns."""
+
+_Mark = tuple[int, int, int] | None
+"""Inode, size and ctime, which no copy can set; None: it can't be had."""
+
+
+class Reloading(Generic[Value]):
+    """What some files hold together. Where they can't be read again, what was read before stays."""
+
+    def __init__(
+        self,
+        what: str,
+        load: Callable[[Opening], Value],
+        use: Callable[[Value], None],
+        count: Callable[[str, str], None],
+    ) -> None:
+        """load: blocks, and raises InvalidConfig. use: is called on the thread that calls `start`, or the event loop's.
+
+        count: is told what was read again, and "ok" or "failed".
+        """
+        self._what = what
+        self._load = load
+        self._use = use
+        self._count = count
+        self._taken: dict[Path, _Mark] = {}
+        self._last: dict[Path, _Mark] = {}
+
+    def start(self) -> None:
+        """Read for the first time; blocks. Raises InvalidConfig."""
+        self._use(self._read())
+
+    async def catch_up(self) -> None:
+        """Read again if the files have changed since they were read, and not since the last look at them."""
+        found = await asyncio.to_thread(_marks, self._taken)
+        rests, self._last = found == self._last, found
+        if not rests or found == self._taken:
+            return
+        try:
+            value = await asyncio.to_thread(self._read)
+        except InvalidConfig as error:
+            _log.warning("%s; what was read before stays", error)
+            self._count(self._what, "failed")
+            return
+        self._use(value)
+        self._count(self._what, "ok")
+        _log.info("%s: read again", self._what)
+
+    def _read(self) -> Value:
+        opened: dict[Path, _Mark] = {}
+
+        def opening(path: Path) -> Path:
+            opened.update(_marks([path]))
+            return path
+
+        try:
+            value = self._load(opening)
+        except InvalidConfig:
+            self._taken = _marks(self._taken) | opened
+            raise
+        self._taken = opened
+        return value
+
+
+def _marks(files: Iterable[Path]) -> dict[Path, _Mark]:
+    return {path: _mark(path) for path in files}
+
+
+def _mark(path: Path) -> _Mark:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_ctime_ns

@@ -1,0 +1,70 @@
+"""Which adapters a caller may use and know of.
+
+A name that it has no right to is refused in the same words, and after the same work, whether or not there is such an
+adapter. Rights are checked on the names that will be served, just before they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from weft.adapters.records import AdapterChange, NewAdapter
+from weft.errors import AdapterNotFound, PermissionDenied
+from weft.server.api.callers import Caller, current_caller
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """Of whoever calls. labels_of: an adapter's labels, none where there is no such adapter."""
+
+    labels_of: Callable[[str], Mapping[str, str]]
+
+    def check_mix(self, adapter_ids: Iterable[str]) -> None:
+        """Raises PermissionDenied unless all may be used; without any, the base."""
+        caller, is_base = current_caller.get(), True
+        for adapter_id in adapter_ids:
+            self._check(caller, adapter_id, adapter_id.partition("@")[0])
+            is_base = False
+        if is_base and not caller.base:
+            raise PermissionDenied(f"caller {caller.name!r} may not use the base without an adapter")
+
+    def check_name(self, name: str) -> None:
+        """Raises PermissionDenied."""
+        self._check(current_caller.get(), name, name)
+
+    def check_new(self, new: NewAdapter) -> None:
+        """By its name alone, for who may choose labels could choose any. Raises PermissionDenied."""
+        caller = current_caller.get()
+        if not caller.may_name(new.name):
+            raise _denied(caller, new.name)
+        self.check_source(new.source)
+
+    def check_change(self, name: str, change: AdapterChange) -> None:
+        """Raises PermissionDenied, also where the caller would lose its own right."""
+        self.check_name(name)
+        caller = current_caller.get()
+        if change.source is not None:
+            self.check_source(change.source)
+        if change.labels is not None and not caller.may_use(name, change.labels):
+            raise PermissionDenied(f"caller {caller.name!r} may not take the labels away that it goes by")
+
+    def check_source(self, source: str) -> None:
+        """Raises PermissionDenied, before anything is looked at."""
+        caller = current_caller.get()
+        if not caller.may_load(source):
+            raise PermissionDenied(f"caller {caller.name!r} may not use the source {source!r}")
+
+    def _check(self, caller: Caller, adapter_id: str, name: str) -> None:
+        if not caller.may_name(name) and not (caller.labels and caller.may_use(name, self.labels_of(name))):
+            raise _denied(caller, adapter_id)
+
+
+def concealed(error: AdapterNotFound, caller: Caller) -> AdapterNotFound:
+    """The error without the name of another adapter, unless the caller may name that."""
+    is_known = not error.nearest or caller.may_name(error.nearest)
+    return error if is_known else AdapterNotFound(error.adapter_id)
+
+
+def _denied(caller: Caller, adapter_id: str) -> PermissionDenied:
+    return PermissionDenied(f"caller {caller.name!r} may not use adapter {adapter_id!r}")

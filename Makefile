@@ -28,6 +28,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/prefixes.py
 	$(BIN)/python benchmarks/fairness.py
 	$(BIN)/python benchmarks/constraints.py
+	$(BIN)/python benchmarks/access.py
 
 check: $(READY) $(STUBS)/.ready
 	$(BIN)/ruff format --check

@@ -32,6 +32,7 @@ from weft.server.bench.plot import Point, plot
 from weft.server.bench.summary import Record, Summary, summarize
 from weft.server.bench.target import survey
 from weft.server.bench.workload import Burst, Lengths, Scheduled, Trace
+from weft.server.cli.client import Endpoint
 
 ROOT = Path(weft.__file__).parents[2]
 RANK = 8
@@ -121,7 +122,7 @@ def offer(address: str, schedule: Sequence[Scheduled], seed: int) -> tuple[Summa
     with grpc.insecure_channel(address) as channel:
         target = survey(channel)
     requests = generator.prepare(schedule, target.adapters, target.pool, seed)
-    ran = asyncio.run(generator.run(address, requests, None, lambda _: None))
+    ran = asyncio.run(generator.run(Endpoint(address), requests, None, lambda _: None))
     return summarize(ran.records, ran.busy_s, ran.wall_s), ran.records
 
 

@@ -245,7 +245,7 @@ class Server:
         loading = f", loading: {num_loading}" if num_loading else ""
         return (
             f"{self._loaded.info.startup_line}; adapters loaded: {self._loaded.num_adapters}, "
-            f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC{self._guarded} on {self.address}, "
+            f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC on {self.address}{self._guarded}, "
             f"metrics on http://{self.metrics_address}/metrics"
         )
 
@@ -265,11 +265,9 @@ class Server:
     def _guarded(self) -> str:
         """What of TLS and credentials there is, in words."""
         config = self._config
-        words = [
-            "mutual TLS" if config.tls_client_ca else "TLS" if config.tls_cert else "",
-            "for those in --access" if config.access else "",
-        ]
-        return "".join(f" {word}" for word in words if word)
+        tls = "mutual TLS" if config.tls_client_ca is not None else "TLS" if config.tls_cert is not None else ""
+        callers = f"callers by {config.access}" if config.access is not None else ""
+        return "".join(f", {words}" for words in (tls, callers) if words)
 
     def _listen(self, server: grpc.aio.Server) -> int:
         config, credentials = self._config, self._access.credentials

@@ -278,3 +278,35 @@ def test_a_taken_port_fails_in_one_line(run: Run, folders: Path, option: str) ->
         ran = run("serve", "--model", str(folders / "base"), *args, "--log-level", "error")
     assert ran.exit_code == 1
     assert ran.error_line.startswith(f"{option} is {ports[option]}; can't listen on 127.0.0.1:{ports[option]} (")
+
+
+class TestAccess:
+    """What says who may call is read before the model, and what is wrong with it is one line."""
+
+    def test_an_address_that_others_reach_wants_to_know_who_calls(self, run: Run) -> None:
+        ran = run("serve", "--model", "none", "--host", "0.0.0.0")  # noqa: S104 - refused
+        assert ran.exit_code == 2
+        assert "give --access FILE or --tls-client-ca FILE, or --allow-anonymous" in ran.error_line
+
+    def test_an_unknown_key_of_the_access_file_is_named_with_the_nearest(self, run: Run, tmp_path: Path) -> None:
+        path = tmp_path / "access.toml"
+        path.write_text("[callers.a]\nadaptors = []\n")
+        ran = run("serve", "--model", "none", "--access", str(path))
+        assert ran.exit_code == 2
+        assert ran.error_line == f"--access {path}: callers.a.adaptors is no key; did you mean 'adapters'?"
+
+    def test_a_malformed_certificate_is_named(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "cert").write_text("not a certificate")
+        (tmp_path / "key").write_text("not a key")
+        ran = run("serve", "--model", "none", "--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key"))
+        assert ran.exit_code == 2
+        assert "holds no certificate in PEM" in ran.error_line
+
+    def test_options_reach_their_fields(self, tmp_path: Path) -> None:
+        config = parse(
+            *("--model", "m", "--host", "::", "--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "ca"),
+            *("--access", str(tmp_path / "access.toml")),
+        )
+        assert (config.tls_cert, config.tls_key, config.tls_client_ca) == (Path("c"), Path("k"), Path("ca"))
+        assert config.access == tmp_path / "access.toml"
+        assert parse("--model", "m", "--host", "::", "--allow-anonymous").allow_anonymous

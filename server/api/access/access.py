@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from weft.server.api.access.jwks import FetchedKeys, FileKeys, Keys, read_jwks
 from weft.server.api.access.quotas import Quotas
 from weft.server.api.access.tls import Certificates, read_pair
 from weft.server.config import ServerConfig
+
+_log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 """A change holds when two looks in a row have seen the same."""
@@ -63,7 +66,10 @@ class Access:
     async def watch(self) -> None:
         """Keep up with the files, and keys from elsewhere, for ever."""
         while True:
-            await self.catch_up()
+            try:
+                await self.catch_up()
+            except Exception:  # noqa: BLE001 - a file, however odd, must not keep the others from being read again
+                _log.exception("what says who may call could not be read again")
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def catch_up(self) -> None:

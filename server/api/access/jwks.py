@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import httpx2
 from jwt import PyJWK
@@ -51,7 +52,7 @@ class KeySet:
         try:
             keys = json.loads(document)["keys"]
             found = [key for key in keys if isinstance(key, dict)]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UnusableKeys("is no JWKS: an object with a list of keys") from None
         self._keys: dict[tuple[str, str], PyJWK] = {}
         for key in found:
@@ -153,23 +154,23 @@ def read_jwks(path: Path) -> KeySet:
 
 def fetch_jwks(url: str) -> bytes:
     """Blocks. Redirects are not followed. Raises UnusableKeys, whose words hold no part of the URL but its host."""
-    until_s, body = time.monotonic() + FETCH_S, b""
-    where = httpx2.URL(url)
+    until_s, body, parts = time.monotonic() + FETCH_S, b"", urlsplit(url)
+    host = parts.hostname
     try:
         with (
-            httpx2.Client(timeout=FETCH_S, trust_env=where.scheme == "https") as client,
-            client.stream("GET", where) as response,
+            httpx2.Client(timeout=FETCH_S, trust_env=parts.scheme == "https") as client,
+            client.stream("GET", url) as response,
         ):
             if response.status_code != httpx2.codes.OK:
-                raise UnusableKeys(f"at {where.host} can't be had: HTTP status {response.status_code}")
+                raise UnusableKeys(f"at {host} can't be had: HTTP status {response.status_code}")
             for part in response.iter_bytes():
                 body += part
                 if len(body) > MAX_BYTES:
-                    raise UnusableKeys(f"at {where.host} has more than {MAX_BYTES} bytes")
+                    raise UnusableKeys(f"at {host} has more than {MAX_BYTES} bytes")
                 if time.monotonic() > until_s:
-                    raise UnusableKeys(f"at {where.host} took more than {FETCH_S:g} s")
-    except (httpx2.HTTPError, OSError) as error:
-        raise UnusableKeys(f"at {where.host} can't be had: {type(error).__name__}") from None
+                    raise UnusableKeys(f"at {host} took more than {FETCH_S:g} s")
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise UnusableKeys(f"at {host} can't be had: {type(error).__name__}") from None
     return body
 
 

@@ -15,7 +15,8 @@ NUM_BYTES = 32
 MIN_CHARACTERS = 32
 """Of a key that somebody else made: shorter ones could be guessed from their hashes."""
 
-MAX_CHARACTERS = 4096
+MAX_CHARACTERS = 7000
+"""Of a key or a token: gRPC takes 8 KiB of metadata in all."""
 
 _KEY = re.compile(r"[!-~]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -34,7 +34,7 @@ def read_pair(cert: Path, key: Path, client_ca: Path | None, opening: Opening) -
     """Raises InvalidConfig, in words, where gRPC would fail at each connection."""
     certificate_pem, key_pem = _bytes("--tls-cert", opening(cert)), _bytes("--tls-key", opening(key))
     certificate = _certificates("--tls-cert", cert, certificate_pem)[0]
-    if _private_key(key, key_pem).public_key() != certificate.public_key():
+    if _private_key(key, key_pem).public_key() != _public_key(cert, certificate):
         raise InvalidConfig(f"--tls-key {key} is not the key of --tls-cert {cert}: give the two that belong together")
     client_ca_pem = None
     if client_ca is not None:
@@ -81,6 +81,13 @@ def _certificates(option: str, path: Path, pem: bytes) -> list[x509.Certificate]
         return x509.load_pem_x509_certificates(pem)
     except ValueError:
         raise InvalidConfig(f"{option} {path} holds no certificate in PEM (-----BEGIN CERTIFICATE-----)") from None
+
+
+def _public_key(path: Path, certificate: x509.Certificate) -> object:
+    try:
+        return certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        raise InvalidConfig(f"--tls-cert {path} is for a key of a kind that is not known") from None
 
 
 def _private_key(path: Path, pem: bytes) -> rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey:

@@ -59,7 +59,7 @@ class TestKeys:
             ([("x-api-key", "weft_unknown")], "the key is not known here"),
             ([("authorization", "Basic dXNlcjpzZWNyZXQ=")], "authorization is not of the form that is taken"),
             ([("authorization", "Bearer")], "authorization holds no key and no token"),
-            ([("authorization", "Bearer " + "x" * 5000)], "authorization holds no key and no token"),
+            ([("authorization", "Bearer " + "x" * 7500)], "authorization holds no key and no token"),
             ([("x-api-key", "secret1"), ("authorization", "Bearer secret2")], "there are several credentials"),
             ([("authorization", "Bearer secret1")] * 2, "there are several credentials"),
             ([], "the client certificate names nobody who may call, and there is no key"),

@@ -331,7 +331,7 @@ class TestAccess:
         secret = new_key()
         (tmp_path / "key").write_text(secret)
         (tmp_path / "access.toml").write_text(
-            f'[callers.sync]\nroles = ["admin", "read"]\nkey_sha256 = ["{digest_of(secret)}"]\n'
+            f'[callers.sync]\nroles = ["admin"]\nkey_sha256 = ["{digest_of(secret)}"]\n'
         )
         config = replace(empty_config, tls_cert=cert, tls_key=key, access=tmp_path / "access.toml", health_port=0)
         with served(config) as server:

@@ -37,6 +37,7 @@ check: $(READY) $(STUBS)/.ready $(PROMTOOL)
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/pytest -q tests/deploy/test_manifests.py
 	rm -rf $(STUBS)/out && mkdir $(STUBS)/out
 	$(call generate,$(STUBS)/out)
 	diff -r -x __pycache__ $(STUBS)/out/weft/v1 src/weft/v1

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import TracerProvider
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -32,6 +32,7 @@ from weft.server.api.access.access import Access
 from weft.server.api.access.rights import Rights
 from weft.server.api.adapters import AdapterServicer
 from weft.server.api.edge import Edge
+from weft.server.api.health import Health
 from weft.server.api.inference import InferenceServicer
 from weft.server.api.loading import AdapterLoader
 from weft.server.api.prompts import Prompts
@@ -65,9 +66,6 @@ SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
 )
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _MetricsHandler(WSGIRequestHandler):
@@ -130,16 +128,18 @@ class Server:
         ProcessCollector(registry=self._registry)
         self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
         self._tracing = open_tracing(config.otlp_endpoint, version("weft"), tracer_provider)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICES, lambda is_ready: self._metrics.set_ready(is_ready=is_ready))
         self._access = Access(config, self._metrics, time.monotonic)
         self._edge = Edge(self._metrics.refused, self._access.gate, self._tracing.tracer)
         self._access_watch: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._probes: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
         self._state: State | None = None
         self._loaded: _Loaded | None = None
         self.address = ""
         self.metrics_address = ""
+        self.health_address = ""
 
     async def open(self) -> None:
         """Listen. Health says NOT_SERVING, and every other RPC is refused until `load` is done.
@@ -153,8 +153,8 @@ class Server:
         _check_free("--metrics-port", metrics_host, config.metrics_port, host_option)
         max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
         self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)])
-        await self._set_health(_NOT_SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self._health.loading()
+        self._health.add_to(self._grpc)
         self._grpc.add_generic_rpc_handlers((self._edge,))
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         try:
@@ -170,6 +170,8 @@ class Server:
         self.metrics_address = _join(metrics_host, self._http[0].server_port)
         self._access_watch = asyncio.create_task(self._access.watch(), name="watch who may call")
         await self._grpc.start()
+        if config.health_port is not None:
+            await self._open_probes(config.host, config.health_port)
 
     async def load(self) -> None:
         """Load the model and the adapters, and start to serve. Raises InvalidModel, InvalidConfig."""
@@ -206,7 +208,7 @@ class Server:
             folders=_Watch.of(folders) if folders is not None and config.watch else None,
         )
         self._add_services(loaded, frontend, loader)
-        await self._set_health(_SERVING)
+        await self._health.serving()
         for reservation in rest:
             loader.restore(reservation)
 
@@ -217,8 +219,7 @@ class Server:
 
     async def drain(self) -> None:
         """Refuse new requests and let those in flight finish, as long as the configuration says."""
-        self._metrics.set_ready(is_ready=False)
-        await self._health.enter_graceful_shutdown()
+        await self._health.draining()
         if self._loaded is not None:
             grace_s, loaded = self._config.drain_grace_s, self._loaded
             ends = [loaded.folders.end(grace_s)] if loaded.folders is not None else []
@@ -230,6 +231,8 @@ class Server:
             await _cancelled(self._access_watch)
         if self._grpc is not None:
             await self._grpc.stop(CLOSING_GRACE_S)
+        if self._probes is not None:
+            await self._probes.stop(0.0)
         if self._loaded is not None:
             await _cancelled(self._loaded.watcher)
             await asyncio.to_thread(self._loaded.loader.close)
@@ -258,6 +261,18 @@ class Server:
             f"failed: {self._loaded.num_failed_adapters}{loading}; gRPC on {self.address}{self._guarded}, "
             f"metrics on http://{self.metrics_address}/metrics"
         )
+
+    async def _open_probes(self, host: str, port: int) -> None:
+        """Health alone on a port of its own: the kubelet's probes speak neither TLS nor authentication."""
+        _check_free("--health-port", host, port)
+        self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._health.add_to(self._probes)
+        try:
+            port = self._probes.add_insecure_port(_join(host, port))
+        except RuntimeError as error:
+            raise _unavailable("--health-port", host, port, "") from error
+        self.health_address = _join(host, port)
+        await self._probes.start()
 
     @property
     def _guarded(self) -> str:
@@ -314,12 +329,7 @@ class Server:
     async def _watch(self, frontend: Frontend) -> None:
         await frontend.lost.wait()
         self._metrics.engine_lost()
-        await self._set_health(_NOT_SERVING)
-
-    async def _set_health(self, status: int) -> None:
-        self._metrics.set_ready(is_ready=status == _SERVING)
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+        await self._health.lost()
 
 
 @asynccontextmanager

@@ -118,8 +118,8 @@ class ServerConfig:
     tls_cert, tls_key: PEM files, without which there is no TLS; tls_client_ca: who signs the certificates that every
     client must show then. access: the file that says who may call. allow_anonymous: anybody may, from anywhere.
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
-    watch: whether the adapters folder is looked at after the start. metrics_host: None is host. otlp_endpoint: where
-    traces go; None leaves that to OpenTelemetry's own variables.
+    watch: whether the adapters folder is looked at after the start. metrics_host: None is host. health_port: for probes,
+    plain; None has none. otlp_endpoint: where traces go; None leaves that to OpenTelemetry's own variables.
     """
 
     model: ModelConfig
@@ -128,6 +128,7 @@ class ServerConfig:
     port: int = 50051
     metrics_host: str | None = None
     metrics_port: int = 9090
+    health_port: int | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -148,6 +149,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _between("--port", self.port, 0, 65535)
         _between("--metrics-port", self.metrics_port, 0, 65535)
+        _between("--health-port", self.health_port, 0, 65535)
         _between("--max-request-seconds", self.max_request_s, 0.001, 86400 * 7)
         _between("--drain-grace-seconds", self.drain_grace_s, 0, 86400)
         _between("--max-prompt-bytes", self.max_prompt_bytes, 1, 1 << 28)

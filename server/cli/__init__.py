@@ -14,8 +14,10 @@ from weft.server.cli.adapters import adapters
 from weft.server.cli.bench import bench
 from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
+from weft.server.cli.health import health
 from weft.server.cli.keys import keys
 from weft.server.cli.serve import serve
+from weft.server.cli.sync import sync
 from weft.server.cli.top import top
 
 INTERRUPTED = 130
@@ -28,7 +30,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, keys, top, bench, demo):
+for command in (serve, generate, adapters, sync, health, keys, top, bench, demo):
     cli.add_command(command)
 
 

@@ -75,7 +75,7 @@ def adapters() -> None:
 def list_(server: Endpoint, as_json: bool, **wanted: Any) -> None:
     """List the adapters."""
     with _service(server) as stub:
-        found = list(_pages(stub, _filter(wanted)))
+        found = list(pages(stub, _filter(wanted)))
     if as_json:
         print_json(found)
     elif found:
@@ -220,6 +220,17 @@ def plan(
     return 0 if answer.fits else 1
 
 
+def pages(stub: adapter_pb2_grpc.AdapterServiceStub, wanted: Mapping[str, Any]) -> Iterator[pb2.Adapter]:
+    """Every adapter that the fields of a list's request ask for."""
+    token = ""
+    while True:
+        page = stub.ListAdapters(pb2.ListAdaptersRequest(page_token=token, **wanted))
+        yield from page.adapters
+        token = page.next_page_token
+        if not token:
+            return
+
+
 @contextmanager
 def _service(server: Endpoint) -> Iterator[adapter_pb2_grpc.AdapterServiceStub]:
     with connected(server) as channel:
@@ -230,16 +241,6 @@ def _update(server: Endpoint, adapter: pb2.Adapter, paths: Sequence[str]) -> Non
     request = pb2.UpdateAdapterRequest(adapter=adapter, update_mask=FieldMask(paths=paths))
     with _service(server) as stub:
         print_adapter(stub.UpdateAdapter(request).adapter)
-
-
-def _pages(stub: adapter_pb2_grpc.AdapterServiceStub, wanted: Mapping[str, Any]) -> Iterator[pb2.Adapter]:
-    token = ""
-    while True:
-        page = stub.ListAdapters(pb2.ListAdaptersRequest(page_token=token, **wanted))
-        yield from page.adapters
-        token = page.next_page_token
-        if not token:
-            return
 
 
 def _filter(wanted: Mapping[str, Any]) -> dict[str, Any]:

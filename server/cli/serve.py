@@ -126,6 +126,7 @@ SETTINGS = (
     Setting("port", ServerConfig, "port", int, "For gRPC; 0 takes any free one."),
     Setting("metrics-host", ServerConfig, "metrics_host", str, "The address for Prometheus; else that of --host."),
     Setting("metrics-port", ServerConfig, "metrics_port", int, "For Prometheus; 0 takes any free one."),
+    Setting("health-port", ServerConfig, "health_port", int, "For probes: health alone, without TLS; else none."),
     Setting(
         "otlp-endpoint", ServerConfig, "otlp_endpoint", str, "Send traces to it by OTLP over gRPC: http://HOST:PORT."
     ),

@@ -8,19 +8,18 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from processes import Process, serving_process
 from tiny import make_adapter, make_model, save_tokenizer
 from web import serving
 
@@ -409,42 +408,10 @@ class TestEnd:
         asyncio.run(main())
 
 
-@dataclass
-class Process:
-    """`weft serve` as a process of its own, read line by line."""
-
-    popen: subprocess.Popen[str]
-    address: str
-
-    def signal(self, number: signal.Signals) -> None:
-        self.popen.send_signal(number)
-
-    def read_until(self, text: str) -> str:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            if text in line:
-                return line
-        raise AssertionError(f"the process ended without saying {text!r}")
-
-    def end(self) -> tuple[int, str]:
-        """Its exit code and what else it said."""
-        _, error = self.popen.communicate()
-        return self.popen.returncode, error
-
-
 @contextmanager
 def process(root: Path, *options: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "weft.server.cli", "serve", "--model", str(root / "base"), "--threads", "1"]
-    command += ["--port", "0", "--metrics-port", "0", "--kv-tokens", str(2 * CONTEXT), *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as popen:
-        try:
-            served = Process(popen, "")
-            found = re.search(r"listening on (\S+),", served.read_until("listening on"))
-            assert found is not None
-            served.address = found[1]
-            yield served
-        finally:
-            popen.kill()
+    with serving_process("--model", str(root / "base"), "--kv-tokens", str(2 * CONTEXT), *options) as served:
+        yield served
 
 
 class TestLog:

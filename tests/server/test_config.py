@@ -32,6 +32,7 @@ RANGES = [
     (EngineConfig, "threads", "--threads", 1, 1024),
     (ServerConfig, "port", "--port", 0, 65535),
     (ServerConfig, "metrics_port", "--metrics-port", 0, 65535),
+    (ServerConfig, "health_port", "--health-port", 0, 65535),
     (ServerConfig, "max_request_s", "--max-request-seconds", 0.001, 604800),
     (ServerConfig, "drain_grace_s", "--drain-grace-seconds", 0, 86400),
     (ServerConfig, "max_prompt_bytes", "--max-prompt-bytes", 1, 1 << 28),

@@ -1,0 +1,33 @@
+"""`weft health` against a running server."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from commands import Run, free_port
+
+
+@pytest.mark.parametrize("service", ["", "liveness", "readiness", "startup", "weft.v1.AdapterService"])
+def test_a_server_that_serves_ends_it_with_0(run: Run, address: str, service: str) -> None:
+    ran = run("health", "--service", service, "--address", address)
+    assert (ran.exit_code, ran.output, ran.error) == (0, "serving\n", "")
+
+
+def test_a_service_that_is_none_is_named(run: Run, address: str) -> None:
+    ran = run("health", "--service", "readyness", "--address", address)
+    assert ran.exit_code == 1
+    assert ran.error_line.startswith("the server has no service 'readyness': ask for liveness, readiness, startup")
+
+
+def test_no_server_ends_it_with_1(run: Run) -> None:
+    ran = run("health", "--address", f"127.0.0.1:{free_port()}")
+    assert ran.exit_code == 1
+    assert "no server answers" in ran.error_line
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        ran = run("health", "--timeout", "0.2", "--address", f"127.0.0.1:{mute.getsockname()[1]}")
+    assert ran.exit_code == 1
+    assert "within 0.2 s" in ran.error_line

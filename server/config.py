@@ -118,8 +118,8 @@ class ServerConfig:
     tls_cert, tls_key: PEM files, without which there is no TLS; tls_client_ca: who signs the certificates that every
     client must show then. access: the file that says who may call. allow_anonymous: anybody may, from anywhere.
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
-    watch: whether the adapters folder is looked at after the start. metrics_host: None is host. health_port: for probes,
-    plain; None has none. otlp_endpoint: where traces go; None leaves that to OpenTelemetry's own variables.
+    watch: whether the adapters folder is looked at after the start. metrics_host: None is host. health_port: for
+    probes, plain; None has none. otlp_endpoint: where traces go; None leaves that to OpenTelemetry's own variables.
     """
 
     model: ModelConfig

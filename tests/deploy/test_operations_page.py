@@ -26,9 +26,8 @@ def test_every_overlay_and_every_component_is_named() -> None:
 def test_the_times_of_a_pods_end_are_those_of_the_manifests() -> None:
     deployment = (FOLDER / "base" / "deployment.yaml").read_text()
     toml = (FOLDER / "base" / "weft.toml").read_text()
-    sleep_s, drain_s, closing_s, whole_s = (
-        int(seconds) for seconds in re.findall(r"^    .* (\d+) s  ", PAGE, re.MULTILINE)
-    )
+    times = PAGE.partition("The end of a pod")[2].partition("`drain-grace-seconds`")[0]
+    sleep_s, drain_s, closing_s, whole_s = (int(seconds) for seconds in re.findall(r" (\d+) s  ", times))
     assert f"seconds: {sleep_s}\n" in deployment
     assert f"drain-grace-seconds = {drain_s}\n" in toml
     assert f"terminationGracePeriodSeconds: {whole_s}\n" in deployment

@@ -5,8 +5,9 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc.status_pb2 import Status
 
-from weft.errors import InvalidRequest, Problem, Unavailable, WeftError
+from weft.errors import InvalidRequest, Problem, ReaderStalled, Unavailable, WeftError
 from weft.server.api.errors import code_of, to_status, unexpected_status
 
 _log = logging.getLogger(__name__)
@@ -45,9 +46,13 @@ class EndedByEngine(Exception):
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self, count_refusal: Callable[[str], None]) -> None:
-        """count_refusal: called with the code, in lower case, of each RPC that is refused."""
+    def __init__(self, count_refusal: Callable[[str], None], stall_s: float | None = None) -> None:
+        """count_refusal: called with the code, in lower case, of each RPC that is refused.
+
+        stall_s: how long a client may take nothing while there is something for it; None: as long as it likes.
+        """
         self._count_refusal = count_refusal
+        self._stall_s = stall_s
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -65,8 +70,8 @@ class Edge(grpc.GenericRpcHandler):
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return None
-        call = _Call(method, handler, self._count_refusal)
-        return grpc.unary_stream_rpc_method_handler(call.run, None, handler.response_serializer)
+        call = _Call(method, handler, self._count_refusal, self._stall_s)
+        return grpc.unary_stream_rpc_method_handler(call.answer, None, handler.response_serializer)
 
     async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
         status = to_status(Unavailable("the model is loading: try again"))
@@ -82,8 +87,33 @@ class _Call:
     method: str
     handler: Handler
     count_refusal: Callable[[str], None]
+    stall_s: float | None
 
-    async def run(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
+    async def answer(self, raw: bytes, context: Context) -> None:
+        """Run it, and send what comes. A write waits while its client takes nothing and HTTP/2 has no room.
+
+        One that waits too long ends the RPC: what the servicer holds is free at once, and the status comes when the
+        client reads again, after what was sent before.
+        """
+        try:
+            async with aclosing(self.run(raw, context)) as messages:
+                has_begun = False
+                async for message in messages:
+                    if not has_begun:  # a first message that is given up in mid-write must not take the headers along
+                        await context.send_initial_metadata(())
+                        has_begun = True
+                    await self._write(message, context)
+        except ReaderStalled as error:
+            await abort(context, self._status(error))
+
+    async def _write(self, message: Message, context: Context) -> None:
+        try:
+            async with asyncio.timeout(self.stall_s):
+                await context.write(message)
+        except TimeoutError:
+            raise ReaderStalled(f"nothing of the answer was taken for {self.stall_s:g} s") from None
+
+    async def run(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         try:
             request = self._parse(raw)
             if self.handler.response_streaming:

@@ -25,6 +25,7 @@ from weft.errors import (
     InvalidRequest,
     OutOfCapacity,
     Problem,
+    ReaderStalled,
     Unavailable,
     WeftError,
 )
@@ -94,6 +95,7 @@ _TABLE: Mapping[type[WeftError], _Row] = {
     ),
     Unavailable: _Row(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", lambda error: _retry(UNAVAILABLE_RETRY_S)),
     DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    ReaderStalled: _Row(grpc.StatusCode.ABORTED, "READER_STALLED"),
     GenerationFailed: _Row(grpc.StatusCode.INTERNAL, "GENERATION_FAILED"),
 }
 

@@ -39,6 +39,7 @@ from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
 from weft.server.engine.queue_limits import QueueLimits
 from weft.server.metrics import AdapterSnapshot, Metrics
+from weft.server.transport import grpc_options
 from weft.server.watching import AdapterFolders
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -119,7 +120,7 @@ class Server:
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
         self._health = health.aio.HealthServicer()
-        self._edge = Edge(self._metrics.refused)
+        self._edge = Edge(self._metrics.refused, config.stall_s or None)
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
         self._state: State | None = None
@@ -136,7 +137,7 @@ class Server:
         _check_free("--port", config.host, config.port)
         _check_free("--metrics-port", config.host, config.metrics_port)
         max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
-        self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)])
+        self._grpc = grpc.aio.server(options=grpc_options(max_bytes))
         await self._set_health(_NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self._grpc.add_generic_rpc_handlers((self._edge,))
@@ -173,6 +174,7 @@ class Server:
             engine.max_queued_requests,
             engine.max_queued_tokens,
             engine.max_queued_per_adapter,
+            engine.max_queue_ms / 1000,
         )
         frontend = Frontend(loaded.engine, store, limits)
         frontend.start()

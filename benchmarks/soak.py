@@ -11,12 +11,14 @@ where a block, a page, a thread, a file or a socket is still held, or where memo
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import click
 import grpc
@@ -50,6 +52,9 @@ class Effort:
     seed: int = 0
     max_growth: float = 2.0
     adapters: int | None = None
+
+
+DEFAULT = Effort()
 
 
 @dataclass
@@ -96,7 +101,7 @@ async def soak(server: ServerProcess, truth: Truth, effort: Effort, advance: Cal
     passing = Passing(server.address, [f"file:{DEMO / 'adapters' / name}" for name in truth.adapters], effort.seed)
     memory: list[tuple[float, int]] = []
     started_s = time.perf_counter()
-    held: list[Held] = []
+    held = [server.held()]
     for share, words in ((WARM_UP, "warming up"), (1 - WARM_UP, "soaking")):
         tell(words)
         vandals.go_on()
@@ -109,11 +114,14 @@ async def soak(server: ServerProcess, truth: Truth, effort: Effort, advance: Cal
         await asyncio.gather(*others)
         watching.cancel()
         tell("coming to rest")
-        held.append(await asyncio.to_thread(server.rest, held[0].sockets if held else None))
+        gc.collect()  # a call that was given up keeps its connection until then
+        threads = held[1].threads if len(held) > 1 else None
+        held.append(await asyncio.to_thread(server.rest, sockets=held[0].sockets, threads=threads))
     habits = {**vandals.done, **passing.done}
     seconds = time.perf_counter() - started_s
-    found = Soak(tally, seconds, dict(habits), [*vandals.wrong, *passing.wrong], memory)
-    found.checks = [*_answers(tally, found.wrong), *_leaks(server, *held, effort.max_growth)]
+    wrong = [*vandals.wrong, *passing.wrong]
+    found = Soak(tally, seconds, dict(habits), [*wrong, *(f"in the log: {line}" for line in server.trouble)], memory)
+    found.checks = [*_answers(tally, wrong), *_leaks(server, *held[1:], effort.max_growth)]
     return found
 
 
@@ -174,14 +182,15 @@ def _leaks(server: ServerProcess, before: Held, after: Held, max_growth: float) 
 
 
 @click.command(help=__doc__)
-@click.option("--requests", type=click.IntRange(100), default=Effort.requests, show_default=True)
+@click.option("--requests", type=click.IntRange(100), default=DEFAULT.requests, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0), default=0.0, help="Soak for so long instead.")
-@click.option("--clients", type=click.IntRange(1), default=Effort.clients, show_default=True, help="At a time.")
+@click.option("--clients", type=click.IntRange(1), default=DEFAULT.clients, show_default=True, help="At a time.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--max-growth", type=float, default=Effort.max_growth, show_default=True, help="Of memory, in per cent.")
+@click.option("--max-growth", type=float, default=DEFAULT.max_growth, show_default=True, help="Of memory, in per cent.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file for all that was found, as JSON.")
+@click.option("--log", type=click.File("w"), help="A file for the server's log.")
 @click.pass_context
-def main(context: click.Context, output: Path | None, **options: float) -> None:
+def main(context: click.Context, output: Path | None, log: TextIO | None, **options: float) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     effort = Effort(**options)  # type: ignore[arg-type]  # the options are its fields
@@ -192,7 +201,7 @@ def main(context: click.Context, output: Path | None, **options: float) -> None:
         def tell(words: str) -> None:
             progress.update(work, description=words)
 
-        found, exit_code = run(effort, lambda count: progress.update(work, completed=count), tell)
+        found, exit_code = run(effort, lambda count: progress.update(work, completed=count), tell, log)
     click.echo(f"{found.show()}\n\nMachine: {machine()}.")
     if output is not None:
         data = {"effort": asdict(effort), "machine": machine(), **found.to_json(), "exit_code": exit_code}
@@ -201,12 +210,12 @@ def main(context: click.Context, output: Path | None, **options: float) -> None:
     context.exit(0 if found.is_good else 1)
 
 
-def run(effort: Effort, advance: Callable[[int], None], tell: Tell) -> tuple[Soak, int]:
+def run(effort: Effort, advance: Callable[[int], None], tell: Tell, log: TextIO | None = None) -> tuple[Soak, int]:
     """A soak of a server of its own, and the server's exit code, which is one of the checks."""
     truth = learn_truth(effort.adapters, tell)
     tell("starting the server")
     options = ("--adapters", DEMO / "adapters", "--threads", 1, "--stall-seconds", STALL_S, "--no-watch")
-    with weft_process(DEMO / "base", *options) as server:
+    with weft_process(DEMO / "base", *options, log=log) as server:
         found = asyncio.run(soak(server, truth, effort, advance, tell))
         exit_code = server.stop()
     found.checks.append(("exit code after SIGTERM", "0", str(exit_code), exit_code == 0))

@@ -66,12 +66,12 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _MetricsHandler(WSGIRequestHandler):
-    """Lets go of clients that connect and then say nothing: each holds a thread."""
+    """Lets go of clients that connect and then say nothing, each of which holds a thread, and of those that are gone."""
 
     timeout = 10
 
     def handle(self) -> None:
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, ConnectionError):
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base's

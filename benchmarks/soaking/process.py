@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -15,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from prometheus_client.parser import text_string_to_metric_families
 
 _SERVING = re.compile(r"gRPC on (\S+), metrics on http://(\S+)/metrics")
-_TROUBLE = re.compile(r" (ERROR|CRITICAL) |^Traceback|^E\d{4} ")
-"""How the lines begin by which the server, an interpreter or gRPC's core say that something went wrong."""
+_TROUBLE = re.compile(r" (ERROR|CRITICAL) |^Traceback|^E\d{4} (?!.*hpack_parser)")
+"""Lines by which the server, Python or gRPC's core say that something went wrong; bytes that are no HTTP/2 are not."""
 
 END_S = 60.0
 
@@ -39,13 +39,14 @@ class Held:
 
 @dataclass
 class ServerProcess:
-    """A running server. trouble: lines of its log that tell of failures; log: its last lines."""
+    """A running server. trouble: lines of its log that tell of failures; log: its last lines; kept: where all go."""
 
     process: subprocess.Popen[str]
     address: str = ""
     metrics_address: str = ""
     trouble: list[str] = field(default_factory=list)
     log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    kept: TextIO | None = None
 
     @property
     def pid(self) -> int:
@@ -69,6 +70,8 @@ class ServerProcess:
 
     def _note(self, line: str) -> None:
         self.log.append(line)
+        if self.kept is not None:
+            self.kept.write(line)
         if _TROUBLE.search(line):
             self.trouble.append(line.rstrip())
 
@@ -95,13 +98,17 @@ class ServerProcess:
             children=sum(len(path.read_text().split()) for path in (proc / "task").glob("*/children")),
         )
 
-    def rest(self, num_sockets: int | None = None, within_s: float = END_S) -> Held:
-        """What it holds once no request is left, and no more sockets than that; or after so long."""
+    def rest(self, *, sockets: int, threads: int | None = None, within_s: float = END_S) -> Held:
+        """What it holds once no request is left, and no more sockets and threads than these; or after so long.
+
+        gRPC's own threads end some time after they were of use.
+        """
         end_s = time.monotonic() + within_s
         while True:
             metrics, held = self.metrics(), self.held()
-            busy = metrics["weft_requests_running"] + metrics["weft_requests_waiting"]
-            if (not busy and (num_sockets is None or held.sockets <= num_sockets)) or time.monotonic() > end_s:
+            is_busy = metrics["weft_requests_running"] + metrics["weft_requests_waiting"] > 0
+            is_more = held.sockets > sockets or (threads is not None and held.threads > threads)
+            if not (is_busy or is_more) or time.monotonic() > end_s:
                 return held
             time.sleep(0.2)
 
@@ -129,18 +136,11 @@ def _kib(text: str) -> int:
 
 
 @contextmanager
-def weft_process(
-    model: Path, *options: object, environment: Mapping[str, str] | None = None
-) -> Iterator[ServerProcess]:
-    """A server on free ports that serves; ended at the end of the block."""
+def weft_process(model: Path, *options: object, log: TextIO | None = None) -> Iterator[ServerProcess]:
+    """A server on free ports that serves; ended at the end of the block. log: where its log is kept."""
     command = [sys.executable, "-m", "weft.server.cli", "serve", "--model", model, "--port", 0, "--metrics-port", 0]
-    process = subprocess.Popen(
-        [str(part) for part in (*command, *options)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
-    server = ServerProcess(process)
+    process = subprocess.Popen([str(part) for part in (*command, *options)], stderr=subprocess.PIPE, text=True)
+    server = ServerProcess(process, kept=log)
     try:
         server.read_log()
         yield server

@@ -64,7 +64,7 @@ class Vandals:
         habits: tuple[tuple[float, Callable[[], Awaitable[None]]], ...] = (
             (0.05, self._say_nonsense),
             (0.2, self._say_nothing),
-            (0.5, self._read_nothing),
+            *[(0.5, self._read_nothing)] * 4,
             (5.0, self._die),
             (1.0, self._watch),
             (1.0, self._scrape),
@@ -82,7 +82,10 @@ class Vandals:
 
     async def _again(self, every_s: float, habit: Callable[[], Awaitable[None]]) -> None:
         while not self._over.is_set():
-            await habit()
+            try:
+                await habit()
+            except (OSError, grpc.aio.AioRpcError) as error:
+                self.wrong.append(f"{habit.__name__.strip('_')}: {' '.join(str(error).split())}")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), every_s)
 
@@ -100,7 +103,7 @@ class Vandals:
         )
         reset = self._rng.random() < 0.5
         reader, writer = await self._connect(self._rng.choice([self.address, self.address, self.metrics_address]))
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, TimeoutError):
             writer.write(spoken)
             await writer.drain()
             if self._rng.random() < 0.5:
@@ -132,20 +135,20 @@ class Vandals:
         async with grpc.aio.insecure_channel(self.address, [*OPTIONS, ("grpc.http2.bdp_probe", 0)]) as channel:
             method: Any = channel.unary_stream(STREAM, None, pb2.StreamGenerateResponse.FromString)
             call = method(request.SerializeToString())
-            await call.read()
+            read = len((await call.read()).tokens)
             await asyncio.sleep(self._rng.random() * 4)
             match self._rng.choice(["reads on", "cancels", "goes"]):
                 case "reads on":
-                    await self._read_on(call)
+                    await self._read_on(call, read)
                 case "cancels":
                     call.cancel()
         self.done["readers that stall"] += 1
 
-    async def _read_on(self, call: Any) -> None:
+    async def _read_on(self, call: Any, read: int) -> None:
         """All that was made, or that it took too long."""
-        num_tokens = 1
+        num_tokens = read
         try:
-            async for message in call:
+            while (message := await call.read()) is not grpc.aio.EOF:
                 num_tokens += len(message.tokens)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.ABORTED:

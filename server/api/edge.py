@@ -105,6 +105,8 @@ class _Call:
                     await self._write(message, context)
         except ReaderStalled as error:
             await abort(context, self._status(error))
+        except grpc.aio.InternalError:  # the client went in mid-write, and gRPC is about to say so
+            raise asyncio.CancelledError from None
 
     async def _write(self, message: Message, context: Context) -> None:
         try:

@@ -66,7 +66,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _MetricsHandler(WSGIRequestHandler):
-    """Lets go of clients that connect and then say nothing, each of which holds a thread, and of those that are gone."""
+    """Lets go of clients that connect and then say nothing, each holding a thread, and of those that are gone."""
 
     timeout = 10
 

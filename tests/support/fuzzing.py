@@ -113,8 +113,9 @@ def make(rng: random.Random, descriptor: Descriptor, depth: int = DEPTH) -> Mess
 
 def _set(rng: random.Random, message: Any, field: FieldDescriptor, depth: int) -> None:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
         for _ in range(rng.randrange(4)):
-            getattr(message, field.name)[rng.choice(_TEXTS)] = rng.choice(_TEXTS)
+            getattr(message, field.name)[_value(rng, key)] = _value(rng, value)
     elif field.is_repeated:
         count = LONG if rng.random() < 0.03 and depth == DEPTH else rng.randrange(4)
         items = getattr(message, field.name)

@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python
 STUBS := $(VENV)/stubs
+PROMTOOL := $(BIN)/promtool
 
 # pip's PyTorch for Linux is the CUDA build, several GB. uv looks for a GPU and takes the build that fits, from PyTorch's
 # own index: CPU where there is none. Set to cpu, cu130, ... to choose. Where that fails, pip picks.
@@ -15,7 +16,7 @@ export UV_TORCH_BACKEND ?= auto
 demo: $(READY)
 	$(BIN)/weft demo
 
-test: $(READY)
+test: $(READY) $(PROMTOOL)
 	$(BIN)/pytest
 
 bench: $(READY)
@@ -39,7 +40,7 @@ FUZZ_MINUTES ?= 5
 fuzz: $(READY)
 	WEFT_FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/pytest tests/server/api/test_fuzz.py
 
-check: $(READY) $(STUBS)/.ready
+check: $(READY) $(STUBS)/.ready $(PROMTOOL)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -48,6 +49,8 @@ check: $(READY) $(STUBS)/.ready
 	rm -rf $(STUBS)/out && mkdir $(STUBS)/out
 	$(call generate,$(STUBS)/out)
 	diff -r -x __pycache__ $(STUBS)/out/weft/v1 src/weft/v1
+	if [ -x $(PROMTOOL) ]; then $(PROMTOOL) check rules deploy/prometheus/rules.yaml && \
+		$(PROMTOOL) test rules deploy/prometheus/rules_test.yaml; else echo "$(NO_PROMTOOL)"; fi
 
 protos: $(STUBS)/.ready
 	rm -f src/weft/v1/*_pb2*
@@ -69,3 +72,12 @@ $(STUBS)/.ready: protos/requirements.txt
 	$(PYTHON) -m venv --without-pip $(STUBS)
 	$(PYTHON) -m pip --disable-pip-version-check --python $(STUBS)/bin/python install --quiet --requirement $<
 	touch $@
+
+# The one on the PATH, or Debian's, unpacked and not installed.
+$(PROMTOOL): | $(READY)
+	@rm -rf $(VENV)/prometheus && mkdir $(VENV)/prometheus
+	@if command -v promtool; then ln -s "$$(command -v promtool)" $@; else \
+		cd $(VENV)/prometheus && apt-get download prometheus && dpkg -x prometheus_*.deb . && \
+		cp usr/bin/promtool ../bin/; fi || echo "$(NO_PROMTOOL)"
+
+NO_PROMTOOL := SKIPPED: promtool is not on the PATH and not to be had from apt: metrics and alert rules go unchecked.

@@ -22,11 +22,11 @@ class PackedLinear:
         self._linear = native.call.weft_linear
         self._threads = native.threads
         self._panel = native.panel
-        halved = weight.bfloat16()
-        kept = halved if torch.equal(halved.to(weight.dtype), weight) else weight
-        self._formats = FORMATS[kept.dtype], FORMATS[weight.dtype]
+        self._packed, is_exact = _pack(weight, torch.bfloat16, native)
+        if not is_exact:
+            self._packed, _ = _pack(weight, torch.float32, native)
+        self._formats = FORMATS[self._packed.dtype], FORMATS[weight.dtype]
         missing = -self.d_out % native.panel
-        self._packed = self._by_column(functional.pad(kept, (0, 0, 0, missing))).contiguous()
         self._bias = None if bias is None else functional.pad(bias.float(), (0, missing))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,15 @@ class PackedLinear:
         by_panel = self._packed.permute(0, 2, 1) if self._packed.dim() == 3 else self._packed.permute(0, 3, 2, 1)
         return by_panel.reshape(-1, self.d_in)[: self.d_out].to(self.dtype)
 
-    def _by_column(self, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dtype == torch.float32:
-            return weight.view(-1, self._panel, self.d_in).permute(0, 2, 1)
-        return weight.view(-1, 2, self._panel // 2, self.d_in).permute(0, 3, 2, 1)
+
+def _pack(weight: torch.Tensor, dtype: torch.dtype, native: Native) -> tuple[torch.Tensor, bool]:
+    """The weight in panels: [panels, d_in, PANEL], of halves [panels, d_in, PANEL / 2, 2].
+
+    False where the dtype does not hold each of its numbers, and what was packed is of no use.
+    """
+    weight = weight.contiguous()
+    columns = (native.panel,) if dtype == torch.float32 else (native.panel // 2, 2)
+    packed = torch.zeros(-(-len(weight) // native.panel), weight.shape[1], *columns, dtype=dtype)
+    formats = FORMATS[weight.dtype], FORMATS[dtype]
+    is_exact = native.call.weft_pack(weight.data_ptr(), packed.data_ptr(), *weight.shape, *formats, native.threads)
+    return packed, bool(is_exact)

@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "weft_level": (_INT, ()),
     "weft_panel": (_INT64, ()),
     "weft_linear": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, *(_INT,) * 3)),
+    "weft_pack": (_INT, (*(_POINTER,) * 2, *(_INT64,) * 2, *(_INT,) * 3)),
     "weft_norm": (None, (*(_POINTER,) * 4, *(_INT64,) * 5, ctypes.c_float, *(_INT,) * 3)),
     "weft_rotate": (None, (*(_POINTER,) * 3, *(_INT64,) * 6, *(_INT,) * 3)),
     "weft_act": (None, (*(_POINTER,) * 3, *(_INT64,) * 4, *(_INT,) * 3)),

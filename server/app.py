@@ -20,7 +20,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from opentelemetry.trace import TracerProvider
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
 from weft.adapters.locations import is_remote
 from weft.adapters.state import Recorder, State
@@ -38,7 +39,9 @@ from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.frontend import Frontend
 from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
 from weft.server.engine.queue_limits import QueueLimits
+from weft.server.logs import log_loop_error
 from weft.server.metrics import AdapterSnapshot, Metrics
+from weft.server.tracing import open_tracing
 from weft.server.transport import grpc_options
 from weft.server.watching import AdapterFolders
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
@@ -115,12 +118,15 @@ class _Loaded:
 class Server:
     """One server from its ports to its end: `open`, `load`, `drain`, `close`, each once and in this order."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, tracer_provider: TracerProvider | None = None) -> None:
+        """tracer_provider: in place of the one that the configuration and OpenTelemetry's own variables ask for."""
         self._config = config
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self._metrics = Metrics(self._registry, config.metrics_adapters, config.model.path)
+        self._tracing = open_tracing(config.otlp_endpoint, version("weft"), tracer_provider)
         self._health = health.aio.HealthServicer()
-        self._edge = Edge(self._metrics.refused, config.stall_s or None)
+        self._edge = Edge(self._metrics.refused, self._tracing.tracer, config.stall_s or None)
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[WSGIServer, threading.Thread] | None = None
         self._state: State | None = None
@@ -135,7 +141,9 @@ class Server:
         """
         config = self._config
         _check_free("--port", config.host, config.port)
-        _check_free("--metrics-port", config.host, config.metrics_port)
+        metrics_host = config.host if config.metrics_host is None else config.metrics_host
+        host_option = "--host" if config.metrics_host is None else "--metrics-host"
+        _check_free("--metrics-port", metrics_host, config.metrics_port, host_option)
         max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
         self._grpc = grpc.aio.server(options=grpc_options(max_bytes))
         await self._set_health(_NOT_SERVING)
@@ -148,11 +156,11 @@ class Server:
             raise _unavailable("--port", config.host, config.port, "") from error
         self.address = _join(config.host, port)
         try:
-            self._http = start_http_server(config.metrics_port, config.host, self._registry)
+            self._http = start_http_server(config.metrics_port, metrics_host, self._registry)
         except OSError as error:
-            raise _unavailable("--metrics-port", config.host, config.metrics_port, error.strerror) from error
+            raise _unavailable("--metrics-port", metrics_host, config.metrics_port, error.strerror) from error
         self._http[0].RequestHandlerClass = _MetricsHandler
-        self.metrics_address = _join(config.host, self._http[0].server_port)
+        self.metrics_address = _join(metrics_host, self._http[0].server_port)
         await self._grpc.start()
 
     async def load(self) -> None:
@@ -163,8 +171,10 @@ class Server:
         info, store, engine = loaded.info, loaded.store, config.engine
         self._metrics.set_build_info(version("weft"), info.model, info.dtype, info.device)
         self._metrics.set_cache_config(engine.block_tokens, info.kv_tokens // engine.block_tokens)
+        self._metrics.set_limits(engine.max_running_requests, engine.max_queued_requests)
         self._metrics.watch_adapters(lambda: _snapshot(store))
-        loader = AdapterLoader(store, self._metrics, Recorder(store, state) if state is not None else None)
+        recorder = Recorder(store, state) if state is not None else None
+        loader = AdapterLoader(store, self._metrics, recorder, tracer=self._tracing.tracer)
         folders = None
         if config.adapters is not None:
             folders = AdapterFolders(config.adapters, config.all_source_roots, store, loader)
@@ -200,6 +210,7 @@ class Server:
 
     async def drain(self) -> None:
         """Refuse new requests and let those in flight finish, as long as the configuration says."""
+        self._metrics.set_ready(is_ready=False)
         await self._health.enter_graceful_shutdown()
         if self._loaded is not None:
             grace_s, loaded = self._config.drain_grace_s, self._loaded
@@ -222,6 +233,7 @@ class Server:
             await asyncio.to_thread(httpd.shutdown)
             httpd.server_close()
             thread.join()
+        await asyncio.to_thread(self._tracing.close)
 
     @property
     def is_loading_adapters(self) -> bool:
@@ -265,7 +277,9 @@ class Server:
         )
         constraints = ConstraintCache(loaded.compiler)
         clock = loaded.engine.clock
-        inference = InferenceServicer(frontend, prompts, constraints, limits, clock, config.max_request_s)
+        inference = InferenceServicer(
+            frontend, prompts, constraints, limits, clock, config.max_request_s, self._tracing.tracer
+        )
         edge = cast("Any", self._edge)  # takes handlers as a server does
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, edge)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(loaded.store, loader), edge)
@@ -274,9 +288,11 @@ class Server:
 
     async def _watch(self, frontend: Frontend) -> None:
         await frontend.lost.wait()
+        self._metrics.engine_lost()
         await self._set_health(_NOT_SERVING)
 
     async def _set_health(self, status: int) -> None:
+        self._metrics.set_ready(is_ready=status == _SERVING)
         for service in ("", *SERVICES):
             await self._health.set(service, status)
 
@@ -297,6 +313,7 @@ async def serve(config: ServerConfig) -> None:
     Raises AddressUnavailable, InvalidConfig, InvalidModel, and Unavailable when the engine stopped by itself.
     """
     stop = asyncio.Event()
+    asyncio.get_running_loop().set_exception_handler(log_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     async with _listening_server(config) as server:
@@ -365,7 +382,7 @@ def _snapshot(store: AdapterStore) -> AdapterSnapshot:
     return AdapterSnapshot({state.value: number for state, number in store.num_in_state().items()}, used, total)
 
 
-def _check_free(option: str, host: str, port: int) -> None:
+def _check_free(option: str, host: str, port: int, host_option: str = "--host") -> None:
     """Raises AddressUnavailable, in words, where gRPC would fill a page."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -374,7 +391,7 @@ def _check_free(option: str, host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise AddressUnavailable(f"--host is {host!r}; can't listen there ({error.strerror})") from error
+            raise AddressUnavailable(f"{host_option} is {host!r}; can't listen there ({error.strerror})") from error
         raise _unavailable(option, host, port, error.strerror) from error
 
 

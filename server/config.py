@@ -114,7 +114,8 @@ class ServerConfig:
 
     source_roots: folders, and prefixes such as hf:org/ or https://host/folder/, that adapters may come from.
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
-    watch: whether the adapters folder is looked at after the start. stall_s: how long a client may take nothing of an
+    watch: whether the adapters folder is looked at after the start. metrics_host: None is host. otlp_endpoint: where
+    traces go; None leaves that to OpenTelemetry's own variables. stall_s: how long a client may take nothing of an
     answer while there is some; 0 is as long as it likes.
     """
 
@@ -122,7 +123,9 @@ class ServerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     host: str = "127.0.0.1"
     port: int = 50051
+    metrics_host: str | None = None
     metrics_port: int = 9090
+    otlp_endpoint: str | None = None
     adapters: Path | None = None
     source_roots: tuple[Path | str, ...] = ()
     cache: Path | None = None

@@ -44,6 +44,13 @@ _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 _QUERIED = "Prompt tokens looked up in the prefix cache."
 _HIT = "Prompt tokens found in the prefix cache."
 
+_REFUSALS = (
+    *("invalid_argument", "not_found", "already_exists", "failed_precondition", "resource_exhausted", "unavailable"),
+    *("unauthenticated", "permission_denied", "deadline_exceeded", "internal"),
+)
+_TIERS = ("disk", "host")
+_LOADS = ("ok", "failed")
+
 _VLLM_REASONS = {
     "stop_token": "stop",
     "stop_sequence": "stop",
@@ -122,6 +129,9 @@ class Metrics:
             "weft_speculative_tokens", "Tokens guessed ahead, by outcome.", ["outcome"], registry=registry
         )
         self._accepted, self._rejected = speculated.labels("accepted"), speculated.labels("rejected")
+        self._ready = Gauge("weft_ready", "1 while health says SERVING, else 0.", registry=registry)
+        self._lost = Gauge("weft_engine_lost", "1 once the engine has stopped by itself.", registry=registry)
+        self._begin_at_zero()
         self._snapshot: Callable[[], AdapterSnapshot] | None = None
         registry.register(_LoadCollector(model_name, lambda: self._last, self._adapters, now))
 
@@ -180,6 +190,22 @@ class Metrics:
         """An adapter left a tier, "host" or "device", to make room. May be called from any thread."""
         self._evictions.labels(tier).inc()
 
+    def set_ready(self, *, is_ready: bool) -> None:
+        """What health says. Any thread may call this."""
+        self._ready.set(is_ready)
+
+    def engine_lost(self) -> None:
+        """The engine stopped by itself. Any thread may call this."""
+        self._lost.set(1)
+
+    def set_limits(self, max_running: int, max_queued: int) -> None:
+        """The most requests that run and that wait."""
+        for name, text, most in (
+            ("weft_requests_running_limit", "The most requests that run at once.", max_running),
+            ("weft_requests_waiting_limit", "The most requests that wait; one more is refused.", max_queued),
+        ):
+            Gauge(name, text, registry=self._registry).set(most)
+
     def watch_adapters(self, snapshot: Callable[[], AdapterSnapshot]) -> None:
         """Publish the adapters as they are at each scrape; called from the scrape's thread."""
         self._snapshot = snapshot
@@ -201,6 +227,17 @@ class Metrics:
         last = self._last
         free = last.kv_blocks_total - last.kv_blocks_used
         return last.kv_blocks_total * self._block_tokens, free * self._block_tokens
+
+    def _begin_at_zero(self) -> None:
+        """A series that begins at 1 shows no increase: the first of what is alerted on would go unseen."""
+        for code in _REFUSALS:
+            self._refused.labels(code)
+        for outcome in _LOADS:
+            self._adapter_loads.labels(outcome)
+            for tier in _TIERS:
+                self._moves.labels(tier, outcome)
+        for tier in ("host", "device"):
+            self._evictions.labels(tier)
 
     def _constant(self, name: str, text: str, labels: Mapping[str, str]) -> None:
         Gauge(name, text, list(labels), registry=self._registry).labels(**labels).set(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -23,9 +24,13 @@ def _quiet_and_single_threaded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_log_level() -> Iterator[None]:
-    """Commands that run in the tests' process set the level of the log; the next test is not to notice."""
-    log = logging.getLogger("weft")
-    level = log.level
+def _own_log() -> Iterator[None]:
+    """Commands that run in the tests' process set up the log; the next test is not to notice."""
+    loggers = [logging.getLogger(name) for name in ("weft", "transformers")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    hook = threading.excepthook
     yield
-    log.setLevel(level)
+    threading.excepthook = hook
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers

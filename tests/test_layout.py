@@ -36,7 +36,10 @@ ROOMS = {
     "weft.server.bench": {"weft.errors", "weft.v1"},
     "weft.server.config": {"weft.errors"},
     "weft.server.metrics": {"weft.errors"},
-    "weft.server.transport": set(),
+    "weft.server.transport": set[str](),
+    "weft.server.calls": set[str](),
+    "weft.server.logs": {"weft.errors", "weft.server.calls"},
+    "weft.server.tracing": {"weft.errors"},
 }
 ROOMS["weft.server.engine"] = {
     "weft.errors",
@@ -45,9 +48,14 @@ ROOMS["weft.server.engine"] = {
     "weft.server.config",
     "weft.server.metrics",
 }
-ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {"weft.server.engine", "weft.v1"}
+ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {"weft.server.engine", "weft.server.calls", "weft.v1"}
 ROOMS["weft.server.watching"] = ROOMS["weft.server.api"] | {"weft.server.api"}
-ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {"weft.server.watching", "weft.server.transport"}
+ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {
+    "weft.server.watching",
+    "weft.server.logs",
+    "weft.server.tracing",
+    "weft.server.transport",
+}
 ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {"weft.server.app", "weft.server.bench", "weft.demo"}
 
 WIRE = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}

@@ -6,6 +6,9 @@
 #include "pool.h"
 #include "vectors.h"
 
+#include <stdatomic.h>
+#include <stdbool.h>
+
 /* FEW_LINES: bytes that loads from memory are asked for ahead; one row alone reads as fast as the processor guesses. */
 enum { PANEL = 2 * VL, FEW_LINES = 1024 };
 
@@ -131,4 +134,45 @@ void weft_linear(const float *x, const void *packed, const float *bias, void *y,
     int64_t panels = (d_out + PANEL - 1) / PANEL;
     int64_t at_once = panels_at_once(&job), grain = panels / (4 * threads * at_once) * at_once;
     share(do_panels, &job, panels, grain > 0 ? grain : at_once, threads);
+}
+
+struct pack {
+    const void *weight;
+    void *packed;
+    int64_t d_out, d_in;
+    int weight_format, format;
+    atomic_bool is_exact;
+};
+
+/* Columns of a panel are read beside each other, each along its row, some k at a time that stay near. */
+static void pack_panels(void *of, int64_t first, int64_t last) {
+    struct pack *job = of;
+    const uint32_t *singles = job->weight;
+    const uint16_t *halves = job->weight;
+    bool is_exact = true;
+    for (int64_t panel = first; panel < last && atomic_load(&job->is_exact); panel++) {
+        for (int64_t start = 0; start < job->d_in; start += PANEL)
+            for (int64_t column = 0; column < PANEL; column++) {
+                const int64_t row = panel * PANEL + column;
+                if (row >= job->d_out) continue;
+                for (int64_t k = start; k < job->d_in && k < start + PANEL; k++) {
+                    const int64_t from = row * job->d_in + k, to = (panel * job->d_in + k) * PANEL;
+                    const uint32_t bits = job->weight_format == FLOAT32 ? singles[from] : (uint32_t)halves[from] << 16;
+                    is_exact &= job->format == FLOAT32 || (bits & 0xffff) == 0;
+                    if (job->format == FLOAT32)
+                        ((uint32_t *)job->packed)[to + column] = bits;
+                    else
+                        ((uint16_t *)job->packed)[to + 2 * (column % VL) + column / VL] = (uint16_t)(bits >> 16);
+                }
+            }
+        if (!is_exact) atomic_store(&job->is_exact, false);
+    }
+}
+
+/* weight: [d_out, d_in] in weight_format; packed: whole panels in `format`, zeroes. Returns whether the format holds each
+ * number; where it does not, `packed` is of no use. */
+int weft_pack(const void *weight, void *packed, int64_t d_out, int64_t d_in, int weight_format, int format, int threads) {
+    struct pack job = {weight, packed, d_out, d_in, weight_format, format, true};
+    share(pack_panels, &job, (d_out + PANEL - 1) / PANEL, 1, threads);
+    return job.is_exact;
 }

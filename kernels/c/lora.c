@@ -181,7 +181,8 @@ static void shrink_items(void *of, int64_t first, int64_t last) {
         float *to = plan->coefs + site * plan->num_coefs + plan->coef[entry];
         for (int64_t r = 0, step; r < count; r += step) {
             const float *x[3];
-            step = count - r < 3 ? count - r : 3;
+            /* Four as two and two: one row alone waits for its own sums. */
+            step = count - r == 4 ? 2 : count - r < 3 ? count - r : 3;
             for (int i = 0; i < step; i++) x[i] = job->x + rows[r + i] * job->x_stride;
             if (count == 1 && plan->count[entry] > HALF) {
                 tiles->whole(a, group->d_in, x, scales, to, count);

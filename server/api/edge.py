@@ -5,9 +5,8 @@ Servicers raise Weft's errors; here they become statuses. Until the servicers ar
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +16,12 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc.status_pb2 import Status
+from opentelemetry.trace import Tracer
 
-from weft.errors import InvalidRequest, Problem, ReaderStalled, Unavailable, WeftError
+from weft.errors import InvalidRequest, Problem, Unavailable, WeftError
 from weft.server.api.errors import code_of, to_status, unexpected_status
+from weft.server.api.observing import Behaviour, Observed, note_refusal, note_request
+from weft.server.api.sending import Sent
 
 _log = logging.getLogger(__name__)
 
@@ -46,12 +48,12 @@ class EndedByEngine(Exception):
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self, count_refusal: Callable[[str], None], stall_s: float | None = None) -> None:
-        """count_refusal: called with the code, in lower case, of each RPC that is refused.
-
-        stall_s: how long a client may take nothing while there is something for it; None: as long as it likes.
-        """
+    def __init__(
+        self, count_refusal: Callable[[str], None], tracer: Tracer | None = None, stall_s: float | None = None
+    ) -> None:
+        """count_refusal: called with the code, in lower case, of each RPC that is refused. stall_s: see `Sent`."""
         self._count_refusal = count_refusal
+        self._tracer = tracer
         self._stall_s = stall_s
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
@@ -65,16 +67,22 @@ class Edge(grpc.GenericRpcHandler):
         if not method.startswith(f"/{PACKAGE}."):
             return None
         if not self._handlers:
-            return grpc.unary_stream_rpc_method_handler(self._refuse)
+            return grpc.unary_stream_rpc_method_handler(self._observed(method, self._refuse))
         found = (handler.service(handler_call_details) for handler in self._handlers)
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return None
-        call = _Call(method, handler, self._count_refusal, self._stall_s)
-        return grpc.unary_stream_rpc_method_handler(call.answer, None, handler.response_serializer)
+        call = _Call(method, handler, self._count_refusal)
+        sent = Sent(self._observed(method, call.run), self._stall_s)
+        return grpc.unary_stream_rpc_method_handler(sent.run, None, handler.response_serializer)
 
-    async def _refuse(self, raw: bytes, context: Context) -> AsyncIterator[Message]:
-        status = to_status(Unavailable("the model is loading: try again"))
+    def _observed(self, method: str, behaviour: Behaviour) -> Behaviour:
+        return Observed(method.removeprefix("/"), behaviour, self._tracer).run
+
+    async def _refuse(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
+        error = Unavailable("the model is loading: try again")
+        status = to_status(error)
+        note_refusal(error, code_of(status).name)
         self._count_refusal(code_of(status).name.lower())
         await abort(context, status)
         yield Status()  # never reached; makes a generator of it
@@ -87,37 +95,11 @@ class _Call:
     method: str
     handler: Handler
     count_refusal: Callable[[str], None]
-    stall_s: float | None
-
-    async def answer(self, raw: bytes, context: Context) -> None:
-        """Run it, and send what comes. A write waits while its client takes nothing and HTTP/2 has no room.
-
-        One that waits too long ends the RPC: what the servicer holds is free at once, and the status comes when the
-        client reads again, after what was sent before.
-        """
-        try:
-            async with aclosing(self.run(raw, context)) as messages:
-                has_begun = False
-                async for message in messages:
-                    if not has_begun:  # a first message that is given up in mid-write must not take the headers along
-                        await context.send_initial_metadata(())
-                        has_begun = True
-                    await self._write(message, context)
-        except ReaderStalled as error:
-            await abort(context, self._status(error))
-        except grpc.aio.InternalError:  # the client went in mid-write, and gRPC is about to say so
-            raise asyncio.CancelledError from None
-
-    async def _write(self, message: Message, context: Context) -> None:
-        try:
-            async with asyncio.timeout(self.stall_s):
-                await context.write(message)
-        except TimeoutError:
-            raise ReaderStalled(f"nothing of the answer was taken for {self.stall_s:g} s") from None
 
     async def run(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         try:
             request = self._parse(raw)
+            note_request(request)
             if self.handler.response_streaming:
                 async with aclosing(self._behaviour(request, context)) as responses:
                     async for response in responses:
@@ -151,10 +133,10 @@ class _Call:
     def _status(self, error: Exception) -> Status:
         if isinstance(error, WeftError):
             status = to_status(error)
-            _log.info("%s: %s: %s", self.method, code_of(status).name, status.message)
         else:
             status = unexpected_status()
             _log.error("%s failed", self.method, exc_info=error)
+        note_refusal(error, code_of(status).name)
         return status
 
 

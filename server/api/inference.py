@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weft.adapters.residency import AdapterRef
+from opentelemetry.trace import Tracer
+
 from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
 from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
 from weft.server.api.responses import Reply, join, to_refs, to_score, to_usage
+from weft.server.api.spans import AnyRequest, InferenceRecord
 from weft.server.api.translation import (
     GenerateRequest,
     RequestLimits,
@@ -31,12 +32,10 @@ from weft.server.engine.request import Delta, Finish, Request, Token
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """clock: the engine's. max_request_s: how long a request without a deadline may take."""
+    """clock: the engine's. max_request_s: how long a request without a deadline may take. tracer: None, nothing is."""
 
     frontend: Frontend
     prompts: Prompts
@@ -44,6 +43,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     limits: RequestLimits
     clock: Callable[[], float]
     max_request_s: float
+    tracer: Tracer | None = None
 
     async def Generate(self, request: pb2.GenerateRequest, context: Context) -> pb2.GenerateResponse:
         async with aclosing(self._answer(request, context)) as messages:
@@ -60,6 +60,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metadata, arrived_s, deadline_s = context.invocation_metadata() or (), self.clock(), self._deadline_s(context)
         checked = to_score_request(request, metadata, self.limits, deadline_s)
         shared = replace(checked, arrived_s=arrived_s)
+        with self._recorded(request, shared) as record:
+            return await self._score(request, shared, deadline_s, record)
+
+    async def _score(
+        self, request: pb2.ScoreRequest, shared: Request, deadline_s: float, record: InferenceRecord
+    ) -> pb2.ScoreResponse:
         async with self._in_time(deadline_s):
             prompt = await self.prompts.encode(request)
             if not 1 <= len(prompt) <= self.limits.max_prompt_tokens:  # before it is tokenized with each continuation
@@ -74,12 +80,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         tokens: list[list[Token]] = [[] for _ in requests]
         finishes: list[Finish] = []
         async with self.frontend.streams(requests) as streams:
+            record.queued(streams)
             async for index, delta in _reporting(streams):
+                record.take(delta)
                 tokens[index] += delta.prompt
                 finishes += [delta.finish] if delta.finish is not None else []
-        _log.info(
-            "request %s: %d continuations scored, by %s", shared.request_id, len(tokens), _names(streams.adapters)
-        )
         usage = to_usage(finishes)
         usage.prompt_tokens = len(prompt) + sum(map(len, continuations))
         return pb2.ScoreResponse(
@@ -109,29 +114,44 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncGenerator[pb2.StreamGenerateResponse, None]:
         """The stream of one request. Closed or cancelled at any point, it leaves nothing behind."""
         metadata, arrived_s, deadline_s = context.invocation_metadata() or (), self.clock(), self._deadline_s(context)
-        checked = to_engine_request(message, metadata, self.limits, deadline_s)
+        checked = replace(to_engine_request(message, metadata, self.limits, deadline_s), arrived_s=arrived_s)
+        with self._recorded(message, checked) as record:
+            prompt, requests = await self._prepare(message, checked, deadline_s)
+            async with self.frontend.streams(requests) as streams:
+                record.queued(streams)
+                shown = await self.prompts.show(message, prompt) if message.output.include_prompt else None
+                reply = Reply(
+                    *(checked.request_id, streams.adapters, shown),
+                    num_answers=len(requests),
+                    prompt_logprobs=requests[0].prompt_logprobs_from is not None,
+                )
+                async for index, delta in _reporting(streams):
+                    record.take(delta)
+                    for response in reply.push(index, delta):
+                        yield response
+
+    async def _prepare(
+        self, message: GenerateRequest, checked: Request, deadline_s: float
+    ) -> tuple[tuple[int, ...], list[Request]]:
+        """The prompt's tokens, and the requests of all answers."""
         async with self._in_time(deadline_s):
             prompt = tuple(await self.prompts.encode(message))
-            complete = replace(checked, prompt=prompt, arrived_s=arrived_s)
+            complete = replace(checked, prompt=prompt)
             self._check({prompt_path(message): complete})
             spec = to_spec(message)
             constraint = await self.constraints.get(spec) if spec is not None else None
         requests = several(replace(complete, constraint=constraint), message.n or 1)
-        prompt_logprobs = message.output.prompt_logprobs and len(prompt) > 1
-        if prompt_logprobs:
+        if message.output.prompt_logprobs and len(prompt) > 1:
             requests[0] = replace(requests[0], prompt_logprobs_from=1)
-        async with self.frontend.streams(requests) as streams:
-            shown = await self.prompts.show(message, prompt) if message.output.include_prompt else None
-            reply = Reply(
-                *(checked.request_id, streams.adapters, shown),
-                num_answers=len(requests),
-                prompt_logprobs=prompt_logprobs,
-            )
-            async for index, delta in _reporting(streams):
-                if delta.finish is not None:
-                    _log_finish(checked.request_id, streams.adapters, delta.finish)
-                for response in reply.push(index, delta):
-                    yield response
+        return prompt, requests
+
+    @contextmanager
+    def _recorded(self, message: AnyRequest, request: Request) -> Iterator[InferenceRecord]:
+        record = InferenceRecord(message, request, self.tracer, self.clock)
+        try:
+            yield record
+        finally:
+            record.end()
 
     def _check(self, requests: Mapping[str, Request], before: str = "") -> None:
         """Raises InvalidRequest for prompts that can't be run. requests: by the path that each is reported at."""
@@ -166,18 +186,3 @@ async def _reporting(streams: Streams) -> AsyncIterator[tuple[int, Delta]]:
             yield item
     except WeftError as error:
         raise EndedByEngine(error) from error
-
-
-def _log_finish(request_id: str, adapters: Sequence[AdapterRef], finish: Finish) -> None:
-    _log.info(
-        "request %s: %s after %d + %d tokens, by %s",
-        request_id,
-        finish.reason.value,
-        finish.prompt_tokens,
-        finish.completion_tokens,
-        _names(adapters),
-    )
-
-
-def _names(adapters: Sequence[AdapterRef]) -> str:
-    return ", ".join(f"{ref.name}@{ref.version.digest}" for ref in adapters) or "the base"

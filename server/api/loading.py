@@ -7,10 +7,14 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+
+from opentelemetry.context import Context
+from opentelemetry.trace import INVALID_SPAN, Span, Tracer, set_span_in_context
 
 from weft.adapters.locations import is_remote
 from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
@@ -18,6 +22,7 @@ from weft.adapters.report import AdapterReport
 from weft.adapters.state import Recorder
 from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AdapterNotFound, Unavailable, WeftError
+from weft.server.calls import this_call
 from weft.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -71,9 +76,11 @@ class AdapterLoader:
         metrics: Metrics,
         recorder: Recorder | None = None,
         first_retry_s: float = FIRST_RETRY_S,
+        tracer: Tracer | None = None,
     ) -> None:
-        """recorder: keeps what is changed; None, nothing does."""
+        """recorder: keeps what is changed; None, nothing does. tracer: None, nothing is traced."""
         self.metrics = metrics
+        self._tracer = tracer
         self._recorder = recorder
         self._records = ThreadPoolExecutor(1, thread_name_prefix="weft-state")
         self._store = store
@@ -97,7 +104,7 @@ class AdapterLoader:
         """Register and load. Raises what `AdapterStore.create` raises, and Unavailable; the name is free again then."""
         self._check_open()
         return await self._on_thread(
-            lambda: self._recorded(new.name, lambda: self._timed(lambda: self._store.create(new))),
+            lambda: self._recorded(new.name, lambda: self._timed("load", new.name, lambda: self._store.create(new))),
             self._threads.of_source(new.source),
         )
 
@@ -113,7 +120,9 @@ class AdapterLoader:
             return self._store.update(name, change)
 
         return await self._on_thread(
-            lambda: self._recorded(name, update if change.source is None else lambda: self._timed(update)),
+            lambda: self._recorded(
+                name, update if change.source is None else lambda: self._timed("update", name, update)
+            ),
             self._threads.of_source(change.source or ""),
         )
 
@@ -162,7 +171,7 @@ class AdapterLoader:
         """
         try:
             reservation = self._store.reserve(new, restored=restored)
-            self._timed(lambda: self._store.load(reservation))
+            self._timed("load", new.name, lambda: self._store.load(reservation))
         except WeftError as error:
             _log.warning("%s was not loaded: %s", new.source, error)
             return False
@@ -174,7 +183,7 @@ class AdapterLoader:
     def update_now(self, name: str, change: AdapterChange) -> None:
         """Update on this thread; what fails is logged in one line, and the adapter is as it was."""
         try:
-            self._timed(lambda: self._store.update(name, change))
+            self._timed("update", name, lambda: self._store.update(name, change))
         except WeftError as error:
             _log.warning("adapter %s was not updated: %s", name, error)
         except Exception:  # noqa: BLE001 - one folder, however odd, must not end the watch over the others
@@ -236,7 +245,8 @@ class AdapterLoader:
             _log.warning("adapter %s was not loaded: %s", reservation.entry.name, error)
 
     async def _load_once(self, reservation: Reservation, threads: ThreadPoolExecutor) -> None:
-        await self._on_thread(partial(self._timed, partial(self._store.load, reservation)), threads)
+        load = partial(self._store.load, reservation)
+        await self._on_thread(partial(self._timed, "load", reservation.entry.name, load), threads)
 
     async def _restore(self, reservation: Reservation) -> None:
         """As `_load`, of a source that may be out of reach for a while."""
@@ -283,20 +293,33 @@ class AdapterLoader:
         return info
 
     async def _on_thread(self, work: Callable[[], Result], threads: ThreadPoolExecutor) -> Result:
-        future = threads.submit(work)
+        future = threads.submit(copy_context().run, work)
         self._loads.add(future)
         future.add_done_callback(self._loads.discard)
         return await asyncio.wrap_future(future)
 
-    def _timed(self, load: Callable[[], AdapterInfo]) -> AdapterInfo:
+    def _timed(self, operation: str, name: str, load: Callable[[], AdapterInfo]) -> AdapterInfo:
+        """For the metrics, and as a span of the RPC that asked for it, if one did."""
         started = time.monotonic()
         outcome = "failed"
-        try:
-            info = load()
-            outcome = "ok"
-        finally:
-            self.metrics.adapter_loaded(time.monotonic() - started, outcome)
+        with self._span(operation, name) as span:
+            try:
+                info = load()
+                outcome = "ok"
+            finally:
+                self.metrics.adapter_loaded(time.monotonic() - started, outcome)
+            span.set_attribute("weft.adapter.digest", info.digest)
         return info
+
+    def _span(self, operation: str, name: str) -> AbstractContextManager[Span]:
+        if self._tracer is None:
+            return nullcontext(INVALID_SPAN)
+        asking = this_call().span
+        return self._tracer.start_as_current_span(
+            f"{operation} adapter",
+            set_span_in_context(asking) if asking is not None else Context(),
+            attributes={"weft.adapter.name": name},
+        )
 
 
 def _keep(tasks: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -133,16 +134,25 @@ def to_duration(seconds: float) -> Duration:
     return duration
 
 
-def _timing(finishes: Sequence[Finish]) -> pb2.Timing:
+class Phases(NamedTuple):
+    """Seconds of a request's life, one after the other."""
+
+    queue: float
+    prefill: float
+    decode: float
+
+
+def to_phases(finishes: Sequence[Finish]) -> Phases:
     """Of all answers to one prompt: queued until the first began, decoding until the last ended."""
     started_s = min(finish.queue_s for finish in finishes)
     first_token_s = min(finish.queue_s + finish.prefill_s for finish in finishes)
     ended_s = max(finish.queue_s + finish.prefill_s + finish.decode_s for finish in finishes)
-    return pb2.Timing(
-        queue=to_duration(started_s),
-        prefill=to_duration(first_token_s - started_s),
-        decode=to_duration(ended_s - first_token_s),
-    )
+    return Phases(started_s, first_token_s - started_s, ended_s - first_token_s)
+
+
+def _timing(finishes: Sequence[Finish]) -> pb2.Timing:
+    queue, prefill, decode = map(to_duration, to_phases(finishes))
+    return pb2.Timing(queue=queue, prefill=prefill, decode=decode)
 
 
 def _prompt_tokens(prompt: Shown, reported: Sequence[Token]) -> list[pb2.Token]:

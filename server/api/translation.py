@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from weft.adapters.names import MAX_NAME_CHARACTERS
 from weft.server.api.chat import check_chat
 from weft.server.api.constraint_fields import check_constraint
+from weft.server.api.observing import MAX_REQUEST_ID_CHARACTERS
 from weft.server.api.violations import Number, Range, Violations
 from weft.server.engine.request import Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
@@ -24,7 +25,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_ANSWERS = 16
 MAX_CONTINUATIONS = 256
-MAX_REQUEST_ID_CHARACTERS = 128
 MAX_CACHE_SALT_CHARACTERS = 128
 MAX_CALLER_CHARACTERS = 256
 CALLER_METADATA = ("x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id")

@@ -14,6 +14,7 @@ from weft.server.cli.bench import bench
 from weft.server.cli.demo import demo
 from weft.server.cli.generate import generate
 from weft.server.cli.serve import serve
+from weft.server.cli.top import top
 
 INTERRUPTED = 130
 """The exit code that shells give to what Ctrl-C ended."""
@@ -25,7 +26,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, bench, demo):
+for command in (serve, generate, adapters, top, bench, demo):
     cli.add_command(command)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import tomllib
 from collections.abc import Callable, Mapping
@@ -17,6 +16,8 @@ import click
 from weft.adapters.names import check_name
 from weft.errors import InvalidRequest
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig, is_prefix
+from weft.server.logs import FORMATS, configure
+from weft.server.tracing import check_endpoint
 
 _PATH = click.Path(path_type=Path)
 
@@ -91,14 +92,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What of the log is shown."""
+    """What of the log is shown, and how."""
 
     level: str = "info"
+    format: str = "text"
 
 
 LOG_LEVEL = Setting(
     "log-level", LogConfig, "level", click.Choice(["debug", "info", "warning", "error"]), "How much to log on stderr."
 )
+LOG_FORMAT = Setting(
+    "log-format", LogConfig, "format", click.Choice(FORMATS), "Lines for people, or JSON objects for machines."
+)
+LOG_SETTINGS = (LOG_LEVEL, LOG_FORMAT)
 SETTINGS = (
     Setting("model", ModelConfig, "path", str, "The base: a folder in Hugging Face's format, or a hub id."),
     Setting("dtype", ModelConfig, "dtype", str, "auto, float32, bfloat16 or float16."),
@@ -118,7 +124,11 @@ SETTINGS = (
     Setting("state", ServerConfig, "state", _PATH, "A file that keeps over a restart what was created over the API."),
     Setting("host", ServerConfig, "host", str, "The address to listen on."),
     Setting("port", ServerConfig, "port", int, "For gRPC; 0 takes any free one."),
+    Setting("metrics-host", ServerConfig, "metrics_host", str, "The address for Prometheus; else that of --host."),
     Setting("metrics-port", ServerConfig, "metrics_port", int, "For Prometheus; 0 takes any free one."),
+    Setting(
+        "otlp-endpoint", ServerConfig, "otlp_endpoint", str, "Send traces to it by OTLP over gRPC: http://HOST:PORT."
+    ),
     Setting("max-batch-tokens", EngineConfig, "max_batch_tokens", int, "The most tokens that a step computes."),
     Setting("max-running-requests", EngineConfig, "max_running_requests", int, "The most requests in a step."),
     Setting("max-queued-requests", EngineConfig, "max_queued_requests", int, "The most requests that wait."),
@@ -198,7 +208,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise click.UsageError(f"--config {path} can't be read as TOML ({reason})") from None
-    known = {setting.option: setting for setting in (*SETTINGS, LOG_LEVEL)}
+    known = {setting.option: setting for setting in (*SETTINGS, *LOG_SETTINGS)}
     values = {}
     for key, value in raw.items():
         setting = known.get(key.replace("_", "-"))
@@ -231,7 +241,7 @@ def _use_file(context: click.Context, _option: click.Parameter, path: Path | Non
 
 
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
-    for setting in reversed((*SETTINGS, LOG_LEVEL)):
+    for setting in reversed((*SETTINGS, *LOG_SETTINGS)):
         function = setting.to_option()(function)
     return function
 
@@ -247,16 +257,17 @@ def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     help="A TOML file whose keys are these options. The command line and the environment go before it.",
 )
 @_with_settings
-def serve(log_level: str | None, **values: Any) -> None:
+def serve(log_level: str | None, log_format: str | None, **values: Any) -> None:
     """Serve a base model and its adapters until SIGTERM or Ctrl-C; then finish what is in flight."""
     config = build_config(values)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("weft").setLevel((log_level or LogConfig.level).upper())
+    check_endpoint(config.otlp_endpoint)
+    configure(log_format or LogConfig.format, log_level or LogConfig.level)
     # Bring torch and transformers, which no other command should wait for.
     from weft.server import app  # noqa: PLC0415
-    from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
+    from weft.server.cli.quiet import quiet_transformers, share_log  # noqa: PLC0415
     from weft.server.transport import raise_file_limit  # noqa: PLC0415
 
     raise_file_limit()
     quiet_transformers()
+    share_log()
     asyncio.run(app.serve(config))

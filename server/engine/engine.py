@@ -84,8 +84,8 @@ class Engine:
         self._deadlines = Deadlines()
         self._is_stalled = False
         self._forecast = Forecast(scheduler.pace)
-        self.begun: list[Request] = []
-        """Who ran for the first time in the last step."""
+        self.begun: dict[Request, float] = {}
+        """Who ran for the first time in the last step, and since when."""
         self.is_full = False
         """Whether the last step had no room for all who were ready. Any thread may ask."""
 
@@ -156,7 +156,7 @@ class Engine:
         started_s = self.clock()
         events = self._expire(started_s)
         events += self._give_up(started_s)
-        self.begun = []
+        self.begun = {}
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
@@ -171,7 +171,7 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = started_s
-                self.begun.append(item.sequence.request)
+                self.begun[item.sequence.request] = started_s
                 self._observe_prefix(item.sequence)
         if self._speculation is not None:
             picked = self._speculation.extend(picked)
@@ -205,7 +205,7 @@ class Engine:
             if len(picked) > 1:
                 return [event for item in picked for event in self._run([item])]
             (item,) = picked
-            _log.exception("request %s failed", item.sequence.request.request_id)
+            _log.exception("request %s failed", item.sequence.request.request_id, extra=_scope(item.sequence))
             failure = GenerationFailed(f"the request's own step failed ({type(error).__name__})")
             return [self._fail(item.sequence, failure)]
         for item in picked:
@@ -429,6 +429,15 @@ def _not_finite(sequence: Sequence) -> WeftError:
         return sequence.matcher.error
     names = sequence.adapter_label or "the base model"
     return GenerationFailed(f"{names} gave logits that are not finite")
+
+
+def _scope(sequence: Sequence) -> dict[str, object]:
+    """What names a request in the log, as it does where the RPC is served."""
+    return {
+        "request_id": sequence.request.request_id,
+        "adapters": tuple(f"{ref.name}@{ref.version.digest}" for ref in sequence.adapters),
+        "caller": sequence.request.caller,
+    }
 
 
 def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from weft.adapters.residency import AdapterRef
 from weft.adapters.store import AdapterStore
@@ -23,6 +24,8 @@ from weft.server.engine.queue_limits import QueueGate, QueueLimits
 from weft.server.engine.request import Delta, Request
 
 _log = logging.getLogger(__name__)
+
+NOBODY: Mapping[Request, float] = MappingProxyType({})
 
 MAX_JOINED_TOKENS = 512
 """Of deltas that piled up and go out as one: even with every alternative told, far below what a gRPC client takes."""
@@ -54,13 +57,15 @@ class Stream:
     The engine never waits for who iterates: what comes meanwhile piles up, and then comes together. So a stream holds
     no more than its answer.
 
-    index: its place among the answers that share its queue of events.
+    index: its place among the answers that share its queue of events. begun_s: since when it runs, on the engine's
+    clock.
     """
 
     adapters: tuple[AdapterRef, ...]
     index: int = 0
     events: asyncio.Queue[tuple[int, Delta | WeftError]] = field(default_factory=asyncio.Queue)
     ended: bool = False
+    begun_s: float | None = None
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Raises the WeftError that ended the request, if one did."""
@@ -201,9 +206,11 @@ class Frontend:
         if not self._streams:
             self._idle.set()
 
-    def _deliver(self, events: Iterable[Event], begun: Seq[Request] = ()) -> None:
-        for request in begun:
+    def _deliver(self, events: Iterable[Event], begun: Mapping[Request, float] = NOBODY) -> None:
+        for request, begun_s in begun.items():
             self._gate.begin(request)
+            if request in self._streams:
+                self._streams[request].begun_s = begun_s
         for request, event in events:
             stream = self._streams.get(request)
             if stream is None:  # cancelled meanwhile

@@ -21,15 +21,17 @@ def means_of(device: torch.device, lora_backend: str) -> Means | None:
     return Means(CudaCapture(device), attend_in_place, DeviceWork if lora_backend == "triton" else None)
 
 
-def backend_for(device: torch.device, wanted: str) -> str:
+def backend_for(device: torch.device, wanted: str, *, has_native: bool) -> str:
     """The name of the LoRA backend: the one that is wanted, or the fastest there is for the device.
 
-    Raises InvalidConfig for one that this machine has not.
+    has_native: whether the model computes with the C library. Raises InvalidConfig for one that this machine has not.
     """
     if wanted == "triton" and not has_triton():
         raise InvalidConfig("--lora-backend is triton, which is not installed: pip install 'weft[cuda]'")
     if wanted == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise InvalidConfig(f"--lora-backend is triton, which does not run on {device}: use auto")
+    if wanted == "cpu" and not has_native:
+        raise InvalidConfig(f"--lora-backend is cpu, the C library, which does not serve {device} here: use auto")
     if wanted == "auto" and device.type == "cuda" and has_triton():
         return "triton"  # until there is a table of a GPU
     return wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import signal
@@ -175,6 +176,22 @@ class TestStart:
         for address in asyncio.run(main()):
             host, _, port = address.rpartition(":")
             socket.create_server((host, int(port))).close()  # given back
+
+    def test_metrics_may_have_an_address_of_their_own(self, config: ServerConfig) -> None:
+        async def main() -> tuple[str, str]:
+            server = Server(replace(config, metrics_host="127.0.0.2"))
+            await server.open()
+            url = f"http://{server.metrics_address}/metrics"
+            with await asyncio.to_thread(urllib.request.urlopen, url) as response:
+                assert "weft_ready 0.0" in response.read().decode()
+            await server.close()
+            return server.address, server.metrics_address
+
+        assert [address.rpartition(":")[0] for address in asyncio.run(main())] == ["127.0.0.1", "127.0.0.2"]
+
+    def test_an_address_for_metrics_that_is_none_is_named(self, config: ServerConfig) -> None:
+        with pytest.raises(AddressUnavailable, match=r"--metrics-host is '192\.0\.2\.1'; can't listen there"):
+            asyncio.run(enter(replace(config, metrics_host="192.0.2.1")))
 
     def test_a_scraper_that_says_nothing_is_let_go(
         self, config: ServerConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -428,6 +445,23 @@ def process(root: Path, *options: str) -> Iterator[Process]:
             yield served
         finally:
             popen.kill()
+
+
+class TestLog:
+    def test_as_json_every_line_is_an_object_and_a_requests_names_it(self, root: Path) -> None:
+        lines = []
+        with process(root, "--log-format", "json") as server, grpc.insecure_channel(server.address) as channel:
+            lines.append(server.read_until("serving "))
+            request = inference_pb2.GenerateRequest(text="hello", request_id="r-1", stopping={"max_tokens": 2})
+            inference(channel).Generate(request)
+            lines.append(server.read_until("weft.access"))
+            server.signal(signal.SIGTERM)
+            exit_code, error = server.end()
+        assert exit_code == 0
+        _, access, *others = [json.loads(line) for line in (*lines, *error.splitlines())]
+        assert access["request_id"] == "r-1"
+        assert (access["level"], access["code"], access["completion_tokens"]) == ("INFO", "OK", 2)
+        assert "SIGTERM: draining" in [line["message"] for line in others]
 
 
 class TestSignals:

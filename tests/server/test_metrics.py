@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from promtool import needs_promtool, promtool
 
 from weft.server.metrics import BASE, OTHER, AdapterSnapshot, Metrics, StepStats
 
-PROMTOOL = shutil.which("promtool")
 MODEL = {"model_name": "tiny"}
 
 STEP = StepStats(
@@ -249,6 +247,7 @@ def everything(scraped: Scraped) -> bytes:
     metrics = scraped.metrics
     metrics.set_build_info("1", "tiny", "float32", "cpu")
     metrics.set_cache_config(block_size=16, num_blocks=20)
+    metrics.set_limits(64, 1024)
     metrics.step(STEP)
     metrics.first_token("one", 0.1, 0.2)
     metrics.inter_token("one", 0.01)
@@ -272,12 +271,9 @@ def test_a_scrape_is_read_by_the_clients_own_parser(scraped: Scraped) -> None:
     }
 
 
-@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not on the PATH")
+@needs_promtool
 def test_promtool_finds_nothing_but_vllms_own_names(scraped: Scraped) -> None:
-    assert PROMTOOL is not None
-    ran = subprocess.run(
-        [PROMTOOL, "check", "metrics"], input=everything(scraped), capture_output=True, check=False, timeout=60
-    )
+    ran = promtool("check", "metrics", text=everything(scraped))
     complaints = (ran.stdout + ran.stderr).decode().splitlines()
     assert [line for line in complaints if not line.startswith("vllm:")] == []
 
@@ -352,3 +348,26 @@ def test_what_waits_is_published_though_nothing_is_computed() -> None:
     scraped.metrics.stands(replace(STEP, num_running=0, num_requests=0))
     assert scraped.value("weft_requests_waiting") == 3
     assert scraped.value("weft_step_seconds_count") == 0
+
+
+def test_what_is_alerted_on_is_there_at_zero_before_it_happens(scraped: Scraped) -> None:
+    for code in ("internal", "resource_exhausted", "unauthenticated", "permission_denied"):
+        assert scraped.value("weft_refused_requests_total", code=code) == 0
+    assert scraped.value("weft_adapter_load_seconds_count", outcome="failed") == 0
+    assert scraped.value("weft_adapter_move_seconds_count", tier="disk", outcome="failed") == 0
+    assert scraped.value("weft_adapter_evictions_total", tier="device") == 0
+
+
+def test_what_health_says_and_a_lost_engine_are_published(scraped: Scraped) -> None:
+    assert scraped.value("weft_ready") == scraped.value("weft_engine_lost") == 0
+    scraped.metrics.set_ready(is_ready=True)
+    assert scraped.value("weft_ready") == 1
+    scraped.metrics.engine_lost()
+    scraped.metrics.set_ready(is_ready=False)
+    assert (scraped.value("weft_ready"), scraped.value("weft_engine_lost")) == (0, 1)
+
+
+def test_what_may_run_and_wait_is_published_beside_what_does(scraped: Scraped) -> None:
+    scraped.metrics.set_limits(max_running=64, max_queued=1024)
+    assert scraped.value("weft_requests_running_limit") == 64
+    assert scraped.value("weft_requests_waiting_limit") == 1024

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
+from opentelemetry.trace import Tracer
 from transformers import PreTrainedTokenizerBase
 
 from weft.server.api.edge import Edge
@@ -101,6 +102,7 @@ class House:
         has_chat_template: bool = True,
         compiler: Compiler | None = None,
         late_s: float = 0.0,
+        tracer: Tracer | None = None,
         stall_s: float | None = None,
     ) -> Iterator[Any]:
         """A stub to a second port of the same engine, where InferenceService is set up in another way.
@@ -122,10 +124,10 @@ class House:
         def clock() -> float:
             return float(engine.clock()) - late_s
 
-        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s)
+        servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s, tracer)
 
         async def start() -> tuple[grpc.aio.Server, int]:
-            edge = Edge(self.server._metrics.refused, stall_s)
+            edge = Edge(self.server._metrics.refused, tracer, stall_s)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((edge,))

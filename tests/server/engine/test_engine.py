@@ -304,7 +304,7 @@ def test_a_failing_step_ends_its_requests_and_the_next_ones_run(
 
 
 def test_a_step_that_one_request_breaks_goes_on_for_the_others(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     requests = mixed(6)
     expected = ids(harness, requests)
@@ -320,6 +320,9 @@ def test_a_step_that_one_request_breaks_goes_on_for_the_others(
     *others, guilty = harness.run([*requests, spoilt], [0, 0, 1, 1, 2, 2, 2])
     assert [answer.ids for answer in others] == expected
     assert isinstance(guilty.error, GenerationFailed)
+    (line,) = [vars(record) for record in caplog.records if record.levelname == "ERROR"]
+    assert line["request_id"] == "spoilt"
+    assert line["adapters"] == (f"odd@{harness.store.get('odd').digest}",)
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(harness: Harness) -> None:

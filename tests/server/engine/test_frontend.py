@@ -115,6 +115,18 @@ def test_what_piles_up_is_parted_before_it_is_too_large_for_a_message(monkeypatc
     assert asyncio.run(main()) == [(0, "124"), (1, "3"), (1, "5")]
 
 
+def test_a_stream_knows_since_when_it_runs(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend, frontend.stream(ask()) as stream:
+            assert stream.begun_s is None
+            arrived_s = harness.engine.clock()
+            await anext(aiter(stream))
+            assert stream.begun_s is not None
+            assert arrived_s <= stream.begun_s <= harness.engine.clock()
+
+    asyncio.run(main())
+
+
 def test_leaving_early_frees_everything(harness: Harness) -> None:
     async def main() -> None:
         async with running(harness) as frontend:

@@ -17,12 +17,18 @@ def test_nothing_is_captured_on_a_cpu() -> None:
 
 
 def test_the_backend_that_is_asked_for_is_taken() -> None:
-    assert backend_for(CPU, "reference") == "reference"
-    assert backend_for(CPU, "auto") == "auto"
+    assert backend_for(CPU, "reference", has_native=False) == "reference"
+    assert backend_for(CPU, "auto", has_native=False) == "auto"
 
 
 def test_triton_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = "does not run on cpu: use auto" if has_triton() else "is not installed"
     with pytest.raises(InvalidConfig, match=reason):
-        backend_for(CPU, "triton")
+        backend_for(CPU, "triton", has_native=True)
+
+
+def test_the_c_library_is_asked_for_where_there_is_one() -> None:
+    assert backend_for(CPU, "cpu", has_native=True) == "cpu"
+    with pytest.raises(InvalidConfig, match="the C library, which does not serve cpu here: use auto"):
+        backend_for(CPU, "cpu", has_native=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from google.rpc.status_pb2 import Status
 from weft.errors import ReaderStalled
 from weft.server.api.errors import code_of, to_status
 from weft.server.api.observing import Behaviour, Context, note_refusal
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

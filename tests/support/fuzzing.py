@@ -24,6 +24,9 @@ METHODS: Mapping[str, Descriptor] = {
 CONTROL = "two"
 """An adapter that no message names."""
 
+ODD = "odd"
+"""An adapter that is there whenever a message is sent, whatever the ones before did to it."""
+
 TIMEOUT_S = 5.0
 MAX_MESSAGES = 3
 """Of a stream that are read before it is cancelled."""
@@ -43,9 +46,9 @@ CODES = frozenset(
 _TEXTS = (
     *(
         "",
-        "one",
-        "one@sha256:" + "0" * 64,
-        "odd",
+        ODD,
+        ODD + "@sha256:" + "0" * 64,
+        "even",
         "a,b",
         "../one",
         "@",
@@ -101,9 +104,26 @@ _RANGES = {
 }
 
 
+_PROMPT = {"token_ids": {"ids": [5, 6, 7]}}
+_ASK = {**_PROMPT, "adapter_id": ODD, "stopping": {"max_tokens": 4}}
+SOUND: Mapping[str, Mapping[str, Any]] = {
+    "GenerateRequest": _ASK,
+    "StreamGenerateRequest": _ASK,
+    "ScoreRequest": {**_PROMPT, "continuations": ["a", "b"]},
+    "TokenizeRequest": {"text": "hello"},
+    "UpdateAdapterRequest": {"adapter": {"name": ODD}},
+}
+"""Messages that are answered, to be spoilt in one place."""
+
+
 def make(rng: random.Random, descriptor: Descriptor, depth: int = DEPTH) -> Message:
-    """A message that parses, with some of its fields set."""
-    message = GetMessageClass(descriptor)()
+    """A message that parses, with some of its fields set, or a sound one with one or two that are odd."""
+    message = GetMessageClass(descriptor)(**SOUND.get(descriptor.name, {}))
+    if descriptor.name in SOUND and rng.random() < 0.7:
+        for _ in range(rng.randrange(3)):
+            _set(rng, message, rng.choice(descriptor.fields), depth)
+        return message
+    message.Clear()
     share = rng.choice((0.1, 0.3, 0.6))
     for field in descriptor.fields:
         if rng.random() < share and (field.message_type is None or depth):

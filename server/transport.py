@@ -7,6 +7,12 @@ import resource
 MAX_STREAMS = 4096
 """RPCs of one connection at a time; a client holds back more than that by itself."""
 
+MAX_UNSEEN = 1 << 16
+"""RPCs that have come and that the event loop has not looked at: gRPC drops some beyond 1,000, without a word."""
+
+LONGEST_UNSEEN_S = 300
+"""For which one of them may be so; gRPC's own is 30."""
+
 HANDSHAKE_S = 20
 """For a connection to become one of HTTP/2."""
 
@@ -23,6 +29,9 @@ def grpc_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_UNSEEN),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN),
+        ("grpc.server_max_unrequested_time_in_server", LONGEST_UNSEEN_S),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
         ("grpc.keepalive_time_ms", QUIET_S * 1000),
         ("grpc.keepalive_timeout_ms", ANSWER_S * 1000),

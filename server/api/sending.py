@@ -29,13 +29,17 @@ class Sent:
 
     async def run(self, raw: bytes, context: Context) -> None:
         try:
+            await self._run(raw, context)
+        except grpc.aio.InternalError:  # the client went while something was sent, and gRPC is about to say so
+            raise asyncio.CancelledError from None
+
+    async def _run(self, raw: bytes, context: Context) -> None:
+        try:
             async with aclosing(self.behaviour(raw, context)) as messages:
                 await self._send(messages, context)
         except ReaderStalled as stalled:
             status = to_status(stalled)
             await context.abort(code_of(status), status.message, _details(status))
-        except grpc.aio.InternalError:  # the client went in mid-write, and gRPC is about to say so
-            raise asyncio.CancelledError from None
 
     async def _send(self, messages: AsyncGenerator[Message, None], context: Context) -> None:
         has_begun = False

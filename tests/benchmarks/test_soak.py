@@ -34,7 +34,18 @@ def test_a_short_soak_finds_nothing() -> None:
 
 @pytest.mark.slow
 def test_more_streams_than_run_at_once_are_all_answered_and_too_many_are_refused_at_once() -> None:
-    options = ("--threads", 1, "--max-queue-ms", 250, "--kv-tokens", 4096, "--max-running-requests", 8)
+    options = (
+        "--adapters",
+        DEMO / "adapters",
+        "--threads",
+        1,
+        "--max-queue-ms",
+        250,
+        "--kv-tokens",
+        4096,
+        "--max-running-requests",
+        8,
+    )
     with weft_process(DEMO / "base", *options) as server:
         streams = asyncio.run(measure_streams(server, 40, 40))
         assert (streams.lost.total(), len(streams.ends)) == (0, 40)

@@ -11,7 +11,7 @@ PROMTOOL := $(BIN)/promtool
 # own index: CPU where there is none. Set to cpu, cu130, ... to choose. Where that fails, pip picks.
 export UV_TORCH_BACKEND ?= auto
 
-.PHONY: demo test check protos bench
+.PHONY: demo test check protos bench soak fuzz
 
 demo: $(READY)
 	$(BIN)/weft demo
@@ -30,6 +30,16 @@ bench: $(READY)
 	$(BIN)/python benchmarks/fairness.py
 	$(BIN)/python benchmarks/constraints.py
 	$(BIN)/python benchmarks/access.py
+	$(BIN)/python benchmarks/overload.py
+	$(BIN)/python benchmarks/streams.py
+
+# Minutes; SOAK="--minutes 120" for hours.
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py $(SOAK)
+
+FUZZ_MINUTES ?= 5
+fuzz: $(READY)
+	WEFT_FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/pytest tests/server/api/test_fuzz.py
 
 check: $(READY) $(STUBS)/.ready $(PROMTOOL)
 	$(BIN)/ruff format --check

@@ -151,4 +151,6 @@ def _is_new(database: sqlite3.Connection) -> bool:
 def _refusal(path: Path, error: Exception) -> str:
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         return f"--state is {str(path)!r}, which another server has open: give each its own"
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return f"--state is {str(path)!r}, whose disk is full: free some of it, or name a file elsewhere"
     return f"--state is {str(path)!r}, which can't be used ({error}): move it away to begin anew, or name another file"

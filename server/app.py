@@ -46,6 +46,7 @@ from weft.server.engine.queue_limits import QueueLimits
 from weft.server.logs import log_loop_error
 from weft.server.metrics import AdapterSnapshot, Metrics
 from weft.server.tracing import open_tracing
+from weft.server.transport import grpc_options
 from weft.server.watching import AdapterFolders
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -69,12 +70,12 @@ SERVICES = (
 
 
 class _MetricsHandler(WSGIRequestHandler):
-    """Lets go of clients that connect and then say nothing: each holds a thread."""
+    """Lets go of clients that connect and then say nothing, each holding a thread, and of those that are gone."""
 
     timeout = 10
 
     def handle(self) -> None:
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, ConnectionError):
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base's
@@ -130,7 +131,7 @@ class Server:
         self._tracing = open_tracing(config.otlp_endpoint, version("weft"), tracer_provider)
         self._health = Health(SERVICES, lambda is_ready: self._metrics.set_ready(is_ready=is_ready))
         self._access = Access(config, self._metrics, time.monotonic)
-        self._edge = Edge(self._metrics.refused, self._access.gate, self._tracing.tracer)
+        self._edge = Edge(self._metrics.refused, self._access.gate, self._tracing.tracer, config.stall_s or None)
         self._access_watch: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
@@ -152,7 +153,7 @@ class Server:
         host_option = "--host" if config.metrics_host is None else "--metrics-host"
         _check_free("--metrics-port", metrics_host, config.metrics_port, host_option)
         max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
-        self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)])
+        self._grpc = grpc.aio.server(options=grpc_options(max_bytes))
         await self._health.loading()
         self._health.add_to(self._grpc)
         self._grpc.add_generic_rpc_handlers((self._edge,))
@@ -194,6 +195,7 @@ class Server:
             engine.max_queued_requests,
             engine.max_queued_tokens,
             engine.max_queued_per_adapter,
+            engine.max_queue_ms / 1000,
         )
         frontend = Frontend(loaded.engine, store, limits)
         frontend.start()

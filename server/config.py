@@ -44,15 +44,16 @@ class EngineConfig:
     speculative_tokens: how many tokens a step guesses ahead for a request at most; 0 for none. cuda_graphs: capture
     decode steps where the device can, and replay them. run_ahead: launch a step before the tokens of the one before are
     on the host; None: on a GPU. compile: run what is between the products compiled by PyTorch.
-    max_queued_tokens, max_queued_per_adapter: 0 is no limit. target_step_ms: of steps that compute prompts beside
-    decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
+    max_queued_tokens, max_queued_per_adapter, max_queue_ms: 0 is no limit. target_step_ms: of steps that compute
+    prompts beside decodes, 0 is no target. adapter_weights: shares of adapters by name, 1 for those that are not named.
     """
 
     max_batch_tokens: int = 512
     max_running_requests: int = 64
-    max_queued_requests: int = 1024
+    max_queued_requests: int = 4096
     max_queued_tokens: int = 0
     max_queued_per_adapter: int = 0
+    max_queue_ms: int = 0
     target_step_ms: int = 100
     adapter_weights: tuple[tuple[str, float], ...] = ()
     context_length: int | None = None
@@ -78,6 +79,7 @@ class EngineConfig:
         _between("--max-queued-requests", self.max_queued_requests, 0, 1 << 20)
         _between("--max-queued-tokens", self.max_queued_tokens, 0, 1 << 40)
         _between("--max-queued-per-adapter", self.max_queued_per_adapter, 0, 1 << 20)
+        _between("--max-queue-ms", self.max_queue_ms, 0, 3600_000)
         _between("--target-step-ms", self.target_step_ms, 0, 3600_000)
         self._check_weights()
         _between("--context-length", self.context_length, 2, 1 << 24)
@@ -120,6 +122,7 @@ class ServerConfig:
     cache: where downloads go, in place of the user's cache. state: the file that keeps what was created over the API.
     watch: whether the adapters folder is looked at after the start. metrics_host: None is host. health_port: for
     probes, plain; None has none. otlp_endpoint: where traces go; None leaves that to OpenTelemetry's own variables.
+    stall_s: how long a client may take nothing of an answer while there is some; 0 is as long as it likes.
     """
 
     model: ModelConfig
@@ -143,6 +146,7 @@ class ServerConfig:
     watch: bool = True
     max_request_s: float = 600.0
     drain_grace_s: float = 30.0
+    stall_s: float = 30.0
     max_prompt_bytes: int = 1 << 20
     metrics_adapters: int = 32
 
@@ -152,6 +156,7 @@ class ServerConfig:
         _between("--health-port", self.health_port, 0, 65535)
         _between("--max-request-seconds", self.max_request_s, 0.001, 86400 * 7)
         _between("--drain-grace-seconds", self.drain_grace_s, 0, 86400)
+        _between("--stall-seconds", self.stall_s, 0, 86400)
         _between("--max-prompt-bytes", self.max_prompt_bytes, 1, 1 << 28)
         _between("--metrics-adapters", self.metrics_adapters, 0, 10000)
         _between("--max-adapter-bytes", self.max_adapter_bytes, 1, 1 << 50)

@@ -36,6 +36,7 @@ ROOMS = {
     "weft.server.bench": {"weft.errors", "weft.v1"},
     "weft.server.config": {"weft.errors"},
     "weft.server.metrics": {"weft.errors"},
+    "weft.server.transport": set[str](),
     "weft.server.calls": set[str](),
     "weft.server.logs": {"weft.errors", "weft.server.calls"},
     "weft.server.tracing": {"weft.errors"},
@@ -53,6 +54,7 @@ ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {
     "weft.server.watching",
     "weft.server.logs",
     "weft.server.tracing",
+    "weft.server.transport",
 }
 ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {"weft.server.app", "weft.server.bench", "weft.demo"}
 
@@ -193,3 +195,24 @@ def test_a_source_distribution_can_build_the_library(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in sources.getnames()}
     assert {f"kernels/c/{path.name}" for path in (ROOT / "kernels" / "c").iterdir()} <= names
     assert "setup.py" in names
+
+
+WALL_CLOCK = {
+    ("adapters/recall.py", "time_ns"),  # beside the times of files
+    ("server/engine/load.py", "time"),  # when adapters were created and used, to be shown
+    ("server/metrics.py", "time"),  # a sample's value, as vLLM has it
+}
+"""Where the time of day is asked for: it may jump, so nothing is decided by it but whether files are new."""
+
+
+def test_nothing_is_decided_by_a_clock_that_may_jump() -> None:
+    asked = set()
+    for folder in ("adapters", "kernels", "server"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    name = (node.value.id, node.attr)
+                    is_wall = name in {("time", "time"), ("time", "time_ns")} or name[0] in {"datetime", "date"}
+                    if is_wall and node.attr in {"time", "time_ns", "now", "utcnow", "today"}:
+                        asked.add((str(path.relative_to(ROOT)), node.attr))
+    assert asked == WALL_CLOCK

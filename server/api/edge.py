@@ -25,6 +25,7 @@ from weft.server.api.access.rights import concealed
 from weft.server.api.callers import current_caller
 from weft.server.api.errors import code_of, to_status, unexpected_status
 from weft.server.api.observing import Behaviour, Observed, note_refusal, note_request
+from weft.server.api.sending import Sent
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +52,18 @@ class EndedByEngine(Exception):
 class Edge(grpc.GenericRpcHandler):
     """Routes `weft.v1` to servicers that may come later than the server that it is added to."""
 
-    def __init__(self, count_refusal: Callable[[str], None], gate: Gate, tracer: Tracer | None = None) -> None:
-        """count_refusal: called with the code, in lower case, of each RPC that is refused."""
+    def __init__(
+        self,
+        count_refusal: Callable[[str], None],
+        gate: Gate,
+        tracer: Tracer | None = None,
+        stall_s: float | None = None,
+    ) -> None:
+        """count_refusal: called with the code, in lower case, of each RPC that is refused. stall_s: see `Sent`."""
         self._count_refusal = count_refusal
         self._gate = gate
         self._tracer = tracer
+        self._stall_s = stall_s
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -74,7 +82,8 @@ class Edge(grpc.GenericRpcHandler):
         if handler is None:
             return None
         call = _Call(method, handler, self._count_refusal, self._gate)
-        return grpc.unary_stream_rpc_method_handler(self._observed(method, call.run), None, handler.response_serializer)
+        sent = Sent(self._observed(method, call.run), self._stall_s)
+        return grpc.unary_stream_rpc_method_handler(sent.run, None, handler.response_serializer)
 
     def _observed(self, method: str, behaviour: Behaviour) -> Behaviour:
         return Observed(method.removeprefix("/"), behaviour, self._tracer).run

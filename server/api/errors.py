@@ -27,6 +27,7 @@ from weft.errors import (
     PermissionDenied,
     Problem,
     QuotaExceeded,
+    ReaderStalled,
     Unauthenticated,
     Unavailable,
     WeftError,
@@ -108,6 +109,7 @@ _TABLE: Mapping[type[WeftError], _Row] = {
     Unauthenticated: _Row(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     PermissionDenied: _Row(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    ReaderStalled: _Row(grpc.StatusCode.ABORTED, "READER_STALLED"),
     GenerationFailed: _Row(grpc.StatusCode.INTERNAL, "GENERATION_FAILED"),
 }
 

@@ -277,12 +277,20 @@ class AdapterLoader:
             await asyncio.shield(asyncio.wrap_future(self._records.submit(self._recorder.record, name)))
 
     def _recorded(self, name: str, work: Callable[[], AdapterInfo]) -> AdapterInfo:
-        """On the thread that does the work, which goes on when whoever asked for it has gone."""
+        """On the thread that does the work, which goes on when whoever asked for it has gone.
+
+        What the work raises is told, even where that can't be recorded either.
+        """
         try:
-            return work()
-        finally:
+            info = work()
+        except BaseException:
             if self._recorder is not None:
-                self._recorder.record(name)
+                with suppress(Unavailable):
+                    self._recorder.record(name)
+            raise
+        if self._recorder is not None:
+            self._recorder.record(name)
+        return info
 
     async def _on_thread(self, work: Callable[[], Result], threads: ThreadPoolExecutor) -> Result:
         future = threads.submit(copy_context().run, work)

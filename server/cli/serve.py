@@ -150,6 +150,7 @@ SETTINGS = (
     Setting(
         "max-queued-per-adapter", EngineConfig, "max_queued_per_adapter", int, "The most that wait for one; 0: any."
     ),
+    Setting("max-queue-ms", EngineConfig, "max_queue_ms", int, "The longest that a request may have to wait; 0: any."),
     Setting("target-step-ms", EngineConfig, "target_step_ms", int, "A step with decodes should take; 0: any time."),
     Setting(
         "adapter-weight",
@@ -197,6 +198,7 @@ SETTINGS = (
     Setting("compile", EngineConfig, "compile", bool, "Compile norms, rotary embeddings and activations at the start."),
     Setting("max-request-seconds", ServerConfig, "max_request_s", float, "For a request without a deadline."),
     Setting("drain-grace-seconds", ServerConfig, "drain_grace_s", float, "For requests in flight at the end."),
+    Setting("stall-seconds", ServerConfig, "stall_s", float, "For a client that takes nothing of its answer; 0: any."),
     Setting("max-prompt-bytes", ServerConfig, "max_prompt_bytes", int, "The longest text that is taken as a prompt."),
     Setting("metrics-adapters", ServerConfig, "metrics_adapters", int, "Adapters with a metrics label of their own."),
 )
@@ -285,7 +287,9 @@ def serve(log_level: str | None, log_format: str | None, **values: Any) -> None:
     # Bring torch and transformers, which no other command should wait for.
     from weft.server import app  # noqa: PLC0415
     from weft.server.cli.quiet import quiet_transformers, share_log  # noqa: PLC0415
+    from weft.server.transport import raise_file_limit  # noqa: PLC0415
 
+    raise_file_limit()
     quiet_transformers()
     share_log()
     asyncio.run(app.serve(config))

@@ -21,6 +21,7 @@ from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, Weft
 from weft.kernels.plan import Plans
 from weft.server.engine.ahead import Ahead, Launched
 from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
+from weft.server.engine.deadlines import Deadlines
 from weft.server.engine.forecast import Forecast
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reporter import Reporter
@@ -88,10 +89,13 @@ class Engine:
         self._speculation = speculation
         self._ahead = Ahead(scheduler, self._launch, limits.context_length, speculation, enabled=run_ahead)
         self._sequences: dict[Request, Sequence] = {}
+        self._deadlines = Deadlines()
         self._is_stalled = False
         self._forecast = Forecast(scheduler.pace)
         self.begun: dict[Request, float] = {}
         """Who ran for the first time in the last step, and since when."""
+        self.is_full = False
+        """Whether the last step had no room for all who were ready. Any thread may ask."""
 
     @property
     def queued_token_s(self) -> float | None:
@@ -109,8 +113,8 @@ class Engine:
             return None
         if not self._is_stalled:
             return 0.0
-        ends_s = [end_s for sequence in self._sequences.values() for end_s in sequence.ends_s]
-        return max(0.0, min(ends_s) - self.clock()) if ends_s else None
+        end_s = self._deadlines.next_s
+        return None if end_s is None else max(0.0, end_s - self.clock())
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist."""
@@ -138,6 +142,7 @@ class Engine:
             matcher=request.constraint.matcher() if request.constraint is not None else None,
         )
         self._sequences[request] = sequence
+        self._deadlines.add(sequence)
         self._scheduler.add(sequence)
 
     def cancel(self, request: Request) -> None:
@@ -163,6 +168,7 @@ class Engine:
         launched = self._ahead.take(self._is_running)
         picked = launched.picked if launched is not None else self._schedule(started_s, events)
         self._is_stalled = not picked
+        self.is_full = self._scheduler.is_full
         if not picked:
             self._metrics.stands(self._stats(picked, 0, 0.0))
             return events
@@ -348,14 +354,13 @@ class Engine:
     def _expire(self, now_s: float) -> list[Event]:
         """End what ran out of time: deadlines with an error, time limits with what there is."""
         events: list[Event] = []
-        for sequence in list(self._sequences.values()):
-            request = sequence.request
-            limit_s = request.stopping.time_limit_s
-            if request.deadline_s is not None and now_s >= request.deadline_s:
+        for sequence in self._deadlines.due(now_s):
+            deadline_s = sequence.request.deadline_s
+            if deadline_s is not None and now_s >= deadline_s:
                 events.append(
                     self._fail(sequence, DeadlineExceeded("the deadline passed before the answer was complete"))
                 )
-            elif limit_s is not None and now_s - sequence.arrived_s >= limit_s:
+            else:
                 text = sequence.text.flush(may_stop=sequence.may_stop)
                 reason = FinishReason.STOP_SEQUENCE if sequence.text.stop_sequence else FinishReason.TIME_LIMIT
                 self._wipe(sequence)
@@ -394,6 +399,7 @@ class Engine:
         """The one exit: free blocks, release adapters, count."""
         request = sequence.request
         del self._sequences[request]
+        self._deadlines.remove(sequence)
         if not self._sequences:
             self._plans = Plans()  # it holds the last step's adapters
             self._ahead.drop()
@@ -437,7 +443,7 @@ class Engine:
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             running_adapters=_adapter_names(self._scheduler.running),
-            waiting_adapters=_adapter_names(self._scheduler.waiting),
+            waiting_adapters=tuple(sorted(self._scheduler.waiting.adapters())),
             kv_blocks_used=pool.capacity - pool.num_free,
             kv_blocks_total=pool.capacity,
         )

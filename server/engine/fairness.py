@@ -179,6 +179,12 @@ class FairQueue:
         """All that wait, in no order."""
         return (sequence for sequence, place in self._places.items() if place.waits)
 
+    def adapters(self) -> set[str]:
+        """Names of the adapters that requests wait for."""
+        callers = self._callers.active.values()
+        labels = {label for caller in callers for label, flow in caller.flows.active.items() if flow.waiting}
+        return {name for label in labels for name in label.split("+") if name}
+
     def append(self, sequence: Sequence) -> None:
         """Add one that has just come."""
         caller = self._callers.join(sequence.request.caller)

@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 NOBODY: Mapping[Request, float] = MappingProxyType({})
 
+MAX_JOINED_TOKENS = 512
+"""Of deltas that piled up and go out as one: even with every alternative told, far below what a gRPC client takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Add:
@@ -50,6 +53,9 @@ class _Stop:
 @dataclass(slots=True, eq=False)
 class Stream:
     """One answer on its way: iterate it for deltas; the last one has `finish` set.
+
+    The engine never waits for who iterates: what comes meanwhile piles up, and then comes together. So a stream holds
+    no more than its answer.
 
     index: its place among the answers that share its queue of events. begun_s: since when it runs, on the engine's
     clock.
@@ -87,11 +93,30 @@ async def _follow(
 ) -> AsyncIterator[tuple[int, Delta]]:
     """What comes until so many answers are complete."""
     while num_answers:
-        index, event = await events.get()
-        if isinstance(event, WeftError):
-            raise event
-        num_answers -= event.finish is not None
-        yield index, event
+        deltas, error = _take(await events.get(), events)
+        for index, parts in deltas.items():
+            delta = Delta.join(parts)
+            num_answers -= delta.finish is not None
+            yield index, delta
+        if error is not None:
+            raise error
+
+
+def _take(
+    event: tuple[int, Delta | WeftError], events: asyncio.Queue[tuple[int, Delta | WeftError]]
+) -> tuple[dict[int, list[Delta]], WeftError | None]:
+    """One event and what else has come by now, by answer, up to MAX_JOINED_TOKENS or an error."""
+    deltas: dict[int, list[Delta]] = {}
+    num_tokens = 0
+    while True:
+        index, what = event
+        if isinstance(what, WeftError):
+            return deltas, what
+        deltas.setdefault(index, []).append(what)
+        num_tokens += len(what.tokens)
+        if events.empty() or num_tokens >= MAX_JOINED_TOKENS:
+            return deltas, None
+        event = events.get_nowait()
 
 
 class Frontend:
@@ -101,7 +126,7 @@ class Frontend:
         """limits: what may be queued or running at once; more is refused."""
         self._engine = engine
         self._store = store
-        self._gate = QueueGate(limits, lambda: engine.queued_token_s)
+        self._gate = QueueGate(limits, lambda: engine.queued_token_s, lambda: engine.is_full)
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Wake | _Stop] = queue.SimpleQueue()
         self._streams: dict[Request, Stream] = {}
         self._idle = asyncio.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -135,3 +136,15 @@ class Delta:
     tokens: tuple[Token, ...]
     finish: Finish | None = None
     prompt: tuple[Token, ...] = ()
+
+    @classmethod
+    def join(cls, deltas: Seq[Delta]) -> Delta:
+        """What several steps added to one answer, in order, as if one had; at least one."""
+        if len(deltas) == 1:
+            return deltas[0]
+        return cls(
+            "".join(delta.text for delta in deltas),
+            tuple(token for delta in deltas for token in delta.tokens),
+            deltas[-1].finish,
+            tuple(token for delta in deltas for token in delta.prompt),
+        )

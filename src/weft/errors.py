@@ -126,6 +126,10 @@ class DeadlineExceeded(WeftError):
     """The caller's deadline passed before the answer was complete."""
 
 
+class ReaderStalled(WeftError):
+    """The client took nothing of its answer for as long as it may."""
+
+
 class GenerationFailed(WeftError):
     """The step that held the request failed; the request may be sent again."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -209,6 +210,33 @@ def test_flipped_bytes_are_refused_or_served_right(
         assert info.probe_error < 1e-4
         assert name == CONFIG or info.digest == bench.store.get(kind).digest
         bench.store.delete("flipped")
+    bench.audit()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), kind=st.sampled_from(sorted(GOOD)))
+def test_any_json_in_a_config_is_refused_or_served_right(
+    bench: Bench, folder: Path, data: st.DataObject, kind: str
+) -> None:
+    shutil.copytree(bench.root / "adapters" / kind, folder, dirs_exist_ok=True)
+    held = json.loads((folder / CONFIG).read_text())
+    changes = data.draw(
+        st.dictionaries(st.sampled_from(sorted(held)) | st.text(max_size=8), JSON, min_size=1, max_size=3)
+    )
+    gone = data.draw(st.sets(st.sampled_from(sorted(held)), max_size=2))
+    (folder / CONFIG).write_text(json.dumps({**{key: held[key] for key in held if key not in gone}, **changes}))
+    with suppress(InvalidAdapter):
+        info = bench.store.create(NewAdapter("changed", f"file:{folder}"))
+        assert info.probe_error is not None
+        assert info.probe_error < 1e-4
+        bench.store.delete("changed")
     bench.audit()
 
 

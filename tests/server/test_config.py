@@ -21,6 +21,7 @@ RANGES = [
     (EngineConfig, "max_queued_requests", "--max-queued-requests", 0, 1 << 20),
     (EngineConfig, "max_queued_tokens", "--max-queued-tokens", 0, 1 << 40),
     (EngineConfig, "max_queued_per_adapter", "--max-queued-per-adapter", 0, 1 << 20),
+    (EngineConfig, "max_queue_ms", "--max-queue-ms", 0, 3_600_000),
     (EngineConfig, "target_step_ms", "--target-step-ms", 0, 3_600_000),
     (EngineConfig, "context_length", "--context-length", 2, 1 << 24),
     (EngineConfig, "kv_tokens", "--kv-tokens", 2, 1 << 40),
@@ -35,6 +36,7 @@ RANGES = [
     (ServerConfig, "health_port", "--health-port", 0, 65535),
     (ServerConfig, "max_request_s", "--max-request-seconds", 0.001, 604800),
     (ServerConfig, "drain_grace_s", "--drain-grace-seconds", 0, 86400),
+    (ServerConfig, "stall_s", "--stall-seconds", 0, 86400),
     (ServerConfig, "max_prompt_bytes", "--max-prompt-bytes", 1, 1 << 28),
     (ServerConfig, "max_adapter_bytes", "--max-adapter-bytes", 1, 1 << 50),
     (ServerConfig, "metrics_adapters", "--metrics-adapters", 0, 10000),
@@ -60,7 +62,7 @@ def test_numbers_have_a_range_that_the_refusal_names(
             build(owner, **{field: value})
 
 
-@pytest.mark.parametrize("field", ["max_request_s", "drain_grace_s"])
+@pytest.mark.parametrize("field", ["max_request_s", "drain_grace_s", "stall_s"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_seconds_are_finite(field: str, value: float) -> None:
     with pytest.raises(InvalidConfig, match=f"is {value}; must be from"):

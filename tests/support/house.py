@@ -39,6 +39,13 @@ MAX_QUEUED = 8
 MAX_PROMPT_BYTES = 4096
 ADAPTER_PAGES = 16
 
+SMALL_WINDOW = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""What a client that reads nothing buffers of a stream does not grow."""
+
 CHAT_TEMPLATE = (
     "{% if mood %}({{ mood }}){% endif %}{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
     "{% for m in messages %}"
@@ -98,6 +105,7 @@ class House:
         compiler: Compiler | None = None,
         late_s: float = 0.0,
         tracer: Tracer | None = None,
+        stall_s: float | None = None,
     ) -> Iterator[Any]:
         """A stub to a second port of the same engine, where InferenceService is set up in another way.
 
@@ -122,7 +130,7 @@ class House:
         servicer = InferenceServicer(self.frontend, prompts, constraints, limits, clock, max_request_s, rights, tracer)
 
         async def start() -> tuple[grpc.aio.Server, int]:
-            edge = Edge(self.server._metrics.refused, Gate(), tracer)
+            edge = Edge(self.server._metrics.refused, Gate(), tracer, stall_s)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, cast("Any", edge))
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((edge,))
@@ -132,7 +140,7 @@ class House:
 
         server, port = self.on_loop(start())
         try:
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with grpc.insecure_channel(f"127.0.0.1:{port}", SMALL_WINDOW) as channel:
                 yield inference_pb2_grpc.InferenceServiceStub(channel)
         finally:
             self.on_loop(server.stop(None))

@@ -287,11 +287,12 @@ def test_an_adapter_deleted_in_flight_serves_its_request_to_the_end(harness: Har
     assert harness.store.num_pages[0] == 1 + 4
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of something"), MemoryError(), torch.OutOfMemoryError("of it")])
 def test_a_failing_step_ends_its_requests_and_the_next_ones_run(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(batch: object) -> torch.Tensor:
-        raise RuntimeError("out of something")
+        raise error
 
     expected = ids(harness, [ask(9, "odd")])[0]
     with monkeypatch.context() as patch:

@@ -14,10 +14,10 @@ from shelf import SlowSources
 from tiny import make_adapter, make_model, save_tokenizer
 
 from weft.adapters.records import AdapterState
-from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidRequest, OutOfCapacity, Unavailable
-from weft.server.engine.frontend import Frontend
+from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidRequest, OutOfCapacity, Unavailable, WeftError
+from weft.server.engine.frontend import Frontend, Stream, Streams
 from weft.server.engine.queue_limits import QueueLimits
-from weft.server.engine.request import Delta, FinishReason, Request, Stopping
+from weft.server.engine.request import Delta, FinishReason, Request, Stopping, Token
 
 PROMPT = (5, 6, 7)
 ROOMY = QueueLimits(max_running=2, max_requests=100)
@@ -62,6 +62,11 @@ async def collect(frontend: Frontend, request: Request) -> list[Delta]:
         return [delta async for delta in stream]
 
 
+async def count(frontend: Frontend, request: Request) -> int:
+    """Tokens of its answer."""
+    return sum(len(delta.tokens) for delta in await collect(frontend, request))
+
+
 def test_many_streams_at_once_give_what_one_gives(harness: Harness) -> None:
     async def main() -> None:
         async with running(harness) as frontend:
@@ -75,6 +80,39 @@ def test_many_streams_at_once_give_what_one_gives(harness: Harness) -> None:
 
     harness_tokens = harness.run([ask()])[0].ids
     asyncio.run(main())
+
+
+def test_what_piles_up_comes_together_and_is_the_same(harness: Harness) -> None:
+    async def main() -> None:
+        async with running(harness) as frontend, frontend.stream(ask(max_tokens=200)) as stream:
+            await frontend._idle.wait()  # the engine is done, and nobody has read anything
+            (all_at_once,) = [delta async for delta in stream]
+            assert [token.id for token in all_at_once.tokens] == answer.ids
+            assert (all_at_once.text, all_at_once.finish is None) == (answer.text, False)
+
+    answer = harness.run([ask(max_tokens=200)])[0]
+    asyncio.run(main())
+
+
+def test_what_piles_up_is_parted_before_it_is_too_large_for_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.server.engine.frontend.MAX_JOINED_TOKENS", 4)
+    events: asyncio.Queue[tuple[int, Delta | WeftError]] = asyncio.Queue()
+    for index, number in [(0, 1), (0, 2), (1, 3), (0, 4), (1, 5)]:
+        events.put_nowait((index, Delta(str(number), (Token(number, str(number)),))))
+    events.put_nowait((1, Unavailable("gone")))
+
+    async def main() -> list[tuple[int, str]]:
+        seen = []
+
+        async def read() -> None:
+            async for index, delta in Streams([Stream((), 0, events), Stream((), 1, events)]):
+                seen.append((index, delta.text))
+
+        with pytest.raises(Unavailable, match="gone"):
+            await read()
+        return seen
+
+    assert asyncio.run(main()) == [(0, "124"), (1, "3"), (1, "5")]
 
 
 def test_a_stream_knows_since_when_it_runs(harness: Harness) -> None:
@@ -96,7 +134,7 @@ def test_leaving_early_frees_everything(harness: Harness) -> None:
                 async with frontend.stream(ask(max_tokens=200)) as stream:
                     async for _ in stream:
                         break
-            assert len(await collect(frontend, ask())) == 10
+            assert await count(frontend, ask()) == 10
 
     asyncio.run(main())
 
@@ -140,7 +178,7 @@ def test_draining_refuses_new_requests_and_finishes_those_in_flight(harness: Har
             await asyncio.sleep(0)
             with pytest.raises(Unavailable, match="draining"):
                 await collect(frontend, ask())
-            rest = [delta async for delta in deltas]
+            rest = [token async for delta in deltas for token in delta.tokens]
             assert len(rest) == 99
             await draining
 
@@ -181,7 +219,7 @@ def test_the_engine_sleeps_while_requests_wait_for_a_read_and_wakes_when_it_ends
             sources.hold()
             waiting = asyncio.create_task(collect(frontend, ask()))
             await asyncio.to_thread(sources.reached.acquire)
-            assert len(await collect(frontend, ask(adapter="two"))) == 10
+            assert await count(frontend, ask(adapter="two")) == 10
             before = len(steps)
             for _ in range(1000):
                 await asyncio.sleep(0)
@@ -214,7 +252,7 @@ def test_a_read_that_fails_is_answered_with_its_own_error(cold: tuple[Harness, S
             with pytest.raises(Unavailable, match="Input/output error"):
                 await collect(frontend, ask())
             sources.error = None
-            assert len(await collect(frontend, ask())) == 10
+            assert await count(frontend, ask()) == 10
 
     asyncio.run(main())
 
@@ -256,15 +294,15 @@ def test_what_waits_is_bounded_by_tokens_and_by_adapter_and_begins_to_count_when
                 for i in range(2):
                     stream = await held.enter_async_context(frontend.stream(ask(f"r{i}", 250)))
                     await anext(stream.__aiter__())
-                waiting = [asyncio.create_task(collect(frontend, ask(f"w{i}"))) for i in range(2)]
+                waiting = [asyncio.create_task(count(frontend, ask(f"w{i}"))) for i in range(2)]
                 await asyncio.sleep(0)
                 with pytest.raises(OutOfCapacity, match="2 requests to adapter 'one' are queued"):
                     await collect(frontend, ask())
-                waiting += [asyncio.create_task(collect(frontend, ask(f"b{i}", adapter=""))) for i in range(2)]
+                waiting += [asyncio.create_task(count(frontend, ask(f"b{i}", adapter=""))) for i in range(2)]
                 await asyncio.sleep(0)
                 with pytest.raises(OutOfCapacity, match="12 prompt tokens are queued, and with this request's 3"):
                     await collect(frontend, ask(adapter=""))
-            assert [len(deltas) for deltas in await asyncio.gather(*waiting)] == [10] * 4
-            assert len(await collect(frontend, ask())) == 10
+            assert await asyncio.gather(*waiting) == [10] * 4
+            assert await count(frontend, ask()) == 10
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""What may wait: by requests, by prompt tokens, by adapter, each refused with its numbers and a time to come back."""
+"""What may wait: by requests, tokens, adapter and time, each refused with its numbers and a time to come back."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from weft.server.engine.queue_limits import LONGEST_RETRY_S, UNKNOWN_RETRY_S, Qu
 from weft.server.engine.request import Request
 
 
-def ask(prompt: int = 10, adapter: str = "") -> Request:
-    return Request("r", tuple(range(prompt)), ((adapter, 1.0),) if adapter else ())
+def ask(prompt: int = 10, adapter: str = "", caller: str = "") -> Request:
+    return Request("r", tuple(range(prompt)), ((adapter, 1.0),) if adapter else (), caller=caller)
 
 
 class Gate:
     """A gate, and a way through it."""
 
-    def __init__(self, limits: QueueLimits, token_s: float | None = None) -> None:
-        self.gate = QueueGate(limits, lambda: token_s)
+    def __init__(self, limits: QueueLimits, token_s: float | None = None, *, is_full: bool = False) -> None:
+        self.gate = QueueGate(limits, lambda: token_s, lambda: is_full)
 
     def submit(self, *requests: Request) -> None:
         for request in requests:
@@ -91,3 +91,43 @@ def test_nobody_is_told_to_wait_for_ever() -> None:
     gate = Gate(QueueLimits(0, 1), token_s=1e6)
     gate.submit(ask())
     gate.refuses(ask(), "1 requests", LONGEST_RETRY_S)
+
+
+def test_who_would_wait_too_long_is_refused_at_once_and_told_when_it_would_not() -> None:
+    gate = Gate(QueueLimits(1, 100, max_wait_s=2.0), token_s=0.1)
+    gate.run(ask(1000))
+    waiting = [ask(10), ask(10), ask(10)]
+    gate.submit(*waiting)
+    words = "it would wait 3 s for the 30 prompt tokens before it, and 2 s is as long as requests may"
+    gate.refuses(ask(10), words, retry_after_s=1.0)
+    gate.gate.begin(waiting[0])
+    gate.submit(ask(500))
+    gate.refuses(ask(1), "it would wait 52 s", retry_after_s=50.0)
+
+
+def test_nobody_is_refused_for_its_wait_before_the_rate_is_known() -> None:
+    gate = Gate(QueueLimits(1, 100, max_wait_s=2.0))
+    gate.submit(*(ask(1000) for _ in range(100)))
+
+
+def test_nobody_is_refused_for_its_wait_while_there_is_room_for_all() -> None:
+    limits = QueueLimits(10, 100, max_wait_s=2.0)
+    Gate(limits, token_s=1.0).submit(*(ask(10) for _ in range(10)))
+    full = Gate(limits, token_s=1.0, is_full=True)  # of blocks, say
+    full.submit(ask(10))
+    full.refuses(ask(10), "it would wait 10 s", retry_after_s=8.0)
+
+
+def test_a_caller_and_an_adapter_with_nothing_waiting_are_next_however_much_others_have() -> None:
+    gate = Gate(QueueLimits(1, 1000, max_wait_s=5.0), token_s=0.1)
+    gate.run(ask())
+    gate.submit(*(ask(10, "a", "crowd") for _ in range(6)))
+    gate.refuses(ask(10, "a", "crowd"), "the 60 prompt tokens before it")
+    assert gate.gate.tokens_ahead(ask(10, "b", "crowd")) == 0
+    assert gate.gate.tokens_ahead(ask(10, "a", "one")) == 0
+    gate.submit(ask(10, "b", "crowd"))
+    assert gate.gate.tokens_ahead(ask(10, "b", "crowd")) == 20, "its own, and as many of the other adapter's"
+    gate.submit(ask(10, "a", "one"))
+    assert gate.gate.tokens_ahead(ask(10, "a", "one")) == 20, "its own, and as many of the other caller's"
+    assert gate.gate.tokens_ahead(ask(10, "b", "crowd")) == 40
+    assert gate.gate.tokens_ahead(ask(10, "a", "crowd")) == 80, "never more than wait in all"

@@ -199,10 +199,13 @@ def test_a_source_distribution_can_build_the_library(tmp_path: Path) -> None:
 
 WALL_CLOCK = {
     ("adapters/recall.py", "time_ns"),  # beside the times of files
+    ("server/api/access/tls.py", "now"),  # a certificate's end is a time of day
+    ("server/api/access/tokens.py", "time"),  # so is a token's
+    ("server/api/spans.py", "time_ns"),  # traces are told in it
     ("server/engine/load.py", "time"),  # when adapters were created and used, to be shown
     ("server/metrics.py", "time"),  # a sample's value, as vLLM has it
 }
-"""Where the time of day is asked for: it may jump, so nothing is decided by it but whether files are new."""
+"""Where the time of day is asked for: it may jump, so nothing is decided by it but whether files are new and credentials still hold."""
 
 
 def test_nothing_is_decided_by_a_clock_that_may_jump() -> None:

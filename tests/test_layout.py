@@ -205,7 +205,7 @@ WALL_CLOCK = {
     ("server/engine/load.py", "time"),  # when adapters were created and used, to be shown
     ("server/metrics.py", "time"),  # a sample's value, as vLLM has it
 }
-"""Where the time of day is asked for: it may jump, so nothing is decided by it but whether files are new and credentials still hold."""
+"""Where the time of day is asked for: it may jump, so it decides only whether files are new and credentials hold."""
 
 
 def test_nothing_is_decided_by_a_clock_that_may_jump() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import errno
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -16,18 +14,18 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import TracerProvider
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from weft.adapters.locations import is_remote
 from weft.adapters.state import Recorder, State
 from weft.adapters.store import AdapterStore, Reservation
-from weft.errors import AddressUnavailable, Unavailable
+from weft.errors import Unavailable
 from weft.server.api.access.access import Access
 from weft.server.api.access.rights import Rights
 from weft.server.api.adapters import AdapterServicer
@@ -45,6 +43,7 @@ from weft.server.engine.load import EngineInfo, LoadedEngine, load_engine
 from weft.server.engine.queue_limits import QueueLimits
 from weft.server.logs import log_loop_error
 from weft.server.metrics import AdapterSnapshot, Metrics
+from weft.server.ports import check_free, join_address, serve_metrics, unavailable
 from weft.server.tracing import open_tracing
 from weft.server.transport import grpc_options
 from weft.server.watching import AdapterFolders
@@ -67,19 +66,6 @@ SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
 )
-
-
-class _MetricsHandler(WSGIRequestHandler):
-    """Lets go of clients that connect and then say nothing, each holding a thread, and of those that are gone."""
-
-    timeout = 10
-
-    def handle(self) -> None:
-        with suppress(TimeoutError, ConnectionError):
-            super().handle()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base's
-        """Scrapes are not logged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +134,10 @@ class Server:
         Raises AddressUnavailable.
         """
         config = self._config
-        _check_free("--port", config.host, config.port)
+        check_free("--port", config.host, config.port)
         metrics_host = config.host if config.metrics_host is None else config.metrics_host
         host_option = "--host" if config.metrics_host is None else "--metrics-host"
-        _check_free("--metrics-port", metrics_host, config.metrics_port, host_option)
+        check_free("--metrics-port", metrics_host, config.metrics_port, host_option)
         max_bytes = max(MAX_MESSAGE_BYTES, 2 * config.max_prompt_bytes)
         self._grpc = grpc.aio.server(options=grpc_options(max_bytes))
         await self._health.loading()
@@ -161,14 +147,10 @@ class Server:
         try:
             port = self._listen(self._grpc)
         except RuntimeError as error:
-            raise _unavailable("--port", config.host, config.port, "") from error
-        self.address = _join(config.host, port)
-        try:
-            self._http = start_http_server(config.metrics_port, metrics_host, self._registry)
-        except OSError as error:
-            raise _unavailable("--metrics-port", metrics_host, config.metrics_port, error.strerror) from error
-        self._http[0].RequestHandlerClass = _MetricsHandler
-        self.metrics_address = _join(metrics_host, self._http[0].server_port)
+            raise unavailable("--port", config.host, config.port, "") from error
+        self.address = join_address(config.host, port)
+        self._http = serve_metrics(self._registry, metrics_host, config.metrics_port)
+        self.metrics_address = join_address(metrics_host, self._http[0].server_port)
         self._access_watch = asyncio.create_task(self._access.watch(), name="watch who may call")
         await self._grpc.start()
         if config.health_port is not None:
@@ -266,14 +248,14 @@ class Server:
 
     async def _open_probes(self, host: str, port: int) -> None:
         """Health alone on a port of its own: the kubelet's probes speak neither TLS nor authentication."""
-        _check_free("--health-port", host, port)
+        check_free("--health-port", host, port)
         self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self._health.add_to(self._probes)
         try:
-            port = self._probes.add_insecure_port(_join(host, port))
+            port = self._probes.add_insecure_port(join_address(host, port))
         except RuntimeError as error:
-            raise _unavailable("--health-port", host, port, "") from error
-        self.health_address = _join(host, port)
+            raise unavailable("--health-port", host, port, "") from error
+        self.health_address = join_address(host, port)
         await self._probes.start()
 
     @property
@@ -286,7 +268,7 @@ class Server:
 
     def _listen(self, server: grpc.aio.Server) -> int:
         config, credentials = self._config, self._access.credentials
-        address = _join(config.host, config.port)
+        address = join_address(config.host, config.port)
         if config.access is not None and credentials is None and not is_loopback(config.host):
             _log.warning("--access without --tls-cert: keys and tokens come over the network as they are")
         return server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
@@ -424,27 +406,3 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
 def _snapshot(store: AdapterStore) -> AdapterSnapshot:
     used, total = store.num_pages
     return AdapterSnapshot({state.value: number for state, number in store.num_in_state().items()}, used, total)
-
-
-def _check_free(option: str, host: str, port: int, host_option: str = "--host") -> None:
-    """Raises AddressUnavailable, in words, where gRPC would fill a page."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise AddressUnavailable(f"{host_option} is {host!r}; can't listen there ({error.strerror})") from error
-        raise _unavailable(option, host, port, error.strerror) from error
-
-
-def _unavailable(option: str, host: str, port: int, reason: str | None) -> AddressUnavailable:
-    return AddressUnavailable(
-        f"{option} is {port}; can't listen on {_join(host, port)} ({reason or 'in use'}): choose another port, "
-        "or 0 for any that is free"
-    )
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -36,6 +36,7 @@ ROOMS = {
     "weft.server.bench": {"weft.errors", "weft.v1"},
     "weft.server.config": {"weft.errors"},
     "weft.server.metrics": {"weft.errors"},
+    "weft.server.ports": {"weft.errors"},
     "weft.server.transport": set[str](),
     "weft.server.calls": set[str](),
     "weft.server.logs": {"weft.errors", "weft.server.calls"},
@@ -53,6 +54,7 @@ ROOMS["weft.server.watching"] = ROOMS["weft.server.api"] | {"weft.server.api"}
 ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {
     "weft.server.watching",
     "weft.server.logs",
+    "weft.server.ports",
     "weft.server.tracing",
     "weft.server.transport",
 }

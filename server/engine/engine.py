@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,7 +22,7 @@ from weft.kernels.plan import Plans
 from weft.server.engine.ahead import Ahead, Launched
 from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
 from weft.server.engine.deadlines import Deadlines
-from weft.server.engine.forecast import Forecast
+from weft.server.engine.meter import Meter
 from weft.server.engine.model import PagedModel
 from weft.server.engine.reporter import Reporter
 from weft.server.engine.request import Delta, FinishReason, Request, Token
@@ -32,7 +32,7 @@ from weft.server.engine.sequence import Sequence
 from weft.server.engine.speculation import Speculation
 from weft.server.engine.text import Decode, OutputText
 from weft.server.engine.transfer import to_device
-from weft.server.metrics import Metrics, StepStats
+from weft.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -85,13 +85,12 @@ class Engine:
         self._plans = Plans()
         self._eos_token_ids = eos_token_ids
         self._release = release
-        self._metrics = metrics
+        self._meter = Meter(metrics, scheduler)
         self._speculation = speculation
         self._ahead = Ahead(scheduler, self._launch, limits.context_length, speculation, enabled=run_ahead)
         self._sequences: dict[Request, Sequence] = {}
         self._deadlines = Deadlines()
         self._is_stalled = False
-        self._forecast = Forecast(scheduler.pace)
         self.begun: dict[Request, float] = {}
         """Who ran for the first time in the last step, and since when."""
         self.is_full = False
@@ -100,7 +99,7 @@ class Engine:
     @property
     def queued_token_s(self) -> float | None:
         """Seconds for which each prompt token in the queue holds up those behind it, if known. Any thread may ask."""
-        return self._forecast.queued_token_s(self.clock())
+        return self._meter.forecast.queued_token_s(self.clock())
 
     @property
     def has_work(self) -> bool:
@@ -170,11 +169,12 @@ class Engine:
         self._is_stalled = not picked
         self.is_full = self._scheduler.is_full
         if not picked:
-            self._metrics.stands(self._stats(picked, 0, 0.0))
+            self._meter.nothing_ran()
             return events
         num_decodes = sum(item.num_tokens == 1 and item.sequence.num_generated > 0 for item in picked)
         events += self._run(picked, launched)
-        self._measure(picked, num_decodes, self.clock() - started_s)
+        now_s = self.clock()
+        self._meter.step(picked, num_decodes, self.begun, now_s - started_s, now_s)
         return events
 
     def _schedule(self, now_s: float, events: list[Event]) -> Seq[Scheduled]:
@@ -182,21 +182,13 @@ class Engine:
         preemptions = self._scheduler.num_preemptions
         picked = self._scheduler.schedule()
         events += [self._fail(sequence, error) for sequence, error in self._scheduler.hopeless]
-        for _ in range(self._scheduler.num_preemptions - preemptions):
-            self._metrics.preempted()
+        self._meter.preempted(self._scheduler.num_preemptions - preemptions)
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = now_s
                 self.begun[item.sequence.request] = now_s
-                self._observe_prefix(item.sequence)
+                self._meter.begun(item.sequence)
         return self._speculation.extend(picked) if picked and self._speculation is not None else picked
-
-    def _measure(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> None:
-        stats = self._stats(picked, num_decodes, duration_s)
-        self._metrics.step(stats)
-        self._scheduler.pace.observe(stats.num_prefill_tokens, duration_s)
-        if self._scheduler.is_full:
-            self._forecast.step(sum(len(request.prompt) for request in self.begun), duration_s, self.clock())
 
     def check_pools(self) -> None:
         """Audit blocks against sequences. Raises AssertionError."""
@@ -298,7 +290,7 @@ class Engine:
             text += new
         sequence.num_computed = len(sequence.tokens) - 1
         self._learn(item, len(tokens) - 1)
-        self._observe_tokens(sequence, len(tokens), now_s)
+        self._meter.tokens(sequence, len(tokens), now_s)
         if reason is not None:
             if self._ahead.covers(sequence):
                 self._model.scrub(self._last_blocks(sequence))  # behind the step that writes there
@@ -308,7 +300,7 @@ class Engine:
     def _learn(self, item: Scheduled, num_accepted: int) -> None:
         if item.drafts and item.sequence.lookup is not None:
             item.sequence.lookup.learn(len(item.drafts), num_accepted)
-            self._metrics.speculated(num_accepted, len(item.drafts) - num_accepted)
+            self._meter.speculated(num_accepted, len(item.drafts))
 
     def _undraft(self, sequence: Sequence) -> None:
         """Take back a step whose drafts gave values that are not finite: masked out, they still spoil the other rows.
@@ -370,7 +362,7 @@ class Engine:
     def _give_up(self, now_s: float) -> list[Event]:
         """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
         scheduler = self._scheduler
-        late = self._forecast.late(
+        late = self._meter.forecast.late(
             scheduler.waiting,
             scheduler.num_cached,
             now_s,
@@ -406,47 +398,7 @@ class Engine:
         self._scheduler.remove(sequence)
         for ref in sequence.adapters:
             self._release(ref)
-        self._metrics.finished(
-            adapter=sequence.adapter_label,
-            outcome=outcome,
-            prompt_tokens=len(request.prompt),
-            completion_tokens=sequence.num_generated,
-            e2e_s=self.clock() - sequence.arrived_s,
-        )
-
-    def _observe_prefix(self, sequence: Sequence) -> None:
-        if sequence.num_cached is not None:
-            self._metrics.prefix_cache(len(sequence.request.prompt), sequence.num_cached)
-
-    def _observe_tokens(self, sequence: Sequence, count: int, now_s: float) -> None:
-        """Several tokens that come at once share the time since the one before them."""
-        label = sequence.adapter_label
-        last_s = sequence.last_token_s
-        if last_s is None or sequence.started_s is None:
-            last_s = sequence.first_token_s = now_s
-            queue_s = (sequence.started_s or now_s) - sequence.arrived_s
-            self._metrics.first_token(label, queue_s, now_s - sequence.arrived_s)
-            count -= 1
-        for _ in range(count):
-            self._metrics.inter_token(label, (now_s - last_s) / count)
-            self._forecast.token((now_s - last_s) / count)
-        sequence.last_token_s = now_s
-
-    def _stats(self, picked: Seq[Scheduled], num_decodes: int, duration_s: float) -> StepStats:
-        pool = self._scheduler.pool
-        return StepStats(
-            duration_s=duration_s,
-            num_prefill_tokens=sum(item.num_tokens for item in picked) - num_decodes,
-            num_decode_tokens=num_decodes,
-            num_requests=len(picked),
-            adapters=_adapter_names(item.sequence for item in picked),
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
-            running_adapters=_adapter_names(self._scheduler.running),
-            waiting_adapters=tuple(sorted(self._scheduler.waiting.adapters())),
-            kv_blocks_used=pool.capacity - pool.num_free,
-            kv_blocks_total=pool.capacity,
-        )
+        self._meter.ended(sequence, outcome, self.clock())
 
 
 def _rows(logits: torch.Tensor, wanted: Seq[int]) -> torch.Tensor:
@@ -477,7 +429,3 @@ def _scope(sequence: Sequence) -> dict[str, object]:
         "adapters": tuple(f"{ref.name}@{ref.version.digest}" for ref in sequence.adapters),
         "caller": sequence.request.caller,
     }
-
-
-def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({ref.name for sequence in sequences for ref in sequence.adapters}))

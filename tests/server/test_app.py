@@ -25,9 +25,10 @@ from web import serving
 
 from weft.adapters.records import AdapterState
 from weft.errors import AddressUnavailable, InvalidConfig, InvalidModel, Unavailable
-from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _MetricsHandler, _serve_until_lost, running_server
+from weft.server.app import MAX_MESSAGE_BYTES, SERVICES, Server, _serve_until_lost, running_server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.server.engine.frontend import _Cancel
+from weft.server.ports import MetricsHandler
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -195,7 +196,7 @@ class TestStart:
     def test_a_scraper_that_says_nothing_is_let_go(
         self, config: ServerConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(_MetricsHandler, "timeout", 0.05)
+        monkeypatch.setattr(MetricsHandler, "timeout", 0.05)
 
         async def main() -> bytes:
             server = Server(config)

@@ -79,7 +79,7 @@ def test_one_that_waits_is_refused_as_soon_as_it_is_too_late_for_it(folder: Path
     answer = harness.submit(request)
     harness.step()
     assert not answer.ended
-    harness.engine._forecast.token(1000.0)  # a step hung: who runs gets tokens more slowly now
+    harness.engine._meter.forecast.token(1000.0)  # a step hung: who runs gets tokens more slowly now
     harness.step()
     assert isinstance(answer.error, OutOfCapacity)
 
@@ -172,7 +172,7 @@ def test_who_was_preempted_is_not_refused_and_counts_for_those_behind(folder: Pa
     behind = make(PROMPT, max_tokens=1)
     behind.request = replace(behind.request, deadline_s=clock() + 4)
     scheduler.waiting.append(behind)
-    late = harness.engine._forecast.late(
+    late = harness.engine._meter.forecast.late(
         scheduler.waiting, scheduler.num_cached, clock() + 1, is_idle=False, is_full=True
     )
     assert [other for other, _ in late] == [behind]

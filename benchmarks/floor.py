@@ -22,6 +22,10 @@ class Rates:
     bytes_per_s: float
     flops_per_s: float
 
+    def best(self, other: Rates) -> Rates:
+        """The faster of each: a machine that others use, too, can do what it did in its quieter moment."""
+        return Rates(max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s))
+
     def seconds(self, weights: float, products: float) -> float:
         """To read so many float32 weights once, and to do so many multiply-adds."""
         return max(weights * FLOAT_BYTES / self.bytes_per_s, 2 * products / self.flops_per_s)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -334,6 +335,13 @@ def describe(result: dict[str, object]) -> str:
     return "\n".join(parts)
 
 
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no GPU here: --device cpu --shape tiny with TRITON_INTERPRET=1 shows that it runs")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("on a CPU, Triton's kernels are interpreted: set TRITON_INTERPRET=1")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -343,8 +351,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--report", type=Path, help="the document whose section `gpu` to replace")
     options = parser.parse_args()
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("no GPU here: --device cpu --shape tiny with TRITON_INTERPRET=1 shows that it runs")
+    check_device(parser, options.device)
     device, shape = torch.device(options.device), SHAPES[options.shape]
     deadline_s = time.monotonic() + options.minutes * 60
     timer = Timer(device)

@@ -35,6 +35,7 @@ from standings import PLAIN, SCENARIOS, WEFT, Scenario, Standing, show
 from systems import KINDS, Cell, PeerSystem, Place, System, WeftServer
 
 import weft
+from weft.server.cli.bench_kernels import check_can_write
 
 ROOT = Path(weft.__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weft-benchmarks"
@@ -152,10 +153,12 @@ def choose(systems: str) -> list[str]:
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="135m", show_default=True)
 @click.option("--systems", default=",".join(["weft", *KINDS]), show_default=True, help="Which, with commas between.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16"]), help="[default: both]")
-@click.option("--requests", multiple=True, type=click.IntRange(1, 16), help="Only scenarios of so many: 1, 16.")
-@click.option("--rounds", default=3, show_default=True, help="How often each system takes its turn.")
+@click.option("--requests", multiple=True, type=click.Choice([1, 16]), help="Only scenarios of so many.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often each system takes its turn."
+)
 @click.option("--weft", "more", multiple=True, metavar="OPTIONS", help="One more `weft serve`, with these options.")
-@click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=CACHE, help="Of environments and converted models.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "performance.md")
 @click.option("--samples", type=click.Path(path_type=Path), help="A file for every measurement, as JSON.")
@@ -174,6 +177,12 @@ def main(
     write: bool | None,
 ) -> None:
     chosen = choose(systems)
+    mark = {"135m": "side_by_side", "1.1b": "side_by_side_1b"}.get(shape)
+    if write is None:
+        write = set(chosen) == {"weft", *KINDS}
+    written = [output] if write and mark is not None else []
+    for path in (*written, *([samples] if samples is not None else [])):
+        check_can_write(path)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end, too
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -193,18 +202,15 @@ def main(
                         found.append(PeerSystem(KINDS[name], Place(cache, setup, Path(sys.executable), log)))
             contest = Contest(effort, [Standing(system) for system in found])
             run(contest, progress, work)
+            rates = rates.best(measure_rates())
     modules = list(module_shapes(shape).values())
     sizes = Sizes.of(modules, SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"])
     report = f"{show(contest.standings, effort, rates, sizes)}\n\n{footer(contest, threads)}\n"
     click.echo(report)
-    mark = {"135m": "side_by_side", "1.1b": "side_by_side_1b"}.get(shape)
-    if write is None:
-        write = mark is not None and set(chosen) == {"weft", *KINDS}
     if write and mark is not None:
         write_section(output, mark, report)
         samples = samples or ROOT / "benchmarks" / "results" / f"{mark}.json"
     if samples is not None:
-        samples.parent.mkdir(parents=True, exist_ok=True)
         samples.write_text(json.dumps(to_json(contest, rates), indent=1) + "\n")
 
 
@@ -225,7 +231,8 @@ def run(contest: Contest, progress: Progress, work: object) -> None:
 def footer(contest: Contest, threads: int) -> str:
     versions = dict.fromkeys(standing.system.version for standing in contest.standings)
     named = "; ".join(version for version in versions if version)
-    return f"Machine: {machine()}; every system with {threads} threads; {contest.effort.rounds} rounds. {named}."
+    words = f"Machine: {machine()}; every system with {threads} threads; {contest.effort.rounds} rounds."
+    return f"{words} {named}." if named else words
 
 
 def to_json(contest: Contest, rates: Rates) -> dict[str, object]:

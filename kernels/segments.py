@@ -21,12 +21,12 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> 
                 continue
             a_t, b = site.rows(segment.first, segment.last)
             rows = segment.rows
-            if site.scales is None:
-                shrunk = torch.mm(x[rows], a_t)
-            else:
+            if site.scales is not None:  # in float32: steps up to 127 would leave float16's range
                 scale, b_scale = (part[segment.first : segment.last].flatten() for part in site.scales)
-                shrunk = (torch.mm(x[rows], a_t.to(x.dtype)).float() * (scale * b_scale)).to(x.dtype)
-                b = b.to(x.dtype)
+                shrunk = torch.mm(x[rows].float(), a_t.float()) * (scale * b_scale)
+                part[rows] = (part[rows] + segment.scale * torch.mm(shrunk, b.float())).to(y.dtype)
+                continue
+            shrunk = torch.mm(x[rows], a_t)
             if isinstance(rows, slice):
                 part[rows].addmm_(shrunk, b, alpha=segment.scale)
             else:

@@ -158,9 +158,13 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
 
 
 def _native(config: ServerConfig) -> Native | None:
-    """The C library, with as many threads as are wanted or worth it; PyTorch then keeps to one."""
+    """The C library, with as many threads as are wanted or worth it; PyTorch then keeps to one.
+
+    None where all of the model is PyTorch's: on a GPU, in float16, and without the library.
+    """
     threads = config.engine.threads
-    if resolve_device(config.model.device) != "cpu" or find_native(1) is None:
+    is_served = resolve_device(config.model.device) == "cpu" and config.model.dtype != "float16"
+    if not is_served or find_native(1) is None:
         torch.set_num_threads(threads or torch.get_num_threads())
         return None
     native = find_native(threads or fastest_threads(find_native, torch.get_num_threads()))

@@ -31,7 +31,10 @@ def backend_for(device: torch.device, wanted: str, *, has_native: bool) -> str:
     if wanted == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise InvalidConfig(f"--lora-backend is triton, which does not run on {device}: use auto")
     if wanted == "cpu" and not has_native:
-        raise InvalidConfig(f"--lora-backend is cpu, the C library, which does not serve {device} here: use auto")
+        raise InvalidConfig(
+            "--lora-backend is cpu, the C library, which serves nothing here: it is for float32 and bfloat16 on a CPU, "
+            "once it was built; use auto"
+        )
     if wanted == "auto" and device.type == "cuda" and has_triton():
         return "triton"  # until there is a table of a GPU
     return wanted

@@ -60,3 +60,11 @@ def test_a_machine_without_a_gpu_is_told_in_one_line() -> None:
     ran = subprocess.run([sys.executable, PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1].startswith("gpu.py: error: no GPU here: --device cpu")
+
+
+def test_kernels_that_nothing_interprets_are_told_in_one_line() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, PROGRAM, "--device", "cpu", "--shape", "tiny"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "set TRITON_INTERPRET=1" in ran.stderr.splitlines()[-1]

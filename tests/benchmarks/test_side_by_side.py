@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -14,7 +15,7 @@ from environments import Gone, NotRun, Peer, Recipe, environment, run
 from floor import Rates, Sizes, ratios, step_s
 from peers.protocol import Job
 from shapes import SHAPES, module_shapes
-from side_by_side import Contest, Effort, choose, take_turn, to_json
+from side_by_side import Contest, Effort, choose, main, take_turn, to_json
 from slora import Suite
 from standings import ALL, DISTINCT, ONE, PLAIN, REFERENCE, SAME, SHARED, WEFT, Standing, show
 from systems import KINDS, Answer, Cell, System
@@ -64,6 +65,9 @@ class TestFloor:
         sizes = Sizes(layers=900, head=100, adapter_per_rank=10)
         assert step_s(self.rates, sizes, 1, 1, (), ()) == pytest.approx(1000 * 4 / 4e9)
         assert step_s(self.rates, sizes, 16, 2, (), ()) == pytest.approx(2 * (900 * 16 + 100 * 2) / 2e9)
+
+    def test_the_machine_is_as_fast_as_it_was_seen_to_be(self) -> None:
+        assert self.rates.best(Rates(1e9, 3e9)) == Rates(4e9, 3e9)
 
     def test_adapters_are_read_once_each_and_multiplied_for_each_token(self) -> None:
         sizes = Sizes(layers=900, head=100, adapter_per_rank=10)
@@ -142,6 +146,22 @@ class TestContest:
         assert choose("weft, vllm") == ["weft", "vllm"]
         with pytest.raises(Exception, match="'vlm'; there are weft, transformers"):
             choose("weft,vlm")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--rounds", "0"], "'--rounds': 0"),
+            (["--requests", "3"], "'--requests': '3'"),
+            (["--threads", "0"], "'--threads': 0"),
+            (["--samples", "/nowhere/x.json"], "there is no folder /nowhere"),
+            (["--write", "--output", "/nowhere/x.md"], "there is no folder /nowhere"),
+        ],
+        ids=str,
+    )
+    def test_what_would_measure_for_nothing_is_refused_at_once(self, options: list[str], words: str) -> None:
+        ran = CliRunner().invoke(main, ["--systems", "weft", *options])
+        assert ran.exit_code != 0
+        assert words in ran.output
 
     def test_every_peer_has_its_script(self) -> None:
         assert all((BENCHMARKS / "peers" / kind.script).is_file() for kind in KINDS.values())

@@ -104,6 +104,20 @@ def test_distributions_on_int8_pages(backend: str, dtype: torch.dtype, kind: str
     check(FAST[backend], group, distribution(kind, fill(group, RANKS), rows=17), dtype)
 
 
+@pytest.mark.parametrize("base_rows", [(), (1,)], ids=str)
+def test_steps_of_int8_rows_stay_within_float16(base_rows: tuple[int, ...]) -> None:
+    """A x is 101,600 steps here, and 800; B is so small that its scale is no ordinary number of float16."""
+    group = make_group(torch.int8)
+    for site in group.sites:
+        site.write(((1, 2),), torch.ones(8, D_IN), torch.full((8, site.b.shape[2]), 1e-3))
+    adapter = PagedAdapter(((1, 2),), 1.0, frozenset(site.index for site in group.sites))
+    plan = build_plan([(1, [] if row in base_rows else [(adapter, 1.0)]) for row in range(3)], CPU)
+    x, y = torch.full((3, D_IN), 20.0, dtype=torch.float16), torch.zeros(3, D_OUT, dtype=torch.float16)
+    assert plan is not None
+    expected = reference(y.double(), x, group, plan)
+    torch.testing.assert_close(segments(y, x, group, plan).double(), expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("fragmented", [False, True])

@@ -30,5 +30,5 @@ def test_triton_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_c_library_is_asked_for_where_there_is_one() -> None:
     assert backend_for(CPU, "cpu", has_native=True) == "cpu"
-    with pytest.raises(InvalidConfig, match="the C library, which does not serve cpu here: use auto"):
+    with pytest.raises(InvalidConfig, match="the C library, which serves nothing here: it is for"):
         backend_for(CPU, "cpu", has_native=False)

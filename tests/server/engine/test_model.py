@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from harness import Harness
 from tiny import make_adapter, make_model, save_tokenizer
 
@@ -26,6 +27,18 @@ def save(kind: str, folder: Path, **settings: object) -> Path:
 def test_classes_that_use_the_attention_interface_are_served(kind: str, tmp_path: Path) -> None:
     harness = Harness(save(kind, tmp_path))
     assert "from transformers' own" in harness.info.startup_line
+
+
+def test_float16_is_pytorchs_with_all_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        harness = Harness(save("llama", tmp_path), dtype="float16", threads=3)
+        assert " in float16 on cpu (no C library, 3 threads), " in harness.info.startup_line
+        assert torch.get_num_threads() == 3
+        with pytest.raises(InvalidConfig, match="--lora-backend is cpu, the C library, which serves nothing here"):
+            Harness(tmp_path, dtype="float16", lora_backend="cpu")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

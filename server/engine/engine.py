@@ -24,6 +24,7 @@ from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
 from weft.server.engine.deadlines import Deadlines
 from weft.server.engine.meter import Meter
 from weft.server.engine.model import PagedModel
+from weft.server.engine.patience import Patience
 from weft.server.engine.reporter import Reporter
 from weft.server.engine.request import Delta, FinishReason, Request, Token
 from weft.server.engine.sampler import Draw, Sample, are_finite, choose
@@ -70,10 +71,12 @@ class Engine:
         clock: Callable[[], float],
         speculation: Speculation | None = None,
         *,
+        max_wait_s: float = 0.0,
         run_ahead: bool = False,
     ) -> None:
         """release gives an adapter version back; clock is monotonic, in seconds.
 
+        max_wait_s: for a turn, while others have all the room; 0: for ever.
         run_ahead: launch steps before the tokens that they follow are on the host; see `ahead.py`.
         """
         self.limits = limits
@@ -90,6 +93,7 @@ class Engine:
         self._ahead = Ahead(scheduler, self._launch, limits.context_length, speculation, enabled=run_ahead)
         self._sequences: dict[Request, Sequence] = {}
         self._deadlines = Deadlines()
+        self._patience = Patience(max_wait_s)
         self._is_stalled = False
         self.begun: dict[Request, float] = {}
         """Who ran for the first time in the last step, and since when."""
@@ -142,6 +146,7 @@ class Engine:
         )
         self._sequences[request] = sequence
         self._deadlines.add(sequence)
+        self._patience.add(sequence)
         self._scheduler.add(sequence)
 
     def cancel(self, request: Request) -> None:
@@ -186,6 +191,7 @@ class Engine:
         for item in picked:
             if item.sequence.started_s is None:
                 item.sequence.started_s = now_s
+                self._patience.remove(item.sequence)
                 self.begun[item.sequence.request] = now_s
                 self._meter.begun(item.sequence)
         return self._speculation.extend(picked) if picked and self._speculation is not None else picked
@@ -360,7 +366,10 @@ class Engine:
         return events
 
     def _give_up(self, now_s: float) -> list[Event]:
-        """Refuse, now and then, those that wait and can't meet their deadlines at the current rate."""
+        """Refuse those that wait and can't meet their deadlines at the current rate, or have waited too long.
+
+        Who waits while there is room waits for an adapter, which is no reason.
+        """
         scheduler = self._scheduler
         late = self._meter.forecast.late(
             scheduler.waiting,
@@ -369,7 +378,9 @@ class Engine:
             is_idle=not scheduler.running,
             is_full=scheduler.is_full,
         )
-        return [self._fail(sequence, error) for sequence, error in late]
+        events = [self._fail(sequence, error) for sequence, error in late]
+        over = self._patience.over(now_s) if scheduler.is_full else []
+        return events + [self._fail(sequence, error) for sequence, error in over]
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
@@ -392,6 +403,7 @@ class Engine:
         request = sequence.request
         del self._sequences[request]
         self._deadlines.remove(sequence)
+        self._patience.remove(sequence)
         if not self._sequences:
             self._plans = Plans()  # it holds the last step's adapters
             self._ahead.drop()

@@ -133,6 +133,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         speculation=Speculation(
             pool, settings.speculative_tokens, limits.context_length, min(SMALL_STEP, settings.max_batch_tokens)
         ),
+        max_wait_s=settings.max_queue_ms / 1000,
         run_ahead=model.device.type == "cuda" if settings.run_ahead is None else settings.run_ahead,
     )
     dtype = _name(model.dtype)

@@ -158,6 +158,7 @@ def test_a_watcher_is_told_of_what_comes_into_its_sight_and_leaves_it(guard: Gua
         events = iter(watch)
         gone = next(event for event in events if event.kind == pb2.ADAPTER_EVENT_KIND_DELETED)
         assert gone.adapter.name == THERE
+        assert gone.adapter.labels == {"tenant": "a"}, "what it has become is nothing to it"
         watch.cancel()
 
 

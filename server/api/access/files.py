@@ -58,6 +58,10 @@ class Reloading(Generic[Value]):
             _log.warning("%s; what was read before stays", error)
             self._count(self._what, "failed")
             return
+        except Exception:  # noqa: BLE001 - files, however odd, must not keep others from being read again
+            _log.exception("%s could not be read again; what was read before stays", self._what)
+            self._count(self._what, "failed")
+            return
         self._use(value)
         self._count(self._what, "ok")
         _log.info("%s: read again", self._what)
@@ -71,7 +75,7 @@ class Reloading(Generic[Value]):
 
         try:
             value = self._load(opening)
-        except InvalidConfig:
+        except Exception:
             self._taken = _marks(self._taken) | opened
             raise
         self._taken = opened

@@ -84,6 +84,8 @@ def test_a_file_of_keys_lies_beside_it(tmp_path: Path) -> None:
 
 WRONG = {
     "= 1": "can't be read: is no TOML",
+    "a = " + "1" * 5000: "can't be read: is no TOML that can be taken in",
+    "a = " + "[" * 5000: "can't be read: is no TOML that can be taken in",
     "": "callers is empty: nobody could call",
     "[callers]\n": "callers is empty",
     "callers = 1": "callers must be a table",

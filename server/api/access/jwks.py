@@ -71,13 +71,18 @@ class KeySet:
 
 
 class Keys(Protocol):
-    """Where keys come from."""
+    """Where keys come from. num_taken: how many sets of them there have been."""
+
+    @property
+    def num_taken(self) -> int: ...
 
     async def find(self, kid: str | None, algorithm: str) -> PyJWK | None: ...
 
 
 class FileKeys:
     """Those of a file, which is read again as a whole."""
+
+    num_taken = 1
 
     def __init__(self, keys: KeySet) -> None:
         self._keys = keys
@@ -102,6 +107,7 @@ class FetchedKeys:
         self._fetch = fetch or fetch_jwks
         self._clock = clock
         self._keys: KeySet | None = None
+        self.num_taken = 0
         self._tried_s: float | None = None
         self._fetching: asyncio.Task[None] | None = None
 
@@ -133,6 +139,7 @@ class FetchedKeys:
     async def _refresh(self) -> None:
         try:
             self._keys = KeySet(await asyncio.to_thread(self._fetch, self.url))
+            self.num_taken += 1
             self._count("jwks", "ok")
         except UnusableKeys as error:
             stays = "; the keys that were fetched before stay" if self._keys is not None else ""

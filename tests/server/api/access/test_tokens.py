@@ -125,6 +125,10 @@ def test_a_known_token_is_refused_once_it_has_expired(issuer: Issuer) -> None:
     assert asyncio.run(known.caller(longer)) is not first, "it is checked again, by the clock of this machine"
 
 
+def test_a_time_beyond_all_floats_is_one(issuer: Issuer) -> None:
+    assert asyncio.run(tokens(issuer).caller(issuer.token(exp=10**400))).name == "team-a"
+
+
 def test_roles_are_those_that_both_the_token_and_the_file_give(issuer: Issuer) -> None:
     claiming = tokens(issuer, replace(RULES, roles_claim="roles"))
     for claimed in (["read", "admin", "else"], "read admin else"):
@@ -235,6 +239,22 @@ class TestFetchedKeys:
             assert far.keys._fetching is not None
             await far.keys._fetching
             assert far.counted == [("jwks", "ok"), ("jwks", "failed")]
+
+        asyncio.run(main())
+
+    def test_a_known_token_ends_with_the_key_that_signed_it(self, issuer: Issuer) -> None:
+        async def main() -> None:
+            far = Far(issuer.jwks)
+            known, token = Tokens(RULES, far.keys, caller_of), issuer.token()
+            first = await known.caller(token)
+            assert await known.caller(token) is first
+            far.document = json.dumps({"keys": issuer.keys[1:]}).encode()
+            far.now_s += jwks.FRESH_S
+            far.keys.keep_fresh()
+            assert far.keys._fetching is not None
+            await far.keys._fetching
+            with pytest.raises(Unauthenticated, match="a key that is not known here"):
+                await known.caller(token)
 
         asyncio.run(main())
 

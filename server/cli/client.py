@@ -116,8 +116,9 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
     click.option("--api-key-file", type=_FILE, envvar="WEFT_API_KEY_FILE", help="A file that holds it."),
     click.option("--tls", is_flag=True, envvar="WEFT_TLS", help="Talk TLS; also by the options that follow."),
     click.option("--tls-ca", type=_FILE, envvar="WEFT_TLS_CA", help="Who signs the server's certificate, in PEM."),
-    click.option("--tls-cert", type=_FILE, envvar="WEFT_TLS_CERT", help="The client's own certificate, in PEM."),
-    click.option("--tls-key", type=_FILE, envvar="WEFT_TLS_KEY", help="Its private key, in PEM."),
+    # WEFT_TLS_CERT and WEFT_TLS_KEY are the server's, and in its container's environment.
+    click.option("--tls-cert", type=_FILE, envvar="WEFT_CLIENT_CERT", help="The client's own certificate, in PEM."),
+    click.option("--tls-key", type=_FILE, envvar="WEFT_CLIENT_KEY", help="Its private key, in PEM."),
 )
 
 

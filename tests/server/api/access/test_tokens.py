@@ -8,9 +8,11 @@ import hashlib
 import hmac
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -315,3 +317,22 @@ class TestFetch:
             far.files["/keys"] = b""
             with pytest.raises(UnusableKeys, match="has more than"):
                 fetch_jwks(f"{far.url}/keys")
+
+    def test_one_that_comes_byte_by_byte_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(jwks, "FETCH_S", 0.2)
+        over = threading.Event()
+
+        def drip(listener: socket.socket) -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nx-header: ")
+                while not over.wait(0.01):
+                    connection.sendall(b"a")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=drip, args=(listener,))
+            thread.start()
+            with pytest.raises(UnusableKeys, match=r"at 127\.0\.0\.1 took more than 0\.2 s"):
+                fetch_jwks(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+            over.set()
+            thread.join()

@@ -225,7 +225,10 @@ def _tokens(table: _Table, folder: Path) -> TokenRules:
 def _jwks(table: _Table, given: str, folder: Path) -> Path | str:
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
         return folder / given
-    url = urlsplit(given)
+    try:
+        url = urlsplit(given)
+    except ValueError:
+        raise table.wrong("jwks", "is no URL") from None
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if not url.hostname or url.scheme not in ("https", "http") or (url.scheme == "http" and not is_loopback):
         raise table.wrong("jwks", "must be a file or an https URL: who can change it can call as anybody")

@@ -116,6 +116,7 @@ WRONG = {
     f"{GOOD}{JWT}algorithms = ['HS256']": "jwt.algorithms holds what is none of RS256,",
     f"{GOOD}{JWT.replace('weft', '')}": "jwt.audience must be a text that is not empty",
     f"{GOOD}{JWT.replace('keys.json', 'http://issuer.example/keys')}": "jwt.jwks must be a file or an https URL",
+    f"{GOOD}{JWT.replace('keys.json', 'https://[issuer/keys')}": "jwt.jwks is no URL",
     f"{GOOD}{JWT.replace('keys.json', 'ftp://issuer.example/keys')}": "jwt.jwks must be a file or an https URL",
     f'[callers."a\\nb"]\nkey_sha256 = ["{KEY}"]': "is no caller's name",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,11 @@ def test_what_nobody_has_foreseen_is_one_failure_and_ends_nothing(
         assert reader.look(5) == ["first"]
     assert caplog.messages == ["thing could not be read again; what was read before stays"]
     assert reader.counted == [("thing", "failed")]
+
+
+def test_a_pipe_is_not_waited_for(reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
+    reader.path.unlink()
+    os.mkfifo(reader.path)
+    with caplog.at_level(logging.WARNING):
+        assert reader.look(5) == ["first"]
+    assert caplog.messages == [f"{reader.path} is a pipe, and can't be read again; what was read before stays"]

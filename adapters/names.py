@@ -28,6 +28,12 @@ def check_name(name: str) -> None:
         )
 
 
+def what_was_meant(name: str, names: Iterable[str]) -> str:
+    """A hint for who asked for a name that is none of these."""
+    close = nearest(name, names)
+    return f"did you mean {close!r}?" if close else "list what is loaded with `weft adapters list`"
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of those that stand beside it in the alphabet, on either side; None where none is.
 

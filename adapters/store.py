@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 
-from weft.adapters.names import check_name, nearest
+from weft.adapters.names import check_name, what_was_meant
 from weft.adapters.pages import PagePool
 from weft.adapters.reading import Policy, Reader
 from weft.adapters.records import (
@@ -429,9 +429,7 @@ class AdapterStore:
         """Called without the lock: looking for the name that was meant takes a while."""
         with self._lock:
             names = [*self._entries]
-        close = nearest(name, names)
-        hint = f"did you mean {close!r}?" if close else "list what is loaded with `weft adapters list`"
-        return AdapterNotFound(adapter_id or name, hint, close or "")
+        return AdapterNotFound(adapter_id or name, what_was_meant(name, names), names)
 
     def _snapshot(self, entry: _Entry) -> AdapterInfo:
         version = entry.version

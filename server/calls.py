@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -38,3 +40,9 @@ current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
 def this_call() -> Call:
     """The RPC that is being served; outside of any, one that nobody sees."""
     return current_call.get() or Call()
+
+
+def as_word(value: str | Iterable[str]) -> str:
+    """Values in one word of a line, so that none can pass for another field."""
+    text = value if isinstance(value, str) else ",".join(value)
+    return text if text.isprintable() and not set(text) & set(' "[]=') else json.dumps(text)

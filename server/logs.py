@@ -6,7 +6,6 @@ logged, and messages only of those that can't hold either.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import traceback
@@ -17,7 +16,7 @@ from typing import Any
 from pythonjsonlogger.json import JsonFormatter
 
 from weft.errors import InvalidRequest, WeftError
-from weft.server.calls import current_call
+from weft.server.calls import as_word, current_call
 
 FORMATS = ("text", "json")
 
@@ -42,6 +41,7 @@ def configure(log_format: str, level: str) -> None:
     logging.basicConfig(handlers=[handler])
     logging.captureWarnings(capture=True)
     logging.getLogger("weft").setLevel(level.upper())
+    logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # repeats what is odd in a client's metadata
     threading.excepthook = _log_thread
 
 
@@ -71,7 +71,7 @@ class TextFormatter(_Discreet):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(scope)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is the base's
-        words = [f"{word}={_word(value)}" for name, word in _SCOPE.items() if (value := getattr(record, name, ""))]
+        words = [f"{word}={as_word(value)}" for name, word in _SCOPE.items() if (value := getattr(record, name, ""))]
         record.scope = f" [{' '.join(words)}]" if words else ""
         return super().formatMessage(record)
 
@@ -95,12 +95,6 @@ def log_loop_error(_loop: object, context: Mapping[str, Any]) -> None:
 def _log_thread(args: threading.ExceptHookArgs) -> None:
     name = args.thread.name if args.thread is not None else "a thread"
     _log.error("%s ended unexpectedly", name, exc_info=args.exc_value)
-
-
-def _word(value: str | Iterable[str]) -> str:
-    """Values in one word, so that none can pass for another field."""
-    text = value if isinstance(value, str) else ",".join(value)
-    return text if text.isprintable() and not set(text) & set(' "[]=') else json.dumps(text)
 
 
 def _lines(error: BaseException) -> Iterable[str]:

@@ -58,7 +58,7 @@ def open_tracing(endpoint: str | None, version: str, provider: TracerProvider | 
     if endpoint is None and (named is None or os.environ.get("OTEL_TRACES_EXPORTER") == "none"):
         return Tracing()
     if not _has_sdk():
-        _log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is %s, but nothing is traced: %s", named, INSTALL)
+        _log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, but nothing is traced: %s", INSTALL)
         return Tracing()
     return _open(endpoint, version)
 

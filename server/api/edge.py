@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NoReturn, TypeAlias
 
@@ -76,7 +77,7 @@ class Edge(grpc.GenericRpcHandler):
         if not method.startswith(f"/{PACKAGE}."):
             return None
         if not self._handlers:
-            return grpc.unary_stream_rpc_method_handler(self._observed(method, self._refuse))
+            return grpc.unary_stream_rpc_method_handler(self._observed(method, partial(self._refuse, method)))
         found = (handler.service(handler_call_details) for handler in self._handlers)
         handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
@@ -88,11 +89,15 @@ class Edge(grpc.GenericRpcHandler):
     def _observed(self, method: str, behaviour: Behaviour) -> Behaviour:
         return Observed(method.removeprefix("/"), behaviour, self._tracer).run
 
-    async def _refuse(self, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
+    async def _refuse(self, method: str, raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
         error = Unavailable("the model is loading: try again")
         status = to_status(error)
-        note_refusal(error, code_of(status).name)
-        self._count_refusal(code_of(status).name.lower())
+        code = code_of(status).name
+        note_refusal(error, code)
+        self._count_refusal(code.lower())
+        if (audit := AuditLine.of(method, context)) is not None:
+            audit.outcome = code.lower()
+            audit.write()
         await abort(context, status)
         yield Status()  # never reached; makes a generator of it
 

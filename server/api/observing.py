@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from weft.errors import MAX_PROBLEMS, InvalidRequest, WeftError
 from weft.server.api.callers import current_caller
-from weft.server.calls import Call, current_call, this_call
+from weft.server.calls import Call, as_word, current_call, this_call
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Behaviour = Callable[[bytes, Context], AsyncGenerator[Message, None]]
@@ -94,7 +94,7 @@ def _log_access(call: Call, duration_s: float) -> None:
     outcome = call.outcome or call.code.lower()
     facts = {**call.facts, "duration_s": round(duration_s, 6)}
     words = [f"{name}={value}" for name, value in facts.items()]
-    words += [f"problem={call.problem}"] if call.problem else []
+    words += [f"problem={as_word(call.problem)}"] if call.problem else []
     extra = {"method": call.method, "code": call.code, "outcome": outcome, **facts}
     if call.problem:
         extra["problem"] = call.problem

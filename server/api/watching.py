@@ -26,14 +26,14 @@ class Watch:
     """What one watcher has been told, and what it has not.
 
     The first entries of `_untold` are the adapters that were there at the beginning. A name is never in it that was not
-    told of and is gone.
+    told of and is gone. Of one that the caller may not use any more, what was told last is told again.
     """
 
     wanted: AdapterFilter
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _untold: dict[str, tuple[AdapterInfo, bool]] = field(default_factory=dict)
     _first: set[str] = field(default_factory=set)
-    _told: set[str] = field(default_factory=set)
+    _told: dict[str, AdapterInfo] = field(default_factory=dict)
     refusal: str | None = None
     """Why it ends, where it was ended alone."""
     _is_listed: bool = False
@@ -47,12 +47,14 @@ class Watch:
 
     def take(self, info: AdapterInfo, *, gone: bool) -> None:
         """Tell of this, in the place of what was still to be told of the name. gone: it was deleted."""
-        gone = gone or not self.wanted.matches(info)
-        if gone and info.name not in self._told:
+        if self.wanted.matches(info) and not gone:
+            self._untold[info.name] = (info, False)
+        elif info.name in self._told:
+            is_seen = self.wanted.caller.may_use(info.name, info.labels)
+            self._untold[info.name] = (info if is_seen else self._told[info.name], True)
+        else:
             self._untold.pop(info.name, None)
             self._first.discard(info.name)
-        else:
-            self._untold[info.name] = (info, gone)
         self.ready.set()
 
     @property
@@ -68,10 +70,10 @@ class Watch:
         info, gone = self._untold.pop(name)
         self._first.discard(name)
         if gone:
-            self._told.discard(name)
+            del self._told[name]
             return EventKind.DELETED, info
         kind = EventKind.CHANGED if name in self._told else EventKind.ADDED
-        self._told.add(name)
+        self._told[name] = info
         return kind, info
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +29,15 @@ Options = Sequence[tuple[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server, and how to talk to it. api_key: or a token; empty for none. credentials: None without TLS."""
+    """A server, and how to talk to it.
+
+    api_key: or a token; empty for none. api_key_file: that it came from, and comes from again for each call of
+    `channel`: a command that goes on must outlast its key. credentials: None without TLS.
+    """
 
     address: str
     api_key: str = field(default="", repr=False)
+    api_key_file: Path | None = None
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
 
     @property
@@ -46,13 +51,20 @@ class Endpoint:
             channel = grpc.secure_channel(self.address, self.credentials, options)
         else:
             channel = grpc.insecure_channel(self.address, options)
-        return grpc.intercept_channel(channel, _WithMetadata(self.metadata)) if self.api_key else channel
+        return grpc.intercept_channel(channel, _WithMetadata(self._metadata_by_now)) if self.api_key else channel
 
     def aio_channel(self, options: Options) -> grpc.aio.Channel:
         """Its calls have to be given the metadata."""
         if self.credentials is not None:
             return grpc.aio.secure_channel(self.address, self.credentials, options)
         return grpc.aio.insecure_channel(self.address, options)
+
+    def _metadata_by_now(self) -> tuple[tuple[str, str], ...]:
+        if self.api_key_file is None:
+            return self.metadata
+        with suppress(click.UsageError):  # it is being replaced
+            return replace(self, api_key=_api_key(None, self.api_key_file)).metadata
+        return self.metadata
 
 
 class _CallDetails(NamedTuple):
@@ -69,7 +81,8 @@ class _CallDetails(NamedTuple):
 class _WithMetadata(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Adds metadata to every call. Unlike call credentials, also where there is no TLS."""
 
-    def __init__(self, metadata: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, metadata: Callable[[], Sequence[tuple[str, str]]]) -> None:
+        """metadata: is asked at each call."""
         self._metadata = metadata
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
@@ -79,7 +92,7 @@ class _WithMetadata(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInte
         return continuation(self._added(client_call_details), request)
 
     def _added(self, call: Any) -> _CallDetails:
-        metadata = (*(call.metadata or ()), *self._metadata)
+        metadata = (*(call.metadata or ()), *self._metadata())
         return _CallDetails(
             call.method, call.timeout, metadata, call.credentials, call.wait_for_ready, call.compression
         )
@@ -103,8 +116,9 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
     click.option("--api-key-file", type=_FILE, envvar="WEFT_API_KEY_FILE", help="A file that holds it."),
     click.option("--tls", is_flag=True, envvar="WEFT_TLS", help="Talk TLS; also by the options that follow."),
     click.option("--tls-ca", type=_FILE, envvar="WEFT_TLS_CA", help="Who signs the server's certificate, in PEM."),
-    click.option("--tls-cert", type=_FILE, envvar="WEFT_TLS_CERT", help="The client's own certificate, in PEM."),
-    click.option("--tls-key", type=_FILE, envvar="WEFT_TLS_KEY", help="Its private key, in PEM."),
+    # WEFT_TLS_CERT and WEFT_TLS_KEY are the server's, and in its container's environment.
+    click.option("--tls-cert", type=_FILE, envvar="WEFT_CLIENT_CERT", help="The client's own certificate, in PEM."),
+    click.option("--tls-key", type=_FILE, envvar="WEFT_CLIENT_KEY", help="Its private key, in PEM."),
 )
 
 
@@ -128,7 +142,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
         key = _api_key(api_key, api_key_file)
         if key and credentials is None and not _is_loopback(host):
             click.echo(f"weft: the API key goes to {address} unencrypted: add --tls", err=True)
-        return command(server=Endpoint(address, key, credentials), **rest)
+        return command(server=Endpoint(address, key, api_key_file, credentials), **rest)
 
     decorated: Callable[..., Any] = with_server
     for option in reversed(_OPTIONS):

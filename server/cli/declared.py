@@ -59,7 +59,7 @@ def _entries(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8")
         raw: Any = json.loads(text) if is_json else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidConfig(f"{path} can't be read as {'JSON' if is_json else 'TOML'} ({reason})") from None
     entries = raw.get("adapters") if isinstance(raw, dict) else None

@@ -79,7 +79,7 @@ class _Sync:
     def for_good(self, interval_s: float, ready_file: Path | None) -> NoReturn:
         """Once now, and again when the file or the server has changed, and now and then without.
 
-        Raises grpc.RpcError where the key is refused: whoever starts it again gives it the one that holds now.
+        A key that is refused does not end it: a sidecar that ends takes its pod out of service.
         """
         wake = threading.Event()
         for follow in (self._follow_file, self._follow_server):
@@ -93,8 +93,6 @@ class _Sync:
             except InvalidConfig as error:
                 self.said.problem(str(error))
             except grpc.RpcError as error:
-                if _code(error) is grpc.StatusCode.UNAUTHENTICATED:
-                    raise
                 self.said.problem(describe(error, self.server))
             self.said.turn()
             wake.wait(interval_s)

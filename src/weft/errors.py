@@ -78,10 +78,10 @@ class InvalidConfig(WeftError):
 class AdapterNotFound(WeftError):
     """No adapter has this name, or the named version is gone."""
 
-    def __init__(self, adapter_id: str, hint: str = "", nearest: str = "") -> None:
-        """nearest: a name that may have been meant, which the hint says."""
+    def __init__(self, adapter_id: str, hint: str = "", names: Sequence[str] | None = None) -> None:
+        """names: all that there are, where the hint goes by them."""
         self.adapter_id = adapter_id
-        self.nearest = nearest
+        self.names = names
         super().__init__(f"adapter {adapter_id!r} is not loaded" + (f": {hint}" if hint else ""))
 
 

@@ -133,10 +133,11 @@ def test_what_is_slow_leaves_the_lock_to_others(store: AdapterStore, monkeypatch
         store.reserve(NewAdapter(name, "file:/x"), restored=True)
     others = Others(store)
 
-    def compare(name: str, names: list[str]) -> None:
+    def compare(name: str, names: list[str]) -> str:
         others.get_in()
+        return ""
 
-    monkeypatch.setattr(store_module, "nearest", compare)
+    monkeypatch.setattr(store_module, "what_was_meant", compare)
     for ask in (store.get, store.delete, store.acquire, lambda name: store.update(name, AdapterChange(pinned=True))):
         with pytest.raises(AdapterNotFound):
             ask("tenant")

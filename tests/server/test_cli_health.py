@@ -31,3 +31,11 @@ def test_a_server_that_says_nothing_is_not_waited_for(run: Run) -> None:
         ran = run("health", "--timeout", "0.2", "--address", f"127.0.0.1:{mute.getsockname()[1]}")
     assert ran.exit_code == 1
     assert "within 0.2 s" in ran.error_line
+
+
+def test_the_environment_of_a_server_with_tls_does_not_make_it_talk_tls(
+    run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WEFT_TLS_CERT", "WEFT_TLS_KEY"):
+        monkeypatch.setenv(name, "/not/of/the/client")
+    assert run("health", "--address", address).output == "serving\n"

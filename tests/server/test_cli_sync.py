@@ -351,11 +351,14 @@ class TestAccess:
         assert ran.output.startswith("created a ")
         assert run("health", "--address", address, *options[:3]).output == "serving\n"
 
-    def test_a_key_that_holds_no_more_ends_it(
+    def test_a_key_that_is_replaced_is_taken_from_its_file_again(
         self, guarded: tuple[str, tuple[str, ...]], folders: Path, tmp_path: Path
     ) -> None:
         address, options = guarded
+        good = (tmp_path / "key").read_text()
         (tmp_path / "key").write_text(new_key())
         with watching(write(tmp_path / "a.json", [entry(folders, "a")]), address, *options) as sync:
             assert next(sync.problems).startswith("weft: UNAUTHENTICATED: ")
-            assert sync.process.wait() == 1
+            (tmp_path / "key").write_text("")
+            (tmp_path / "key").write_text(good)
+            assert next(sync.said).startswith("created a ")

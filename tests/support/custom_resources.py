@@ -59,6 +59,7 @@ _AVERAGE = one_of("AverageValue")
 _PROMETHEUS = table(
     {"serverAddress": TEXT, "query": TEXT, "threshold": {"type": "string", "pattern": r"^[0-9.]+$"}},
     activationThreshold=TEXT,
+    ignoreNullValues=one_of("true", "false"),
 )
 _BACKEND = table({"name": NAME}, group=TEXT, kind=TEXT, port=PORT, weight=COUNT)
 _ROUTE = {"parentRefs": items(table({"name": NAME}, namespace=NAME)), "hostnames": items(HOSTNAME)}

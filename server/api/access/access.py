@@ -66,10 +66,7 @@ class Access:
     async def watch(self) -> None:
         """Keep up with the files, and keys from elsewhere, for ever."""
         while True:
-            try:
-                await self.catch_up()
-            except Exception:  # noqa: BLE001 - a file, however odd, must not keep the others from being read again
-                _log.exception("what says who may call could not be read again")
+            await self.catch_up()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def catch_up(self) -> None:

@@ -69,11 +69,8 @@ def read_access(path: Path, *, has_client_ca: bool) -> AccessFile:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        if isinstance(error, tomllib.TOMLDecodeError):
-            reason = f"is no TOML: {error}"
-        raise InvalidConfig(f"--access {path} can't be read: {reason}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidConfig(f"--access {path} can't be read: {_why_unreadable(error)}") from None
     top = _Table(f"--access {path}", "", raw)
     share_prefixes, jwt, callers = top.flag("share_prefixes", False), top.table("jwt"), top.table("callers")
     top.check_known()
@@ -82,6 +79,18 @@ def read_access(path: Path, *, has_client_ca: bool) -> AccessFile:
     found = AccessFile(rules, tokens, share_prefixes)
     _check_credentials(top, found, has_client_ca=has_client_ca)
     return found
+
+
+def _why_unreadable(error: Exception) -> str | None:
+    match error:
+        case OSError():
+            return error.strerror
+        case UnicodeDecodeError():
+            return "is not UTF-8"
+        case tomllib.TOMLDecodeError():
+            return f"is no TOML: {error}"
+        case _:  # numbers of thousands of digits, tables of thousands of levels
+            return "is no TOML that can be taken in"
 
 
 class _Table:
@@ -216,7 +225,10 @@ def _tokens(table: _Table, folder: Path) -> TokenRules:
 def _jwks(table: _Table, given: str, folder: Path) -> Path | str:
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
         return folder / given
-    url = urlsplit(given)
+    try:
+        url = urlsplit(given)
+    except ValueError:
+        raise table.wrong("jwks", "is no URL") from None
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if not url.hostname or url.scheme not in ("https", "http") or (url.scheme == "http" and not is_loopback):
         raise table.wrong("jwks", "must be a file or an https URL: who can change it can call as anybody")

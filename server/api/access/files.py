@@ -53,25 +53,37 @@ class Reloading(Generic[Value]):
         if not rests or found == self._taken:
             return
         try:
-            value = await asyncio.to_thread(self._read)
+            value = await asyncio.to_thread(self._read_again)
         except InvalidConfig as error:
             _log.warning("%s; what was read before stays", error)
+            self._count(self._what, "failed")
+            return
+        except Exception:  # noqa: BLE001 - files, however odd, must not keep others from being read again
+            _log.exception("%s could not be read again; what was read before stays", self._what)
             self._count(self._what, "failed")
             return
         self._use(value)
         self._count(self._what, "ok")
         _log.info("%s: read again", self._what)
 
-    def _read(self) -> Value:
+    def _read_again(self) -> Value:
+        def check(path: Path) -> None:
+            if path.is_fifo():  # a shell's `<(…)` is read once; then it would be waited for for ever
+                raise InvalidConfig(f"{path} is a pipe, and can't be read again")
+
+        return self._read(check)
+
+    def _read(self, check: Callable[[Path], None] = lambda _: None) -> Value:
         opened: dict[Path, _Mark] = {}
 
         def opening(path: Path) -> Path:
             opened.update(_marks([path]))
+            check(path)
             return path
 
         try:
             value = self._load(opening)
-        except InvalidConfig:
+        except Exception:
             self._taken = _marks(self._taken) | opened
             raise
         self._taken = opened

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 from jwt import PyJWK
@@ -71,13 +71,18 @@ class KeySet:
 
 
 class Keys(Protocol):
-    """Where keys come from."""
+    """Where keys come from. num_taken: how many sets of them there have been."""
+
+    @property
+    def num_taken(self) -> int: ...
 
     async def find(self, kid: str | None, algorithm: str) -> PyJWK | None: ...
 
 
 class FileKeys:
     """Those of a file, which is read again as a whole."""
+
+    num_taken = 1
 
     def __init__(self, keys: KeySet) -> None:
         self._keys = keys
@@ -102,6 +107,7 @@ class FetchedKeys:
         self._fetch = fetch or fetch_jwks
         self._clock = clock
         self._keys: KeySet | None = None
+        self.num_taken = 0
         self._tried_s: float | None = None
         self._fetching: asyncio.Task[None] | None = None
 
@@ -133,6 +139,7 @@ class FetchedKeys:
     async def _refresh(self) -> None:
         try:
             self._keys = KeySet(await asyncio.to_thread(self._fetch, self.url))
+            self.num_taken += 1
             self._count("jwks", "ok")
         except UnusableKeys as error:
             stays = "; the keys that were fetched before stay" if self._keys is not None else ""
@@ -154,21 +161,26 @@ def read_jwks(path: Path) -> KeySet:
 
 def fetch_jwks(url: str) -> bytes:
     """Blocks. Redirects are not followed. Raises UnusableKeys, whose words hold no part of the URL but its host."""
-    until_s, body, parts = time.monotonic() + FETCH_S, b"", urlsplit(url)
-    host = parts.hostname
+    # An event loop of its own, for only that ends what comes byte by byte, be it in the headers.
+    return asyncio.run(_fetched(url, urlsplit(url)))
+
+
+async def _fetched(url: str, parts: SplitResult) -> bytes:
+    body, host = b"", parts.hostname
     try:
-        with (
-            httpx2.Client(timeout=FETCH_S, trust_env=parts.scheme == "https") as client,
+        async with (
+            asyncio.timeout(FETCH_S),
+            httpx2.AsyncClient(timeout=FETCH_S, trust_env=parts.scheme == "https") as client,
             client.stream("GET", url) as response,
         ):
             if response.status_code != httpx2.codes.OK:
                 raise UnusableKeys(f"at {host} can't be had: HTTP status {response.status_code}")
-            for part in response.iter_bytes():
+            async for part in response.aiter_bytes():
                 body += part
                 if len(body) > MAX_BYTES:
                     raise UnusableKeys(f"at {host} has more than {MAX_BYTES} bytes")
-                if time.monotonic() > until_s:
-                    raise UnusableKeys(f"at {host} took more than {FETCH_S:g} s")
+    except TimeoutError:
+        raise UnusableKeys(f"at {host} took more than {FETCH_S:g} s") from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise UnusableKeys(f"at {host} can't be had: {type(error).__name__}") from None
     return body

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from weft.errors import QuotaExceeded
 
@@ -130,11 +131,15 @@ class Quota:
 
 @dataclass(slots=True)
 class Quotas:
-    """The quota of each caller, by name: it outlasts its requests and every reload of the rules."""
+    """The quota of each caller, by name: it outlasts its requests and every reload of the rules.
+
+    What is dropped is found again as long as one who knows the caller holds it: nobody may have two.
+    """
 
     clock: Callable[[], float]
     count_refusal: Callable[[str], None]
     _by_caller: dict[str, Quota] = field(default_factory=dict)
+    _held: WeakValueDictionary[str, Quota] = field(default_factory=WeakValueDictionary)
     _sweep_at: int = MANY_QUOTAS
 
     def of(self, caller: str, limits: Limits) -> Quota:
@@ -144,6 +149,7 @@ class Quotas:
             if len(self._by_caller) >= self._sweep_at:
                 self._by_caller = {name: kept for name, kept in self._by_caller.items() if not kept.is_idle}
                 self._sweep_at = max(MANY_QUOTAS, 2 * len(self._by_caller))
-            quota = self._by_caller[caller] = Quota(caller, limits, self.clock, self.count_refusal)
+            quota = self._held.get(caller) or Quota(caller, limits, self.clock, self.count_refusal)
+            self._by_caller[caller] = self._held[caller] = quota
         quota.limit(limits)
         return quota

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from weft.adapters.names import what_was_meant
 from weft.adapters.records import AdapterChange, NewAdapter
 from weft.errors import AdapterNotFound, PermissionDenied
 from weft.server.api.callers import Caller, current_caller
@@ -61,9 +62,11 @@ class Rights:
 
 
 def concealed(error: AdapterNotFound, caller: Caller) -> AdapterNotFound:
-    """The error without the name of another adapter, unless the caller may name that."""
-    is_known = not error.nearest or caller.may_name(error.nearest)
-    return error if is_known else AdapterNotFound(error.adapter_id)
+    """The error with a hint that goes by the adapters alone that the caller may use: others must not show in it."""
+    if error.names is None or caller.patterns is None:
+        return error
+    name = error.adapter_id.partition("@")[0]
+    return AdapterNotFound(error.adapter_id, what_was_meant(name, filter(caller.may_name, error.names)))
 
 
 def _denied(caller: Caller, adapter_id: str) -> PermissionDenied:

@@ -17,7 +17,7 @@ from weft.server.api.access.jwks import Keys
 from weft.server.api.callers import Caller, Role
 
 MAX_CACHED = 4096
-"""Tokens that were checked before and are known until they expire."""
+"""Tokens that were checked before and are known until they expire, or there are other keys."""
 
 LEEWAY_S = 10.0
 """By which two machines' clocks may differ."""
@@ -47,17 +47,17 @@ class Tokens:
         self._keys = keys
         self._caller_of = caller_of
         self._now = now
-        self._cached: OrderedDict[bytes, tuple[float, Caller]] = OrderedDict()
+        self._cached: OrderedDict[bytes, tuple[int, int, Caller]] = OrderedDict()
 
     async def caller(self, token: str) -> Caller:
         """Raises Unauthenticated, and Unavailable where the keys can't be had."""
         digest = hashlib.sha256(token.encode()).digest()
         known = self._cached.get(digest)
-        if known is not None and self._now() < known[0]:
-            return known[1]
+        if known is not None and self._now() < known[0] and known[1] == self._keys.num_taken:
+            return known[2]
         claims = await self._claims(token)
         caller = self._named(claims)
-        self._cached[digest] = float(claims["exp"]), caller
+        self._cached[digest] = int(claims["exp"]), self._keys.num_taken, caller
         if len(self._cached) > MAX_CACHED:
             self._cached.popitem(last=False)
         return caller

@@ -117,6 +117,20 @@ def test_until_there_are_servicers_every_method_is_unavailable() -> None:
         assert refused.detail(details_pb2.RetryInfo).retry_delay.ToNanoseconds() > 0
 
 
+def test_a_change_that_is_asked_for_while_the_model_loads_leaves_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with served(None) as channel:
+            delete = channel.unary_unary("/weft.v1.AdapterService/DeleteAdapter")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await delete(b"")
+
+    with caplog.at_level(logging.INFO, "weft.audit"):
+        asyncio.run(main())
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "weft.audit")
+    assert line.startswith("caller=- peer=ipv4:127.0.0.1:")
+    assert line.endswith(" method=DeleteAdapter adapter=- digest=- outcome=unavailable")
+
+
 def test_a_servicer_is_closed_when_its_client_goes() -> None:
     async def main() -> None:
         servicer = Misbehaving(RuntimeError())

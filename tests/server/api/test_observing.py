@@ -103,6 +103,7 @@ class TestAccess:
         line = access.one("Generate")
         assert line.code == "NOT_FOUND"
         assert line.problem.startswith("adapter 'nobody' is not loaded")
+        assert f' problem="{line.problem}"' in line.getMessage(), "in one word, so that no name passes for a field"
 
     def test_a_client_that_goes_is_cancelled(self, house: House, access: Access) -> None:
         endless = {"max_tokens": ENDLESS - 8, "ignore_eos": True}

@@ -84,6 +84,8 @@ def test_a_file_of_keys_lies_beside_it(tmp_path: Path) -> None:
 
 WRONG = {
     "= 1": "can't be read: is no TOML",
+    "a = " + "1" * 5000: "can't be read: is no TOML that can be taken in",
+    "a = " + "[" * 5000: "can't be read: is no TOML that can be taken in",
     "": "callers is empty: nobody could call",
     "[callers]\n": "callers is empty",
     "callers = 1": "callers must be a table",
@@ -114,6 +116,7 @@ WRONG = {
     f"{GOOD}{JWT}algorithms = ['HS256']": "jwt.algorithms holds what is none of RS256,",
     f"{GOOD}{JWT.replace('weft', '')}": "jwt.audience must be a text that is not empty",
     f"{GOOD}{JWT.replace('keys.json', 'http://issuer.example/keys')}": "jwt.jwks must be a file or an https URL",
+    f"{GOOD}{JWT.replace('keys.json', 'https://[issuer/keys')}": "jwt.jwks is no URL",
     f"{GOOD}{JWT.replace('keys.json', 'ftp://issuer.example/keys')}": "jwt.jwks must be a file or an https URL",
     f'[callers."a\\nb"]\nkey_sha256 = ["{KEY}"]': "is no caller's name",
 }

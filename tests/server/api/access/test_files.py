@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ class Reader:
                 text = opening(self.path.parent / text.removeprefix("see ")).read_text()
         except OSError:
             raise InvalidConfig("the file can't be read") from None
+        if text == "odd":
+            raise RecursionError
         if text == "bad":
             raise InvalidConfig("the file is bad")
         return text
@@ -113,3 +116,21 @@ def test_a_link_that_moves_to_another_folder_is_a_change(tmp_path: Path) -> None
 def test_what_is_bad_at_the_start_is_raised(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="can't be read"):
         Reader(tmp_path / "none").reloading.start()
+
+
+def test_what_nobody_has_foreseen_is_one_failure_and_ends_nothing(
+    reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader.path.write_text("odd")
+    with caplog.at_level(logging.WARNING):
+        assert reader.look(5) == ["first"]
+    assert caplog.messages == ["thing could not be read again; what was read before stays"]
+    assert reader.counted == [("thing", "failed")]
+
+
+def test_a_pipe_is_not_waited_for(reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
+    reader.path.unlink()
+    os.mkfifo(reader.path)
+    with caplog.at_level(logging.WARNING):
+        assert reader.look(5) == ["first"]
+    assert caplog.messages == [f"{reader.path} is a pipe, and can't be read again; what was read before stays"]

@@ -162,3 +162,12 @@ def test_those_that_were_not_used_for_long_are_dropped(
             clock.now_s += 60
         assert every.of("busy", limits) is busy
     assert len(every._by_caller) <= 8
+
+
+def test_one_that_is_still_held_is_nobody_elses_when_its_caller_comes_again(clock: Clock, counted: Counted) -> None:
+    every = Quotas(clock, counted.append, _sweep_at=1)
+    limits = Limits(requests_per_minute=1)
+    held = every.of("team-a", limits)
+    every.of("passing", limits)
+    assert "team-a" not in every._by_caller
+    assert every.of("team-a", limits) is held

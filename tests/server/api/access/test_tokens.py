@@ -8,9 +8,11 @@ import hashlib
 import hmac
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +125,10 @@ def test_a_known_token_is_refused_once_it_has_expired(issuer: Issuer) -> None:
     assert asyncio.run(known.caller(longer)) is first, "it need not be checked again"
     now_s += 3601
     assert asyncio.run(known.caller(longer)) is not first, "it is checked again, by the clock of this machine"
+
+
+def test_a_time_beyond_all_floats_is_one(issuer: Issuer) -> None:
+    assert asyncio.run(tokens(issuer).caller(issuer.token(exp=10**400))).name == "team-a"
 
 
 def test_roles_are_those_that_both_the_token_and_the_file_give(issuer: Issuer) -> None:
@@ -238,6 +244,22 @@ class TestFetchedKeys:
 
         asyncio.run(main())
 
+    def test_a_known_token_ends_with_the_key_that_signed_it(self, issuer: Issuer) -> None:
+        async def main() -> None:
+            far = Far(issuer.jwks)
+            known, token = Tokens(RULES, far.keys, caller_of), issuer.token()
+            first = await known.caller(token)
+            assert await known.caller(token) is first
+            far.document = json.dumps({"keys": issuer.keys[1:]}).encode()
+            far.now_s += jwks.FRESH_S
+            far.keys.keep_fresh()
+            assert far.keys._fetching is not None
+            await far.keys._fetching
+            with pytest.raises(Unauthenticated, match="a key that is not known here"):
+                await known.caller(token)
+
+        asyncio.run(main())
+
     def test_where_they_were_never_to_be_had_tokens_can_wait(
         self, issuer: Issuer, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -295,3 +317,22 @@ class TestFetch:
             far.files["/keys"] = b""
             with pytest.raises(UnusableKeys, match="has more than"):
                 fetch_jwks(f"{far.url}/keys")
+
+    def test_one_that_comes_byte_by_byte_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(jwks, "FETCH_S", 0.2)
+        over = threading.Event()
+
+        def drip(listener: socket.socket) -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nx-header: ")
+                while not over.wait(0.01):
+                    connection.sendall(b"a")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=drip, args=(listener,))
+            thread.start()
+            with pytest.raises(UnusableKeys, match=r"at 127\.0\.0\.1 took more than 0\.2 s"):
+                fetch_jwks(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+            over.set()
+            thread.join()

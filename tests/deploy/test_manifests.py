@@ -151,7 +151,7 @@ class TestSecurity:
     def test_who_is_nobody_may_ask_only_without_an_access_file(self, settings: dict[str, Any]) -> None:
         assert settings["host"] == "0.0.0.0"  # noqa: S104 - the pod's
         assert settings["allow_anonymous"] == ("false" if "access" in settings else "true")
-        assert ("access" in settings) == ("tls_cert" in settings) == ("tls_key" in settings)
+        assert ("tls_cert" in settings) == ("tls_key" in settings)
 
     @pytest.mark.parametrize("overlay", OVERLAYS)
     def test_memory_has_a_limit(self, overlay: str) -> None:

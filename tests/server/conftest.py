@@ -11,6 +11,7 @@ from commands import Ran, Run
 from serving import served
 from tiny import make_adapter, make_model, save_tokenizer
 
+from weft.server.app import Server
 from weft.server.cli import main
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 
@@ -44,8 +45,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(folders: Path) -> Iterator[str]:
-    """Of a server with these adapters."""
+def server(folders: Path) -> Iterator[Server]:
+    """One with these adapters."""
     config = ServerConfig(
         model=ModelConfig(str(folders / "base"), dtype="float32", device="cpu"),
         engine=EngineConfig(max_batch_tokens=64, max_running_requests=8, kv_tokens=4096, adapter_pages=16),
@@ -54,4 +55,9 @@ def address(folders: Path) -> Iterator[str]:
         adapters=folders / "adapters",
     )
     with served(config) as server:
-        yield server.address
+        yield server
+
+
+@pytest.fixture(scope="session")
+def address(server: Server) -> str:
+    return server.address

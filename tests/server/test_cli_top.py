@@ -8,36 +8,20 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 import pytest
 from commands import SCRIPT, Run, free_port
-from serving import served
 from web import serving
 
 from weft.server.app import Server
 from weft.server.cli.scraping import Interval, Scrape
-from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import inference_pb2, inference_pb2_grpc
 
 ENTERED, LEFT, SHOWN = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
 """The terminal's other screen, back from it, and the cursor."""
-
-
-@pytest.fixture(scope="module")
-def server(folders: Path) -> Iterator[Server]:
-    config = ServerConfig(
-        model=ModelConfig(str(folders / "base"), dtype="float32", device="cpu"),
-        engine=EngineConfig(max_batch_tokens=64, max_running_requests=8, kv_tokens=4096, adapter_pages=16),
-        port=0,
-        metrics_port=0,
-        adapters=folders / "adapters",
-    )
-    with served(config) as server:
-        yield server
 
 
 def options(server: Server, *more: str) -> list[str]:

@@ -14,11 +14,12 @@ import grpc
 from certificates import Credential, make_ca, make_certificate
 from issuer import AUDIENCE, ISSUER, Issuer
 from serving import served
+from stubs import Stubs
 
 from weft.server.api.access.keys import digest_of, new_key
 from weft.server.app import Server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
-from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2_grpc, server_pb2_grpc
+from weft.v1 import adapter_pb2
 
 CALLERS = {
     "boss": 'roles = ["infer", "read", "admin"]',
@@ -34,25 +35,6 @@ CALLERS = {
     "single": "max_in_flight = 1",
 }
 """By key, each. What the file says of them besides."""
-
-
-@dataclass(frozen=True)
-class Stubs:
-    """Who calls, by every service."""
-
-    channel: grpc.Channel
-
-    @property
-    def inference(self) -> Any:
-        return inference_pb2_grpc.InferenceServiceStub(self.channel)
-
-    @property
-    def adapters(self) -> Any:
-        return adapter_pb2_grpc.AdapterServiceStub(self.channel)
-
-    @property
-    def info(self) -> Any:
-        return server_pb2_grpc.ServerServiceStub(self.channel)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 from opentelemetry.trace import Tracer
+from stubs import Stubs
 from transformers import PreTrainedTokenizerBase
 
 from weft.server.api.access.gate import Gate
@@ -26,7 +27,7 @@ from weft.server.api.translation import RequestLimits
 from weft.server.app import Server
 from weft.server.engine.constraint_cache import ConstraintCache
 from weft.server.engine.constraints import Compiler, make_vocabulary
-from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2_grpc
+from weft.v1 import adapter_pb2, inference_pb2, inference_pb2_grpc
 
 ENDLESS = 60_000
 """More tokens than the tiny model makes in any test's time: a request for so many runs until it is stopped."""
@@ -62,26 +63,13 @@ M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
-class House:
+class House(Stubs):
     """A running server, stubs to talk to it, and its insides to audit."""
 
     server: Server
     loop: asyncio.AbstractEventLoop
-    channel: grpc.Channel
     root: Path
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def inference(self) -> Any:
-        return inference_pb2_grpc.InferenceServiceStub(self.channel)
-
-    @property
-    def adapters(self) -> Any:
-        return adapter_pb2_grpc.AdapterServiceStub(self.channel)
-
-    @property
-    def info(self) -> Any:
-        return server_pb2_grpc.ServerServiceStub(self.channel)
 
     @property
     def frontend(self) -> Any:

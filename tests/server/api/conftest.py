@@ -63,7 +63,7 @@ def house(root: Path) -> Iterator[House]:
         server = started.result(120)
         tokenizer = AutoTokenizer.from_pretrained(root / "base")
         with grpc.insecure_channel(server.address) as channel:
-            house = House(server, loop, channel, root, tokenizer)
+            house = House(channel, server, loop, root, tokenizer)
             for name in ("one", "two"):
                 house.create(name, name)
             yield house

@@ -215,7 +215,7 @@ def test_two_adapters_at_once_answer_as_each_does_alone(house: House) -> None:
     for name, tokens in alone.items():
         assert ids([answer(house, adapter_id=name, stopping=LONG, **PROMPT)]) == tokens
     begun += [next(beside) for _ in range(10)]
-    assert ids(begun) == alone["one"]
+    assert ids(begun)[: len(alone["one"])] == alone["one"]  # what piles up comes in one message
     assert (house.metric("weft_step_adapters_max") or 0) >= 2, "no step held both"
     beside.cancel()
     house.audit()

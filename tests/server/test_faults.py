@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import disks
 import grpc
 import pytest
 from commands import SCRIPT, free_port
@@ -100,7 +101,8 @@ class TestFullDisk:
         state = tmp_path / "state.db"
         args = command(folders, "--state", str(state), "--log-level", "error")
         script = "from pathlib import Path; from disks import fill; fill(Path(sys.argv.pop(1)))"
-        args[2:3] = [f"import sys; {script}; {SCRIPT}", str(tmp_path)]
+        support = str(Path(disks.__file__).parent)
+        args[2:3] = [f"import sys; sys.path.append({support!r}); {script}; {SCRIPT}", str(tmp_path)]
         ran = subprocess.run(on_disk(tmp_path, 64, args), check=False, capture_output=True, text=True)
         words = f"weft: --state is {str(state)!r}, whose disk is full: free some of it, or name a file elsewhere\n"
         assert (ran.returncode, ran.stderr) == (2, words)

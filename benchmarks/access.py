@@ -199,7 +199,7 @@ def main(quick: bool, rounds: int | None, output: Path) -> None:
         servers = {}
         for kind, (options, credentials, secret) in kinds.items():
             address, process_id = stack.enter_context(weft_process(folder / "base", *options, threads=1))
-            servers[kind] = Endpoint(address, secret, credentials), process_id
+            servers[kind] = Endpoint(address, secret, credentials=credentials), process_id
         found = measure(servers, effort, progress)
     load = effort.load
     report = (

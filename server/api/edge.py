@@ -11,7 +11,7 @@ from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -26,7 +26,7 @@ from weft.server.api.access.rights import concealed
 from weft.server.api.callers import current_caller
 from weft.server.api.errors import code_of, to_status, unexpected_status
 from weft.server.api.observing import Behaviour, Observed, note_refusal, note_request
-from weft.server.api.sending import Sent
+from weft.server.api.sending import Sent, abort
 
 _log = logging.getLogger(__name__)
 
@@ -176,12 +176,6 @@ class _Call:
             _log.error("%s failed", self.method, exc_info=error)
         note_refusal(error, code_of(status).name)
         return status
-
-
-async def abort(context: Context, status: Status) -> NoReturn:
-    """End the RPC with a status and its details."""
-    details = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(code_of(status), status.message, details)
 
 
 def check_unknown_fields(message: Message, same: Message) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import NoReturn
 
 import grpc
 from google.protobuf.message import Message
@@ -38,8 +39,7 @@ class Sent:
             async with aclosing(self.behaviour(raw, context)) as messages:
                 await self._send(messages, context)
         except ReaderStalled as stalled:
-            status = to_status(stalled)
-            await context.abort(code_of(status), status.message, _details(status))
+            await abort(context, to_status(stalled))
 
     async def _send(self, messages: AsyncGenerator[Message, None], context: Context) -> None:
         has_begun = False
@@ -56,5 +56,7 @@ class Sent:
                 await messages.athrow(stalled)
 
 
-def _details(status: Status) -> tuple[tuple[str, bytes], ...]:
-    return (("grpc-status-details-bin", status.SerializeToString()),)
+async def abort(context: Context, status: Status) -> NoReturn:
+    """End the RPC with a status and its details."""
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(code_of(status), status.message, details)

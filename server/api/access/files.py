@@ -83,7 +83,7 @@ class Reloading(Generic[Value]):
 
         try:
             value = self._load(opening)
-        except Exception:
+        except Exception:  # it goes on; but what was looked at is known, and not read again until it changes
             self._taken = _marks(self._taken) | opened
             raise
         self._taken = opened

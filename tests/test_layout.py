@@ -21,6 +21,7 @@ FOLDERS = {
     "weft/adapters": ROOT / "adapters",
     "weft/demo": ROOT / "examples" / "demo",
     "weft/kernels": ROOT / "kernels",
+    "weft/making": ROOT / "making",
     "weft/server": ROOT / "server",
     "weft/v1": SOURCE / "v1",
 }
@@ -33,6 +34,7 @@ ROOMS = {
     "weft.demo": set[str](),
     "weft.kernels": {"weft.errors"},
     "weft.adapters": {"weft.errors", "weft.kernels"},
+    "weft.making": {"weft.errors", "weft.kernels", "weft.adapters"},
     "weft.server.bench": {"weft.errors", "weft.v1"},
     "weft.server.config": {"weft.errors"},
     "weft.server.metrics": {"weft.errors"},
@@ -58,12 +60,18 @@ ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {
     "weft.server.tracing",
     "weft.server.transport",
 }
-ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {"weft.server.app", "weft.server.bench", "weft.demo"}
+ROOMS["weft.server.cli"] = ROOMS["weft.server.app"] | {
+    "weft.server.app",
+    "weft.server.bench",
+    "weft.making",
+    "weft.demo",
+}
 
 WIRE = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
 FORBIDDEN_LIBRARIES = {
     "weft.kernels": WIRE | {"transformers", "peft", "safetensors"},
     "weft.adapters": WIRE,
+    "weft.making": WIRE,
     "weft.server.engine": WIRE,
 }
 
@@ -110,7 +118,7 @@ def test_imports_point_one_way(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_top_folders_are_imported_as_weft_only(module: str) -> None:
     found = imports(module, MODULES[module])
-    assert [name for name in found if name.split(".")[0] in ("adapters", "demo", "kernels", "server")] == []
+    assert [name for name in found if name.split(".")[0] in ("adapters", "demo", "kernels", "making", "server")] == []
 
 
 @pytest.mark.parametrize("room", FORBIDDEN_LIBRARIES)
@@ -154,7 +162,7 @@ def build(tmp_path: Path, hook: str, environment: Mapping[str, str] | None = Non
     source = tmp_path / "source"
     source.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "_native_*.so")
-    for name in ("adapters", "examples", "kernels", "server", "src"):
+    for name in ("adapters", "examples", "kernels", "making", "server", "src"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     for path in ROOT.glob("*.*"):
         if path.is_file():
@@ -212,7 +220,7 @@ WALL_CLOCK = {
 
 def test_nothing_is_decided_by_a_clock_that_may_jump() -> None:
     asked = set()
-    for folder in ("adapters", "kernels", "server"):
+    for folder in ("adapters", "kernels", "making", "server"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +17,39 @@ from transformers.utils.hub import cached_file
 
 from weft.errors import InvalidModel, one_line
 
+_WITHOUT_EFFECT = re.compile(
+    r"^_|^(architectures|.*dtype|transformers_version|use_cache|tie_word_embeddings|vocab_size|.*_token_id|initializer_.*"
+    r"|id2label|label2id|problem_type|task_specific_params|pretraining_tp|.*dropout.*|.*pdrop|output_.*|return_dict)$"
+)
+"""Settings that say how a model was made, or that its tensors' names and shapes tell already."""
+
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """What a causal language model is made of, by transformers' names; it holds no weights.
 
-    parameters: shapes. linear: nn.Linear and Conv1D but the output head; transposed: the Conv1D among them.
-    head, embedding: names; head_weight: "" where the model has none of its own. own_names: of modules that have parameters.
+    parameters: shapes. linear: nn.Linear and Conv1D but the output head; transposed: the Conv1D among them. tied: a
+    parameter that is another one. settings: of the config, what may change what the model computes. prefix: of the
+    parameters without the head. buffers: the ends of names that older files hold, and transformers computes anew.
     """
 
     parameters: Mapping[str, tuple[int, ...]]
     linear: frozenset[str]
     transposed: frozenset[str]
     tied: Mapping[str, str]
+    settings: Mapping[str, object]
     prefix: str
     buffers: tuple[str, ...]
+
+    @property
+    def modules(self) -> set[str]:
+        """The names of those that have parameters."""
+        return {name.rpartition(".")[0] for name in self.parameters}
 
     def name(self, key: str) -> str:
         """The model's name for a tensor of a file, which may lack the prefix of the whole model, or have it alone."""
         others = (f"{self.prefix}.{key}", key.removeprefix(f"{self.prefix}."))
         return next((name for name in (key, *others) if name in self.parameters), key)
-
-    def is_buffer(self, name: str) -> bool:
-        """Whether older files hold it, and transformers computes it anew."""
-        return name.endswith(self.buffers)
 
 
 def read_skeleton(name: str) -> Skeleton:
@@ -47,7 +57,7 @@ def read_skeleton(name: str) -> Skeleton:
     config = _config(name)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise InvalidModel(f"{name} is no causal language model that transformers knows: {one_line(error)}") from error
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -63,6 +73,7 @@ def read_skeleton(name: str) -> Skeleton:
         linear=frozenset(linear),
         transposed=frozenset(path for path, module in linear.items() if isinstance(module, Conv1D)),
         tied={f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"} if is_tied else {},
+        settings={key: value for key, value in config.to_dict().items() if not _WITHOUT_EFFECT.search(key)},
         prefix=model.base_model_prefix,
         buffers=("rotary_emb.inv_freq", "attn.masked_bias", *(model._keys_to_ignore_on_load_unexpected or ())),  # noqa: SLF001 - what it names is no parameter
     )
@@ -74,6 +85,7 @@ class Checkpoint:
     def __init__(self, name: str, skeleton: Skeleton) -> None:
         """name: a folder or a hub id. Raises InvalidModel where there are no sound safetensors."""
         self.name = name
+        self.settings = skeleton.settings
         self._places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -81,7 +93,9 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118 - it is no mapping
-                        self._add(skeleton.name(key), path, key, file.get_slice(key))
+                        name = skeleton.name(key)
+                        if name in skeleton.parameters or not key.endswith(skeleton.buffers):
+                            self._add(name, path, key, file.get_slice(key))
             except (SafetensorError, OSError) as error:
                 raise InvalidModel(f"{name}: {path.name} can't be read: {one_line(error)}") from None
         for follower, leader in skeleton.tied.items():

@@ -1,6 +1,6 @@
 """The nearest matrix of low rank: of a given rank, or of the least that keeps a given share of the energy.
 
-Eckart and Young 1936: no matrix of rank r is nearer to D, in Frobenius' norm, than its truncated SVD, and that is off by
+Eckart and Young 1936: no matrix of rank r is nearer to D, in Frobenius' norm, than its truncated SVD, which is off by
 the root of the sum of the squares of the singular values it leaves out. A matrix's energy is the sum of all the squares.
 """
 
@@ -15,6 +15,7 @@ EXACT_SIZE = 512
 """Of a matrix's smaller side up to which its SVD is computed whole."""
 
 _SEED = 0
+_ROWS = 256
 _FIRST_RANK = 64
 _MOST_ROUNDS = 16
 _SETTLED = 1e-3
@@ -60,10 +61,10 @@ class Factors:
         """||D - b a|| / ||D||, over a few rows of D at a time."""
         off, whole = 0.0, 0.0
         a = self.a.double()
-        for rows, b in zip(matrix.split(256), self.b.split(256), strict=True):
-            exact = rows.double()
-            whole += float(exact.square().sum())
-            off += float(exact.sub_(b.double() @ a).square_().sum())
+        for start in range(0, len(matrix), _ROWS):
+            exact = matrix[start : start + _ROWS].to(torch.float64, copy=True)
+            off += float((exact - self.b[start : start + _ROWS].double() @ a).square_().sum())
+            whole += float(exact.square_().sum())
         return (off / whole) ** 0.5 if whole else 0.0
 
 
@@ -111,12 +112,11 @@ def _leading(
     start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
     q = torch.linalg.qr(matrix @ start)[0]
     rank = wanted.rank or width
-    kept = 0.0
-    for _ in range(_MOST_ROUNDS):
+    kept, num_left = 0.0, _MOST_ROUNDS
+    while True:
         p = torch.linalg.qr(matrix.t() @ q)[0]
         q, r = torch.linalg.qr(matrix @ p)  # D p p^T = q r p^T is D on the directions p
         u, s, vt = torch.linalg.svd(r.double())
-        before, kept = kept, float(s[:rank].square().sum())
-        if kept - before <= _SETTLED * max(total - kept, 0.0) + 1e-9 * total:
-            break
-    return q @ u.to(q.dtype), s, vt.to(p.dtype) @ p.t()
+        before, kept, num_left = kept, float(s[:rank].square().sum()), num_left - 1
+        if kept - before <= _SETTLED * max(total - kept, 0.0) + 1e-9 * total or not num_left:
+            return q @ u.to(q.dtype), s, vt.to(p.dtype) @ p.t()

@@ -38,7 +38,9 @@ class TensorFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         with self._file:
             if kind is None:
                 header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}).encode()

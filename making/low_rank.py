@@ -1,7 +1,7 @@
 """The nearest matrix of low rank: of a given rank, or of the least that keeps a given share of the energy.
 
 Eckart and Young 1936: no matrix of rank r is nearer to D, in Frobenius' norm, than its truncated SVD, which is off by
-the root of the sum of the squares of the singular values it leaves out. A matrix's energy is the sum of all the squares.
+the root of the sum of the squares of the singular values it leaves out. A matrix's energy is the sum of them all.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 
 from weft.adapters.folder import WEIGHTS_FILE
+from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.tensors import PREFIX
 from weft.errors import InvalidConfig, InvalidModel
 from weft.making.checkpoint import Checkpoint, Skeleton, read_skeleton
@@ -98,7 +99,8 @@ class Extractor:
         ranks = {module.name: module.rank for module in modules}
         config = _config(ranks, whole, self._skeleton, own_biases=own_biases)
         config.base_model_name_or_path = self._base.name
-        config.save_pretrained(str(folder))
+        settings = config.to_dict()  # type: ignore[no-untyped-call]
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, default=sorted, indent=2, sort_keys=True) + "\n")
         kept = (*whole, *found.biases) if keep else ()
         extraction = Extraction(self._base.name, self._tuned.name, modules, kept, () if keep else tuple(found.others))
         (folder / REPORT_FILE).write_text(json.dumps(extraction.to_json(), indent=2) + "\n")

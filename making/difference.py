@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weft.errors import InvalidModel
-from weft.making.checkpoint import Checkpoint, Skeleton
+from weft.making.model_files import Checkpoint, Skeleton
 
 Track = Callable[[Sequence[str], str], Iterable[str]]
 """Gives the names one by one, and shows how far that has come; the second says what is done with them."""

@@ -16,9 +16,9 @@ from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.tensors import PREFIX
 from weft.errors import InvalidConfig, InvalidModel
-from weft.making.checkpoint import Checkpoint, Skeleton, read_skeleton
 from weft.making.difference import Track, delta, find_difference
 from weft.making.low_rank import Wanted, approximate
+from weft.making.model_files import Checkpoint, Skeleton, read_skeleton
 from weft.making.tensor_file import TensorFile
 
 OTHERS = ("refuse", "keep", "drop")

@@ -68,7 +68,8 @@ def extract(
 
 
 def _track(names: Sequence[str], doing: str) -> Iterable[str]:
-    return track(names, doing, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(names, doing, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _show(extraction: Extraction, measured: Sequence[Divergence]) -> None:

@@ -77,7 +77,8 @@ class PeftFolder:
         """Raises InvalidAdapter where there is more to it than A and B that always apply."""
         words = f"is there, and can't be {to_be}: only A and B can"
         tokens = "alora_invocation_tokens"
-        problems = [Problem(name, words) for name in sorted(self.rest)]
+        copies = () if self.settings.get("modules_to_save") else (".weight",)  # peft adds the base's own embeddings
+        problems = [Problem(name, words) for name in sorted(self.rest) if not name.endswith(copies)]
         problems += [Problem(tokens, words)] if self.settings.get(tokens) else []
         if problems:
             raise InvalidAdapter(self.source, cut_short(problems, WEIGHTS_FILE), to_be)

@@ -23,6 +23,11 @@ PROMPT = (1, 70, 80, 90, 100)
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96}
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Logits, to what float32 has left after a few layers."""
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
 class Pair:
     """A base and a fine-tune of it."""
 
@@ -68,8 +73,8 @@ def test_at_full_rank_it_is_the_tuned_model(tmp_path: Path, run: Run, kind: str,
     made = tmp_path / "made"
     ran = run(*pair.args, "--output", made, "--energy", 1, "--others", "keep")
     assert ran.exit_code == 0, ran.error
-    torch.testing.assert_close(pair.peft_logits(made), pair.tuned_logits(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(pair.weft_logits(made), pair.tuned_logits(), atol=2e-5, rtol=1e-5)
+    assert_same(pair.peft_logits(made), pair.tuned_logits())
+    assert_same(pair.weft_logits(made), pair.tuned_logits())
     assert json.loads((made / "extraction.json").read_text())["error"] < 1e-6
 
 
@@ -107,7 +112,7 @@ def test_at_a_lower_rank_it_is_the_truncated_svd(pair: Pair, tmp_path: Path, run
         weight += (u[:, :6] * s[:6] @ vt[:6]).float()
         assert f"{module['name']}" in ran.output
     expected = peft_logits(cut, None, [PROMPT])[0]
-    torch.testing.assert_close(pair.weft_logits(tmp_path / "made"), expected, atol=1e-5, rtol=1e-5)
+    assert_same(pair.weft_logits(tmp_path / "made"), expected)
 
 
 def test_an_energy_gives_each_module_its_own_rank(pair: Pair, tmp_path: Path, run: Run) -> None:
@@ -117,7 +122,7 @@ def test_an_energy_gives_each_module_its_own_rank(pair: Pair, tmp_path: Path, ru
     assert len(set(ranks.values())) > 1
     assert all(module["energy"] >= 0.6 - 1e-6 for module in report["modules"])
     served, by_peft = pair.weft_logits(tmp_path / "made"), pair.peft_logits(tmp_path / "made")
-    torch.testing.assert_close(served, by_peft, atol=1e-5, rtol=1e-5)
+    assert_same(served, by_peft)
 
 
 def test_what_did_not_change_gets_nothing(pair: Pair, tmp_path: Path, run: Run) -> None:
@@ -147,7 +152,7 @@ def test_files_without_the_models_prefix_are_understood(tmp_path: Path, run: Run
     save_file({**bare, "h.0.attn.bias": torch.ones(1, 1, 8, 8)}, pair.base / "model.safetensors", {"format": "pt"})
     ran = run(*pair.args, "--output", tmp_path / "made", "--rank", 64)
     assert ran.exit_code == 0, ran.error
-    torch.testing.assert_close(pair.peft_logits(tmp_path / "made"), pair.tuned_logits(), atol=1e-5, rtol=1e-5)
+    assert_same(pair.peft_logits(tmp_path / "made"), pair.tuned_logits())
 
 
 def test_others_may_be_dropped(tmp_path: Path, run: Run) -> None:
@@ -161,7 +166,7 @@ def test_others_may_be_dropped(tmp_path: Path, run: Run) -> None:
     with_base_norms = tune(pair.tuned_model, lambda _: False)
     with_base_norms.load_state_dict({n: p for n, p in pair.model.state_dict().items() if "norm" in n}, strict=False)
     expected = peft_logits(with_base_norms, None, [PROMPT])[0]
-    torch.testing.assert_close(pair.peft_logits(tmp_path / "made"), expected, atol=1e-5, rtol=1e-5)
+    assert_same(pair.peft_logits(tmp_path / "made"), expected)
 
 
 def test_prompts_tell_how_far_the_outputs_are(pair: Pair, tmp_path: Path, run: Run) -> None:

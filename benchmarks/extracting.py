@@ -3,9 +3,9 @@
     python benchmarks/extracting.py          # prints the table and writes docs/performance.md
     python benchmarks/extracting.py --quick  # smaller models; prints the table only
 
-Random float32 models of the SmolLM-135M shape with more and more layers, in shards of 200 MB, and fine-tunes of them that
-changed every linear weight of the layers. Each is extracted at rank 16 by a process of its own. Its peak is that of its
-resident memory, mapped files included, less what it held when everything was imported.
+Random float32 models of the SmolLM-135M shape with more and more layers, in shards of 200 MB, and fine-tunes that are
+others in all linear weights of the layers. Each is extracted at rank 16 by a process of its own. Its peak is of resident
+memory, mapped files included, less what it held when everything was imported.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ def measure(shape: str, num_layers: int) -> list[str]:
         command = [sys.executable, __file__, EXTRACT_HERE, str(folder)]
         took = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
-    both = 2 * model_bytes
     mb = [f"{num_bytes / 1e6:.0f} MB" for num_bytes in (model_bytes, adapter_bytes, took["bytes"])]
-    return [str(num_layers), *mb, f"{took['bytes'] / both:.2f}", f"{took['seconds']:.1f}"]
+    return [str(num_layers), *mb, f"{took['bytes'] / 2 / model_bytes:.2f}", f"{took['seconds']:.1f}"]
 
 
 @click.command(help=__doc__)

@@ -3,8 +3,8 @@
     python benchmarks/extracting.py          # prints the table and writes docs/performance.md
     python benchmarks/extracting.py --quick  # smaller models; prints the table only
 
-Random float32 models of the SmolLM-135M shape with more and more layers, in shards of 200 MB, and fine-tunes that are
-others in all linear weights of the layers. Each is extracted at rank 16 by a process of its own. Its peak is of resident
+Random float32 models of the SmolLM-135M shape with more and more layers, in shards of 200 MB, and fine-tunes in which
+all linear weights of the layers changed. Each is extracted at rank 16 by a process of its own. Its peak is of resident
 memory, mapped files included, less what it held when everything was imported.
 """
 

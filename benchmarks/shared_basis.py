@@ -170,8 +170,8 @@ def main(quick: bool, output: Path) -> None:
     families = {
         "the demo's 12": demo(),
         f"{count} at random": drawn(count, width, 16, 0.0),
-        f"{count} that share half of their directions": drawn(count, width, 16, 0.5),
-        f"{count} that share nearly all of them": drawn(count, width, 16, 0.95),
+        f"{count}, half of each from one draw": drawn(count, width, 16, 0.5),
+        f"{count}, 0.95 of each from one draw": drawn(count, width, 16, 0.95),
     }
     cases = [(name, family, share) for name, family in families.items() for share in SHARES]
     rows = [[name, *errors(family, share)] for name, family, share in track(cases, "factoring", transient=True)]

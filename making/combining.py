@@ -42,7 +42,8 @@ def combine(adapters: Sequence[PeftFolder], how: Combination) -> PeftFolder:
         warnings.simplefilter("ignore")
         torch.manual_seed(how.seed)
         combined = _combined(adapters, modules, how)
-    return PeftFolder(adapters[0].source, adapters[0].settings, combined, {})
+    source = f"{how.way} of {', '.join(adapter.source for adapter in adapters)}"
+    return PeftFolder(source, adapters[0].settings, combined, {})
 
 
 def _combined(adapters: Sequence[PeftFolder], modules: Mapping[str, Lora], how: Combination) -> dict[str, Lora]:

@@ -10,40 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
-from harness import Harness
+from logits import PROMPT, Served, assert_same
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model, peft_logits, save_tokenizer
 from transformers import PreTrainedModel
 
-from weft.server.engine.request import Request
-
-PROMPT = (1, 70, 80, 90, 100)
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 
 
 class Base:
     """A model, and its logits with an adapter."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, root: Path) -> None:
         self.model: PreTrainedModel = make_model("llama", folder, num_hidden_layers=2)
         save_tokenizer(folder)
+        self._served = Served(folder, root)
 
     def peft(self, adapter: Path) -> torch.Tensor:
         return peft_logits(self.model, adapter, [PROMPT])[0]
 
     def weft(self, adapter: Path) -> torch.Tensor:
-        harness = Harness(self.folder, {"it": adapter})
-        return harness.logits([Request("r", PROMPT, (("it", 1.0),))], 64)[0]
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        return self._served.logits((adapter, 1.0))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return Base(tmp_path_factory.mktemp("compress") / "base")
+    return Base(tmp_path_factory.mktemp("compress") / "base", tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
-from harness import Harness
+from logits import PROMPT, Served, assert_same
 from peft import PeftModel
 from tiny import make_adapter, make_model, peft_logits, save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from weft.server.cli.compress import WAYS
-from weft.server.engine.request import Request
 
-PROMPT = (1, 70, 80, 90, 100)
 THINNED = {"density": 0.5}
 
 
@@ -51,21 +49,21 @@ def by_peft(base: Path, names: list[str], weights: list[float], way: str, **opti
     return logits
 
 
+@pytest.fixture(scope="module")
+def served(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(base, tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture
-def combined(base: Path, tmp_path: Path, run: Run) -> Callable[..., torch.Tensor]:
+def combined(base: Path, served: Served, tmp_path: Path, run: Run) -> Callable[..., torch.Tensor]:
     """Weft's logits with what the command makes."""
 
     def combined(names: list[str], *options: object) -> torch.Tensor:
         ran = run("compress", *(base.parent / name for name in names), "--output", tmp_path / "made", *options)
         assert ran.exit_code == 0, ran.error
-        harness = Harness(base, {"made": tmp_path / "made"})
-        return harness.logits([Request("r", PROMPT, (("made", 1.0),))], 64)[0]
+        return served.logits((tmp_path / "made", 1.0))
 
     return combined
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "dare" not in way])
@@ -87,11 +85,12 @@ def test_what_dare_drops_goes_by_the_seed(combined: Callable[..., torch.Tensor],
     assert not torch.allclose(made[0], made[2])
 
 
-def test_cat_is_the_exact_sum_of_what_differs_in_everything(base: Path, combined: Callable[..., torch.Tensor]) -> None:
+def test_cat_is_the_exact_sum_of_what_differs_in_everything(
+    base: Path, served: Served, combined: Callable[..., torch.Tensor]
+) -> None:
     """The server's own mix of the two, with the same weights."""
     found = combined(["same0", "other"], "--combine", "cat", "--weights", "0.5,2")
-    harness = Harness(base, {name: base.parent / name for name in ("same0", "other")})
-    mixed = harness.logits([Request("r", PROMPT, (("same0", 0.5), ("other", 2.0)))], 64)[0]
+    mixed = served.logits((base.parent / "same0", 0.5), (base.parent / "other", 2.0))
     assert_same(found, mixed)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
-from harness import Harness
+from logits import PROMPT, Served, assert_same
 from safetensors.torch import load_file, save_file
 from serving import served
 from tiny import make_model, peft_generate, peft_logits, save_tokenizer
@@ -17,15 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tuned import is_projection, save, tune
 
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
-from weft.server.engine.request import Request
 
-PROMPT = (1, 70, 80, 90, 100)
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96}
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Logits, to what float32 has left after a few layers."""
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 class Pair:
@@ -46,8 +39,7 @@ class Pair:
         return peft_logits(self.model, adapter, [PROMPT])[0]
 
     def weft_logits(self, adapter: Path) -> torch.Tensor:
-        harness = Harness(self.base, {"tuned": adapter})
-        return harness.logits([Request("r", PROMPT, (("tuned", 1.0),))], 64)[0]
+        return Served(self.base, adapter.parent).logits((adapter, 1.0))
 
 
 def make_pair(place: Path, kind: str, changes: Callable[[str], bool], **overrides: object) -> Pair:

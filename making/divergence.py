@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,12 +55,12 @@ def measure_divergence(base: str, tuned: str, adapter: Path, prompts: Sequence[s
         raise InvalidModel(f"{base} has no tokenizer for --prompts: {one_line(error)}") from None
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / str(i) for i in range(len(ids))]
+        places = [Path(folder) / f"{i}.npy" for i in range(len(ids))]
         for place, said in zip(places, _said(_load(tuned), ids), strict=True):
-            torch.save(said, place)
+            numpy.save(place, said.numpy())
         served = _with_adapter(_load(base), adapter)
         for place, prompt, said in zip(places, prompts, _said(served, ids), strict=True):
-            found.append(_compare(prompt, torch.load(place), said))
+            found.append(_compare(prompt, torch.from_numpy(numpy.load(place)), said))
     return found
 
 
@@ -81,7 +82,12 @@ def _said(model: Any, prompts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]
     """Log-probabilities of the next token, float64 [tokens, vocabulary], of each prompt."""
     model.eval()
     for ids in prompts:
-        yield model(input_ids=ids, use_cache=False).logits[0].log_softmax(dim=-1, dtype=torch.float64)
+        try:
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+        except (RuntimeError, IndexError) as error:
+            words = f"a prompt of {ids.shape[1]} tokens can't be run: {one_line(error)}"
+            raise InvalidConfig(f"--prompts: {words}") from error
+        yield logits.log_softmax(dim=-1, dtype=torch.float64)
 
 
 def _compare(prompt: str, tuned: torch.Tensor, served: torch.Tensor) -> Divergence:

@@ -95,7 +95,7 @@ class Extractor:
         with TensorFile(folder / WEIGHTS_FILE, names) as file:
             modules = tuple(self._factor(name, wanted, dtype, file) for name in self._track(found.linear, "factoring"))
             for name, parameter in self._kept(whole, own_biases=own_biases):
-                file.put(name, self._tuned.read(parameter).to(dtype))
+                file.put(name, self._tuned.read(parameter), dtype)
         ranks = {module.name: module.rank for module in modules}
         config = _config(ranks, whole, self._skeleton, own_biases=own_biases)
         config.base_model_name_or_path = self._base.name

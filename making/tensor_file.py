@@ -10,6 +10,9 @@ from typing import Self
 
 import torch
 
+from weft.adapters.content import is_finite
+from weft.errors import InvalidConfig
+
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ENTRY_BYTES = 160
 """More than the header takes for a tensor beside its name."""
@@ -26,9 +29,11 @@ class TensorFile:
         self._entries: dict[str, object] = {}
         self._num_bytes = 0
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Raises OSError where it can't be written."""
-        data = tensor.detach().cpu().contiguous()
+    def put(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        """dtype: to round to first. Raises OSError where it can't be written, InvalidConfig where that overflows."""
+        data = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if not is_finite(data):
+            raise InvalidConfig(f"--dtype {str(data.dtype).removeprefix('torch.')} can't hold {name}: take another")
         self._file.write(data.view(-1).view(torch.uint8).numpy().data)
         end = self._num_bytes + data.nbytes
         entry = {"dtype": _DTYPES[data.dtype], "shape": list(data.shape), "data_offsets": [self._num_bytes, end]}

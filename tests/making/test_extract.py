@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Run
+from commands import SCRIPT, Run
 from logits import PROMPT, Served, assert_same
 from safetensors.torch import load_file, save_file
 from serving import served
@@ -187,3 +191,18 @@ def test_the_same_command_gives_the_same_files(pair: Pair, tmp_path: Path, run: 
         run(*pair.args, "--output", tmp_path / name, "--rank", 4)
     for file in ("adapter_config.json", "adapter_model.safetensors", "extraction.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_models_may_be_hub_ids(pair: Pair, tmp_path: Path) -> None:
+    """As they lie in the hub's cache, which needs no network."""
+    for name, folder in (("base", pair.base), ("tuned", pair.tuned)):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    args = ["extract", "--base", "org/base", "--tuned", "org/tuned", "--output", tmp_path / "made", "--rank", 4]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, args)], check=True, stdout=subprocess.DEVNULL, env=offline)
+    config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"

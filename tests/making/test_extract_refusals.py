@@ -15,7 +15,7 @@ import torch
 from commands import Run
 from disks import needs_a_disk, on_disk
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import make_model, save_tokenizer
 from transformers import AutoModelForCausalLM
 from tuned import is_projection, save, tune
 
@@ -187,3 +187,20 @@ def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path) -> None:
     ran = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr.endswith("which can't be written: No space left on device\n[]")
+
+
+def test_numbers_that_a_type_cannot_hold(refused: Callable[..., str], changed: Callable[[Change], Path]) -> None:
+    tuned = changed(lambda t: t.update({Q: t[Q] + 1e10 * torch.eye(64)}))
+    name = f"base_model.model.{Q.removesuffix('.weight')}.lora_A.weight"
+    assert refused(tuned, "--dtype", "float16", exit_code=2) == f"--dtype float16 can't hold {name}: take another"
+
+
+def test_a_prompt_that_is_too_long(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """For a model with a table of positions."""
+    base = tmp_path / "gpt2"
+    model = make_model("gpt2", base, n_embd=64, n_layer=1, n_head=4, n_inner=96, max_position_embeddings=8)
+    save_tokenizer(base)
+    save(tune(model, lambda name: name.endswith("c_fc.weight")), tmp_path / "tuned")
+    (tmp_path / "prompts").write_text("ten tokens or more")
+    line = refused(tmp_path / "tuned", "--prompts", tmp_path / "prompts", exit_code=2, of=base)
+    assert line.startswith("--prompts: a prompt of 19 tokens can't be run: ")

@@ -21,7 +21,6 @@ from weft.making.low_rank import Wanted, approximate
 from weft.making.model_files import Checkpoint, Skeleton, read_skeleton
 from weft.making.tensor_file import TensorFile
 
-OTHERS = ("refuse", "keep", "drop")
 REPORT_FILE = "extraction.json"
 
 

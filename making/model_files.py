@@ -23,6 +23,8 @@ _WITHOUT_EFFECT = re.compile(
 )
 """Settings that say how a model was made, or that its tensors' names and shapes tell already."""
 
+_BUFFERS = (r"rotary_emb\.inv_freq$", r"attn\.masked_bias$")
+
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
@@ -30,7 +32,7 @@ class Skeleton:
 
     parameters: shapes. linear: nn.Linear and Conv1D but the output head; transposed: the Conv1D among them. tied: a
     parameter that is another one. settings: of the config, what may change what the model computes. prefix: of the
-    parameters without the head. buffers: the ends of names that older files hold, and transformers computes anew.
+    parameters without the head. buffers: what older files hold, and transformers computes anew.
     """
 
     parameters: Mapping[str, tuple[int, ...]]
@@ -39,7 +41,7 @@ class Skeleton:
     tied: Mapping[str, str]
     settings: Mapping[str, object]
     prefix: str
-    buffers: tuple[str, ...]
+    buffers: re.Pattern[str]
 
     @property
     def modules(self) -> set[str]:
@@ -73,9 +75,9 @@ def read_skeleton(name: str) -> Skeleton:
         linear=frozenset(linear),
         transposed=frozenset(path for path, module in linear.items() if isinstance(module, Conv1D)),
         tied={f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"} if is_tied else {},
-        settings={key: value for key, value in config.to_dict().items() if not _WITHOUT_EFFECT.search(key)},
+        settings=_settings(config.to_dict()),
         prefix=model.base_model_prefix,
-        buffers=("rotary_emb.inv_freq", "attn.masked_bias", *(model._keys_to_ignore_on_load_unexpected or ())),  # noqa: SLF001 - what it names is no parameter
+        buffers=re.compile("|".join([*_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())])),  # noqa: SLF001 - transformers itself goes by them
     )
 
 
@@ -93,9 +95,9 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118 - it is no mapping
-                        name = skeleton.name(key)
-                        if name in skeleton.parameters or not key.endswith(skeleton.buffers):
-                            self._add(name, path, key, file.get_slice(key))
+                        parameter = skeleton.name(key)
+                        if parameter in skeleton.parameters or not skeleton.buffers.search(key):
+                            self._add(parameter, path, key, file.get_slice(key))
             except (SafetensorError, OSError) as error:
                 raise InvalidModel(f"{name}: {path.name} can't be read: {one_line(error)}") from None
         for follower, leader in skeleton.tied.items():
@@ -114,6 +116,12 @@ class Checkpoint:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(key)
         return tensor
+
+
+def _settings(values: Mapping[str, object]) -> dict[str, object]:
+    """Those that may have an effect, of a config and of those in it."""
+    kept = {key: value for key, value in values.items() if not _WITHOUT_EFFECT.search(key)}
+    return {key: _settings(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _config(name: str) -> PretrainedConfig:

@@ -49,5 +49,6 @@ class TensorFile:
         with self._file:
             if kind is None:
                 header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}).encode()
+                assert len(header) <= self._room, "every tensor was announced"
                 self._file.seek(0)
                 self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))

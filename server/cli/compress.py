@@ -14,7 +14,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from weft.server.cli.making import cut_options, dtype_option, needing_peft, read_dtype
+from weft.server.cli.making import Share, cut_options, dtype_option, needing_peft, read_dtype
 from weft.server.cli.output import wide_console
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class _Weights(click.ParamType[tuple[float, ...]]):
 @click.option("--report-int8", is_flag=True, help="Show what `weft serve --adapter-dtype int8` would add to the error.")
 @click.option("--combine", "way", type=click.Choice(WAYS), help="Make the adapters one first, as peft does.")
 @click.option("--weights", type=_Weights(), help="Of the adapters in --combine.  [default: 1 each]")
-@click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True), help="The share of numbers that is kept by ties, …"
-)
+@click.option("--density", type=Share(), help="The share of numbers that ties, dare and magnitude_prune keep.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of dare's choice.")
 def compress(
     adapters: tuple[Path, ...],

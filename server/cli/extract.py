@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     type=click.Choice(["refuse", "keep", "drop"]),
     default="refuse",
     show_default=True,
-    help="Norms, biases, embeddings and heads that changed: keep them whole, or leave the base's.",
+    help="Norms, biases, embeddings and heads that changed: stop, keep them whole, or leave the base's.",
 )
 @dtype_option("float32")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text a line: measure KL(tuned || adapter) on them.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,26 +17,30 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class Share(click.FloatRange):
+    """From more than 0 to 1; nan, which no comparison refuses, is none."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
 def cut_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--rank` and `--energy`."""
-    for option in (
-        click.option(
-            "--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each module's energy."
-        ),
-        click.option("--rank", type=click.IntRange(1), help="Give each module this rank."),
-    ):
-        command = option(command)
-    return command
+    energy = click.option("--energy", type=Share(), help="Keep this share of each module's energy.")
+    return click.option("--rank", type=click.IntRange(1), help="Give each module this rank.")(energy(command))
 
 
 def dtype_option(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`--dtype`; None: the adapter's own."""
+    shown = True if default else "the adapter's own"
     return click.option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        default=default,
-        show_default=default or "the adapter's own",
-        help="Of what is saved.",
+        "--dtype", type=click.Choice(DTYPES), default=default, show_default=shown, help="Of what is saved."
     )
 
 

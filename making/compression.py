@@ -6,9 +6,11 @@ those of the core, and cutting S cuts B A as Eckart and Young say (`weft.making.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,9 @@ from weft.adapters.rows import RowForm, rounding_error
 from weft.errors import InvalidAdapter, Problem
 from weft.making.budget import Adapter, Ranks, Values, ranks_for, ranks_within
 from weft.making.low_rank import Wanted
-from weft.making.peft_folder import Lora, PeftFolder
+from weft.making.peft_folder import Lora, PeftFolder, write_folder
+
+REPORT_FILE = "compression.json"
 
 Source = Callable[[], PeftFolder]
 """Reads an adapter, each time anew: of many, one is in memory at a time."""
@@ -120,6 +124,16 @@ def compress(
         report.append(Compressed(name, lora.rank, cut.rank, _relative_error(lora, cut), norm, _int8_error(cut)))
     compressed = replace(adapter, modules=modules)
     return compressed, Compression(adapter.source, tuple(report), adapter.num_bytes, compressed.num_bytes)
+
+
+def write_compressed(
+    adapter: PeftFolder, ranks: Mapping[str, int], dtype: torch.dtype | None, folder: Path
+) -> Compression:
+    """The same as a PEFT folder with its report."""
+    compressed, report = compress(adapter, ranks, dtype)
+    write_folder(compressed, folder)
+    (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    return report
 
 
 def _relative_error(exact: Lora, cut: Lora) -> float:

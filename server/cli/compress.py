@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from weft.server.cli.output import wide_console
 if TYPE_CHECKING:
     from weft.making.compression import Compression, Source
 
-REPORT_FILE = "compression.json"
 THINNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Ways that drop some of the numbers."""
 
@@ -78,10 +76,10 @@ def compress(
     _check_cut((rank, energy, budget), is_needed=way is None)
     _check_combination(adapters, way, weights, density)
     # Bring torch, which no other command should wait for.
-    from weft.making.compression import choose_ranks, compress  # noqa: PLC0415
+    from weft.making.compression import choose_ranks, write_compressed  # noqa: PLC0415
     from weft.making.destination import complete_folder  # noqa: PLC0415
     from weft.making.low_rank import Wanted  # noqa: PLC0415
-    from weft.making.peft_folder import read_folder, write_folder  # noqa: PLC0415
+    from weft.making.peft_folder import read_folder  # noqa: PLC0415
 
     sources: list[Source] = [partial(read_folder, path) for path in adapters]
     if way is not None:
@@ -94,10 +92,7 @@ def compress(
         for path, source, each in zip(adapters, sources, ranks, strict=False):
             place = folder / _name(path) if len(sources) > 1 else folder
             place.mkdir(exist_ok=True)
-            compressed, report = compress(source(), each, saved_as)
-            write_folder(compressed, place)
-            (place / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n")
-            done.append(report)
+            done.append(write_compressed(source(), each, saved_as, place))
     for report in done:
         _show(report, report_int8=report_int8)
 

@@ -33,6 +33,7 @@ from weft.server.engine.model import PagedModel, check_path, load_model, resolve
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
+from weft.server.engine.request import Pooling
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import (
@@ -69,6 +70,7 @@ class EngineInfo:
     adapter_pages: int
     page_rows: int
     eos_token_ids: frozenset[int]
+    poolings: tuple[Pooling, ...]
     startup_line: str
 
 
@@ -148,6 +150,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         adapter_pages=room.pages,
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
+        poolings=model.poolings,
         startup_line=(
             f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
             f"own; fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "

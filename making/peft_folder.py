@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weft.adapters.classes import CLASSES_FILE
 from weft.adapters.content import is_finite
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
@@ -49,13 +50,15 @@ class PeftFolder:
     """An adapter by itself.
 
     source: names it in messages. settings: `adapter_config.json` as it stands. modules: what can be cut down, by name.
-    rest: all other tensors, by PEFT's names. keeps_modules: whether a module must stay although nothing of it is left.
+    rest: all other tensors, by PEFT's names. classes: a classifier's `config.json`, which names its labels.
+    keeps_modules: whether a module must stay although nothing of it is left.
     """
 
     source: str
     settings: Mapping[str, Any]
     modules: Mapping[str, Lora]
     rest: Mapping[str, torch.Tensor]
+    classes: bytes | None = None
 
     @property
     def keeps_modules(self) -> bool:
@@ -77,7 +80,8 @@ class PeftFolder:
         """Raises InvalidAdapter where there is more to it than A and B that always apply."""
         words = f"is there, and can't be {to_be}: only A and B can"
         tokens = "alora_invocation_tokens"
-        copies = () if self.settings.get("modules_to_save") else (".weight",)  # peft adds the base's own embeddings
+        has_own = self.settings.get("modules_to_save") or self.settings.get("task_type") == "SEQ_CLS"
+        copies = () if has_own else (".weight",)  # peft adds the base's own embeddings
         problems = [Problem(name, words) for name in sorted(self.rest) if not name.endswith(copies)]
         problems += [Problem(tokens, words)] if self.settings.get(tokens) else []
         if problems:
@@ -105,7 +109,8 @@ def read_folder(folder: Path) -> PeftFolder:
         problems = problems or [Problem(WEIGHTS_FILE, "holds no LoRA tensors")]
         raise InvalidAdapter(source, cut_short(problems, WEIGHTS_FILE), "compressed")
     modules = {name: _pair(parts, config.scale(name)) for name, parts in sorted(halves.items())}
-    return PeftFolder(source, settings, modules, rest)
+    classes = folder / CLASSES_FILE
+    return PeftFolder(source, settings, modules, rest, classes.read_bytes() if classes.is_file() else None)
 
 
 def write_folder(adapter: PeftFolder, folder: Path) -> None:
@@ -126,6 +131,8 @@ def write_folder(adapter: PeftFolder, folder: Path) -> None:
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if adapter.classes is not None:
+        (folder / CLASSES_FILE).write_bytes(adapter.classes)
     tensors = dict(_named(adapter))
     with TensorFile(folder / WEIGHTS_FILE, tensors) as file:
         for name, tensor in tensors.items():

@@ -136,6 +136,21 @@ def test_modules_without_effect_go(base: Base, adapter: Callable[..., Path], tmp
     assert_same(base.weft(tmp_path / "made"), base.weft(folder))
 
 
+def test_a_classifier_keeps_its_head_and_labels(adapter: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    folder, made = adapter(), tmp_path / "made"
+    path = folder / "adapter_config.json"
+    added = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    head = torch.randn(2, 64)
+    save_file({**tensors, "base_model.model.score.weight": head}, folder / "adapter_model.safetensors")
+    (folder / "config.json").write_text('{"id2label": {"0": "good", "1": "bad"}}')
+    assert run("compress", folder, "--output", made, "--rank", 2).exit_code == 0
+    assert torch.equal(load_file(made / "adapter_model.safetensors")["base_model.model.score.weight"], head)
+    assert (made / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert added.items() <= json.loads((made / "adapter_config.json").read_text()).items()
+
+
 def test_another_type_is_rounded_to(base: Base, adapter: Callable[..., Path], tmp_path: Path, run: Run) -> None:
     made = tmp_path / "made"
     assert run("compress", adapter(), "--output", made, "--energy", 1, "--dtype", "bfloat16").exit_code == 0

@@ -47,10 +47,10 @@ def _attend(
     layer = getattr(module, "layer_idx", None)
     causal = rest.get("is_causal", getattr(module, "is_causal", True))
     if step is None or not isinstance(layer, int):
-        raise InvalidModel(f"{type(module).__name__} attends outside of a numbered decoder layer")
-    if attention_mask is not None or rest.get("position_bias") is not None or causal is False:
-        raise InvalidModel(f"{type(module).__name__} needs a mask, a bias or bidirectional attention")
-    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+        raise InvalidModel(f"{type(module).__name__} attends outside of a numbered layer")
+    if attention_mask is not None or rest.get("position_bias") is not None:
+        raise InvalidModel(f"{type(module).__name__} needs a mask or a bias")
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux, causal=causal is not False)
     return step.attend(layer, query[0], key[0], value[0], options)[None], None
 
 
@@ -71,7 +71,7 @@ class WholePrompt:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
+        return attend(query[None], key[None], value[None], None, options, causal=options.causal)[0].transpose(0, 1)
 
     def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
         """There is nothing to come."""
@@ -137,6 +137,7 @@ class InPlace:
             window=options.window,
             softcap=options.softcap,
             sinks=options.sinks,
+            causal=options.causal,
         )
 
 

@@ -113,6 +113,14 @@ def peft_logits(model: PreTrainedModel, folder: Path | None, prompts: Sequence[S
         return [served(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
 
 
+def peft_hidden(model: PreTrainedModel, folder: Path | None, prompt: Sequence[int]) -> torch.Tensor:
+    """Last hidden states [len(prompt), hidden] of the backbone by transformers and peft alone."""
+    served = _with_peft(model, folder)
+    backbone = (served.get_base_model() if isinstance(served, PeftModel) else served).base_model
+    with torch.inference_mode():
+        return backbone(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0]
+
+
 def peft_generate(model: PreTrainedModel, folder: Path | None, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """Greedy continuation by transformers and peft alone; runs to its full length."""
     served = _with_peft(model, folder)

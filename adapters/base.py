@@ -17,7 +17,8 @@ Function = Callable[..., Output]
 class ModuleKind(Enum):
     """What an adapter may do to a module depends on it.
 
-    LINEAR: x W^T + b on the whole row, once a step. HEAD: the same on the rows that a token is sampled from. EMBEDDING:
+    LINEAR: x W^T + b on the whole row, once a step. HEAD: the same on the rows that a token is sampled from, or on one
+    vector a prompt. EMBEDDING:
     rows of a table. EXPERTS: a stack of expert weights behind a router. OTHER: anything else that treats each row by
     itself, a norm or a router.
     """
@@ -60,6 +61,8 @@ class Base:
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
     groups: the LINEAR modules, those together that read the same input.
+    between: of an encoder, the modules that see one vector a prompt, before the output that gives the labels' logits.
+    absent: those of them, and the output, whose parameters the checkpoint does not have.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -67,6 +70,8 @@ class Base:
     head: str = ""
     is_tied: bool = False
     groups: tuple[tuple[str, ...], ...] = ()
+    between: tuple[str, ...] = ()
+    absent: frozenset[str] = frozenset()
 
     def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
         return {name: module for name, module in self.modules.items() if module.kind is kind}

@@ -151,7 +151,7 @@ class Gathering:
 
 
 def _chunk_mask(chunk: Chunk, options: AttentionOptions, device: torch.device) -> torch.Tensor:
-    """bool [n, context]: query i of the chunk sees the tokens up to its own, the last `window` of them; see `causal`."""
+    """bool [n, context]: query i of the chunk sees the tokens up to its own, or all, those in the window of them."""
     queries = torch.arange(chunk.context - chunk.num_tokens, chunk.context, device=device)[:, None]
     keys = torch.arange(chunk.context, device=device)[None, :]
     window = chunk.context if options.window is None else options.window

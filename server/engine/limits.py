@@ -15,19 +15,23 @@ CAUSAL = frozenset({Pooling.LAST, Pooling.MEAN})
 class Limits:
     """context_length: prompt and answer together, in tokens. poolings: that the model can answer with.
 
-    is_by_cache: whether the context length is what the KV cache holds, and the model could do more.
+    is_by_cache: whether the context length is what the KV cache holds, and the model could do more. generates: whether
+    the model has logits of tokens.
     """
 
     context_length: int
     vocab_size: int
     is_by_cache: bool = False
     poolings: frozenset[Pooling] = CAUSAL
+    generates: bool = True
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist.
 
-        And for a pooling that the model has not.
+        And for a pooling that the model has not, or for text where it makes none.
         """
+        if request.pooling is None and not self.generates:
+            raise InvalidRequest.of("model", "is an encoder, which gives no text and no scores: ask Classify or Embed")
         if not request.prompt:
             raise InvalidRequest.of("prompt", "is empty: give at least one token")
         longest = self.context_length - (request.stopping.max_tokens > 0)

@@ -1,0 +1,148 @@
+"""Encoders: transformers' sequence classifiers whose tokens see those after them too, taken apart.
+
+The backbone runs over rows of tokens. What the class makes of these then, it makes of one vector a prompt: by modules
+between, such as BERT's pooler, and by the output, a linear module with a row a label, which an adapter brings as its
+own. Each part is the class itself: a copy that shares all modules but the one that is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from weft.errors import InvalidModel
+from weft.kernels.heads import Head
+from weft.server.engine.linear import is_linear
+from weft.server.engine.request import Pooling
+from weft.server.engine.watching import NUM_TOKENS, Calls, watch
+
+_SAME = 1e-3
+"""Relative error up to which logits are the same."""
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model's tokens see both sides, by what transformers makes of its config."""
+    return (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        and not getattr(config, "is_decoder", False)
+        and not getattr(config, "is_encoder_decoder", False)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """The parts. between: the modules that see pooled vectors alone. output: the one after them that gives the logits.
+
+    pooling: by which the class makes one vector of a prompt. first_position: that of a prompt's first token.
+    """
+
+    model: PreTrainedModel
+    between: tuple[str, ...]
+    output: str
+    pooling: Pooling
+    first_position: int
+
+    def run(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [T, hidden]. input_ids, positions: int64 [1, T]; positions count from 0."""
+        backbone: nn.Module = self.model.base_model
+        inside = self.model.base_model_prefix + "."
+        for name in self.between:
+            if name.startswith(inside):  # it would take the first row of all for a prompt's
+                backbone = _with(backbone, name.removeprefix(inside).partition(".")[0], None)
+        made = backbone(input_ids=input_ids, position_ids=positions + self.first_position, return_dict=True)
+        hidden: torch.Tensor = made.last_hidden_state[0]
+        return hidden
+
+    def features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What the output sees of pooled vectors, [n, hidden]."""
+        return _logits(_with(self.model, self.output, nn.Identity()), pooled)
+
+    def head(self) -> Head:
+        """The model's own output."""
+        output = self.model.get_submodule(self.output)
+        parameters = {name: tensor.detach().float() for name, tensor in output.named_parameters()}
+        return Head(parameters["weight"], parameters.get("bias"))
+
+
+def take_apart(
+    model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
+) -> tuple[Encoder, Mapping[str, Calls]]:
+    """The parts, and how those after the backbone are called, one row a vector.
+
+    input_ids, positions: int64 [1, NUM_TOKENS]; logits: [labels], what the whole model makes of them. Raises
+    InvalidModel where that is not by one vector of the prompt and a linear module.
+    """
+    name = type(model).__name__
+    if model.base_model is model:
+        raise InvalidModel(f"{name} has no backbone apart from its head")
+    hidden = model.base_model(input_ids=input_ids, position_ids=positions, return_dict=True).last_hidden_state[0]
+    vectors = {Pooling.CLS: hidden[0], Pooling.MEAN: hidden.mean(0), Pooling.LAST: hidden[-1]}
+    with watch(model) as calls:
+        made = _logits(model, torch.stack([*vectors.values(), *hidden[1 : NUM_TOKENS - len(vectors) + 1]]))
+    called = {path: seen for path, seen in calls.items() if seen.count}
+    output = next((path for path, seen in called.items() if seen.output is made), "")
+    poolings = [
+        pooling
+        for pooling, row in zip(vectors, made[: len(vectors)], strict=True)
+        if (row - logits).norm() <= _SAME * logits.norm()
+    ]
+    if not poolings or not output or not is_linear(model.get_submodule(output)):
+        raise InvalidModel(f"{name} does not make its logits of one vector of the prompt by a linear module")
+    between = tuple(path for path in called if path != output)
+    return Encoder(model, between, output, poolings[0], _first_position(model, input_ids)), called
+
+
+def _first_position(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
+    """What the class gives to its table of positions for a prompt's first token, RoBERTa's is 2; 0 without a table."""
+    ids = torch.full_like(input_ids, next(i for i in range(3) if i != model.config.pad_token_id))
+    with watch(model) as calls:
+        model.base_model(input_ids=ids, return_dict=True)
+    counted = torch.arange(NUM_TOKENS, device=ids.device)[None]
+    for seen in calls.values():
+        given = seen.inputs[0] if seen.inputs else None
+        if isinstance(given, torch.Tensor) and torch.equal(given, counted + given.flatten()[0]):
+            return int(given[0, 0])
+    return 0
+
+
+class _Done(nn.Module):
+    """In the place of a backbone: what it gave, as prompts of one token each."""
+
+    def __init__(self, backbone: nn.Module, pooled: torch.Tensor) -> None:
+        super().__init__()
+        self.pooler = getattr(backbone, "pooler", None)
+        self._hidden = pooled[:, None]
+
+    def forward(self, *args: object, **rest: object) -> BaseModelOutputWithPooling:
+        pooled = self.pooler(self._hidden) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=self._hidden, pooler_output=pooled)
+
+
+def _logits(model: nn.Module, pooled: torch.Tensor) -> torch.Tensor:
+    """What a class makes of vectors [n, hidden], by any pooling: that of one token is the token itself."""
+    prefix = model.base_model_prefix
+    assert isinstance(prefix, str)
+    ids = torch.zeros(len(pooled), 1, dtype=torch.int64, device=pooled.device)
+    done = _with(model, prefix, _Done(model.get_submodule(prefix), pooled))
+    logits: torch.Tensor = done(input_ids=ids, return_dict=True).logits
+    return logits
+
+
+def _with(module: nn.Module, path: str, part: nn.Module | None) -> nn.Module:
+    """A copy that shares all but the module at the path."""
+    twin = copy.copy(module)
+    name, _, rest = path.partition(".")
+    child = _with(module.get_submodule(name), rest, part) if rest else part
+    twin._modules = {**module._modules, name: child}  # noqa: SLF001 - no public name
+    return twin

@@ -15,6 +15,8 @@ CAUSAL = frozenset({Pooling.LAST, Pooling.MEAN})
 class Limits:
     """context_length: prompt and answer together, in tokens. poolings: that the model can answer with.
 
+    class_pooling: the one that its class makes labels' logits of.
+
     is_by_cache: whether the context length is what the KV cache holds, and the model could do more. generates: whether
     the model has logits of tokens.
     """
@@ -23,6 +25,7 @@ class Limits:
     vocab_size: int
     is_by_cache: bool = False
     poolings: frozenset[Pooling] = CAUSAL
+    class_pooling: Pooling = Pooling.LAST
     generates: bool = True
 
     def check(self, request: Request) -> None:

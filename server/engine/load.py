@@ -33,6 +33,7 @@ from weft.server.engine.model import PagedModel, check_path, load_model, resolve
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
+from weft.server.engine.request import Pooling
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import (
@@ -107,7 +108,12 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
     limits = Limits(
-        context_length, model.vocab_size, context_length < allowed, model.poolings, generates=model.encoder is None
+        context_length,
+        model.vocab_size,
+        context_length < allowed,
+        model.poolings,
+        class_pooling=Pooling.LAST if model.encoder is None else model.encoder.pooling,
+        generates=model.encoder is None,
     )
     model.check_position(limits.context_length - 1)
     means = means_of(model.device, backend) if settings.cuda_graphs and not model.runs_whole else None

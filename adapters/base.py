@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -56,13 +56,26 @@ class BaseModule:
 
 
 @dataclass(frozen=True, slots=True)
+class Classifier:
+    """What an encoder's class makes labels' logits by, of one vector a prompt.
+
+    between: the modules that see it first. output: the linear one after them, of num_features inputs. absent: those of
+    all these whose parameters the checkpoint does not have.
+    """
+
+    between: tuple[str, ...]
+    output: str
+    num_features: int
+    absent: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Base:
     """Every module that an adapter may change, by name.
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
-    groups: the LINEAR modules, those together that read the same input.
-    between: of an encoder, the modules that see one vector a prompt, before the output that gives the labels' logits.
-    absent: those of them, and the output, whose parameters the checkpoint does not have.
+    groups: the LINEAR modules, those together that read the same input. backbone: the name of the module that gives the
+    last hidden states; "" where none does. classifier: of an encoder.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -70,8 +83,35 @@ class Base:
     head: str = ""
     is_tied: bool = False
     groups: tuple[tuple[str, ...], ...] = ()
-    between: tuple[str, ...] = ()
-    absent: frozenset[str] = frozenset()
+    backbone: str = ""
+    classifier: Classifier | None = None
+
+    @property
+    def headless(self) -> Base:
+        """Without the output head: what all of transformers' classes with this backbone have in common."""
+        modules = {name: module for name, module in self.modules.items() if name != self.head}
+        return replace(self, modules=modules, head="", is_tied=False)
+
+    @property
+    def backbone_alone(self) -> Base:
+        """As a model of its own, whose modules' names begin within it."""
+        prefix = f"{self.backbone}." if self.backbone else ""
+        inner = {name: name.removeprefix(prefix) for name in self.headless.modules if name.startswith(prefix)}
+        return Base(
+            modules={inner[name]: self.modules[name] for name in inner},
+            embedding=inner.get(self.embedding, ""),
+            groups=tuple(tuple(inner[name] for name in group) for group in self.groups if inner.keys() >= {*group}),
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a last hidden state."""
+        return self.modules[self.embedding].d_out if self.head not in self.modules else self.modules[self.head].d_in
+
+    @property
+    def num_features(self) -> int:
+        """Numbers that a sequence classifier's own output sees."""
+        return self.hidden_size if self.classifier is None else self.classifier.num_features
 
     def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
         return {name: module for name, module in self.modules.items() if module.kind is kind}

@@ -15,6 +15,15 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
+        """One of weights of any float dtype."""
+        return cls(weight.float(), None if bias is None else bias.float())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: float32 [n, hidden] -> [n, labels]. On a CPU row by row: several at once may be summed otherwise."""
         parts = torch.split(x, 1) if x.device.type == "cpu" else [x]

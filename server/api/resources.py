@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from weft.adapters.classes import ProblemType
 from weft.adapters.records import AdapterInfo, AdapterState, EventKind
 from weft.adapters.report import AdapterReport
 from weft.errors import Problem
 from weft.v1 import adapter_pb2 as pb2
+from weft.v1 import inference_pb2
 
 STATES = {
     AdapterState.LOADING: pb2.ADAPTER_STATE_LOADING,
@@ -17,6 +19,12 @@ STATES = {
     AdapterState.HOST: pb2.ADAPTER_STATE_HOST,
     AdapterState.DEVICE: pb2.ADAPTER_STATE_DEVICE,
     AdapterState.FAILED: pb2.ADAPTER_STATE_FAILED,
+}
+
+PROBLEM_TYPES = {
+    ProblemType.SINGLE_LABEL: inference_pb2.PROBLEM_TYPE_SINGLE_LABEL,
+    ProblemType.MULTI_LABEL: inference_pb2.PROBLEM_TYPE_MULTI_LABEL,
+    ProblemType.REGRESSION: inference_pb2.PROBLEM_TYPE_REGRESSION,
 }
 
 EVENT_KINDS = {
@@ -46,6 +54,8 @@ def to_message(info: AdapterInfo) -> pb2.Adapter:
         requests_in_flight=info.num_in_flight,
         num_pages=info.num_pages,
         parity_error=info.probe_error,
+        class_labels=info.classes.labels if info.classes else (),
+        problem_type=PROBLEM_TYPES[info.classes.problem_type] if info.classes else None,
     )
 
 

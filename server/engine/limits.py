@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from weft.adapters.residency import AdapterRef
 from weft.errors import InvalidRequest
 from weft.server.engine.request import Pooling, Request
 
-CAUSAL = frozenset({Pooling.LAST, Pooling.MEAN})
+CAUSAL = (Pooling.LAST, Pooling.MEAN)
 """What can be made of the hidden states of a model whose tokens see those before them: the first sees itself alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """context_length: prompt and answer together, in tokens. poolings: that the model can answer with.
+    """context_length: prompt and answer together, in tokens. poolings: that the model can answer with, the usual first.
 
     class_pooling: the one that its class makes labels' logits of.
 
@@ -24,7 +26,7 @@ class Limits:
     context_length: int
     vocab_size: int
     is_by_cache: bool = False
-    poolings: frozenset[Pooling] = CAUSAL
+    poolings: tuple[Pooling, ...] = CAUSAL
     class_pooling: Pooling = Pooling.LAST
     generates: bool = True
 
@@ -47,5 +49,19 @@ class Limits:
                 f"holds token id {max(request.prompt)}; the vocabulary ends at {self.vocab_size - 1}",
             )
         if request.pooling is not None and request.pooling not in self.poolings:
-            able = ", ".join(sorted(pooling.name for pooling in self.poolings)) or "no pooling at all"
+            able = ", ".join(pooling.name for pooling in self.poolings) or "no pooling at all"
             raise InvalidRequest.of("pooling", f"is {request.pooling.name}; this base serves {able}")
+
+
+def check_use(request: Request, adapters: Sequence[AdapterRef]) -> None:
+    """Raises InvalidRequest where adapters were not made for what is asked: a classifier's head gives no tokens."""
+    path = "adapter_id" if len(adapters) < 2 else "adapters"
+    names = ", ".join(ref.name for ref in adapters)
+    if request.through_head:
+        if not adapters:
+            words = "is empty, and the base has no classification head: name an adapter that has one"
+            raise InvalidRequest.of(path, words)
+        if len(adapters) > 1 or adapters[0].version.classes is None:
+            raise InvalidRequest.of(path, f"names {names}, which has no classification head of its own: use Generate")
+    elif request.pooling is None and any(ref.version.classes is not None for ref in adapters):
+        raise InvalidRequest.of(path, f"names {names}, a sequence classifier, which gives no tokens: use Classify")

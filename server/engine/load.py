@@ -70,6 +70,7 @@ class EngineInfo:
     adapter_pages: int
     page_rows: int
     eos_token_ids: frozenset[int]
+    poolings: tuple[Pooling, ...]
     startup_line: str
 
 
@@ -158,6 +159,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         adapter_pages=room.pages,
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
+        poolings=model.poolings,
         startup_line=(
             f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
             f"own; {_capacity(model, kv_tokens)} up to {limits.context_length:,}, and {describe_pages(room.pages)} of "

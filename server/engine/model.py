@@ -120,11 +120,11 @@ class PagedModel:
         return min([*lengths[:1], *_stable_rope_lengths(config)], default=None)
 
     @property
-    def poolings(self) -> frozenset[Pooling]:
+    def poolings(self) -> tuple[Pooling, ...]:
         """What it can make of its last hidden states: nothing where no backbone is apart from the head."""
         if self.encoder is not None:
-            return frozenset(Pooling)
-        return frozenset() if self.model.base_model is self.model else CAUSAL
+            return (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
+        return () if self.model.base_model is self.model else CAUSAL
 
     @property
     def runs_whole(self) -> bool:

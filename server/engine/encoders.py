@@ -20,9 +20,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from weft.adapters.base import Classifier
 from weft.errors import InvalidModel
 from weft.kernels.heads import Head
-from weft.server.engine.linear import is_linear
+from weft.server.engine.linear import is_linear, read
 from weft.server.engine.request import Pooling
 from weft.server.engine.watching import NUM_TOKENS, Calls, watch
 
@@ -42,14 +43,10 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """The parts. between: the modules that see pooled vectors alone. output: the one after them that gives the logits.
-
-    pooling: by which the class makes one vector of a prompt. first_position: that of a prompt's first token.
-    """
+    """The parts. pooling: by which the class makes one vector of a prompt. first_position: that of its first token."""
 
     model: PreTrainedModel
-    between: tuple[str, ...]
-    output: str
+    classifier: Classifier
     pooling: Pooling
     first_position: int
 
@@ -57,7 +54,7 @@ class Encoder:
         """The last hidden states [T, hidden]. input_ids, positions: int64 [1, T]; positions count from 0."""
         backbone: nn.Module = self.model.base_model
         inside = self.model.base_model_prefix + "."
-        for name in self.between:
+        for name in self.classifier.between:
             if name.startswith(inside):  # it would take the first row of all for a prompt's
                 backbone = _with(backbone, name.removeprefix(inside).partition(".")[0], None)
         made = backbone(input_ids=input_ids, position_ids=positions + self.first_position, return_dict=True)
@@ -66,13 +63,12 @@ class Encoder:
 
     def features(self, pooled: torch.Tensor) -> torch.Tensor:
         """What the output sees of pooled vectors, [n, hidden]."""
-        return _logits(_with(self.model, self.output, nn.Identity()), pooled)
+        return _logits(_with(self.model, self.classifier.output, nn.Identity()), pooled)
 
     def head(self) -> Head:
         """The model's own output."""
-        output = self.model.get_submodule(self.output)
-        parameters = {name: tensor.detach().float() for name, tensor in output.named_parameters()}
-        return Head(parameters["weight"], parameters.get("bias"))
+        parameters = dict(self.model.get_submodule(self.classifier.output).named_parameters())
+        return Head.of(parameters["weight"].detach(), parameters.get("bias"))
 
 
 def take_apart(
@@ -99,8 +95,9 @@ def take_apart(
     ]
     if not poolings or not output or not is_linear(model.get_submodule(output)):
         raise InvalidModel(f"{name} does not make its logits of one vector of the prompt by a linear module")
-    between = tuple(path for path in called if path != output)
-    return Encoder(model, between, output, poolings[0], _first_position(model, input_ids)), called
+    num_features = read(model.get_submodule(output), "weight").shape[1]
+    classifier = Classifier(tuple(path for path in called if path != output), output, num_features)
+    return Encoder(model, classifier, poolings[0], _first_position(model, input_ids)), called
 
 
 def _first_position(model: PreTrainedModel, input_ids: torch.Tensor) -> int:

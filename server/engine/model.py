@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from weft.adapters.base import Base, ModuleKind
+from weft.adapters.base import Base, Classifier, ModuleKind
 from weft.errors import InvalidModel, one_line
+from weft.kernels.heads import Head
 from weft.kernels.lora import find_backend
 from weft.kernels.native import FORMATS, Native
 from weft.kernels.plan import Span, build_plan
@@ -36,7 +37,7 @@ from weft.server.engine.attention import (
     see_last_hidden,
 )
 from weft.server.engine.batch import Batch
-from weft.server.engine.encoders import Encoder, is_encoder
+from weft.server.engine.encoders import is_encoder
 from weft.server.engine.fusing import Fusion
 from weft.server.engine.graphs import GraphRunner, Means
 from weft.server.engine.kv_cache import KvCache, KvShape
@@ -85,9 +86,7 @@ class PagedModel:
         self.kv_shapes: Mapping[int, KvShape] = surveyed.kv_shapes
         self.windows = surveyed.windows
         self.encoder = surveyed.encoder
-        self.base: Base = replace(surveyed.base, absent=_absent(model, self.encoder, lacking))
-        self.own_head = self.encoder.head() if self.encoder is not None and not self.base.absent else None
-        """Of a checkpoint that brings the parameters of a classifier, all of them."""
+        self.base: Base = replace(surveyed.base, classifier=_brought(model, surveyed.base.classifier, lacking))
         self._linear_groups = surveyed.linear_groups
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
@@ -125,6 +124,12 @@ class PagedModel:
         if self.encoder is not None:
             return (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
         return () if self.model.base_model is self.model else CAUSAL
+
+    @property
+    def own_head(self) -> Head | None:
+        """Of a checkpoint that brings all parameters of a classifier."""
+        classifier = self.base.classifier
+        return None if self.encoder is None or classifier is None or classifier.absent else self.encoder.head()
 
     @property
     def runs_whole(self) -> bool:
@@ -306,15 +311,12 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def _absent(model: PreTrainedModel, encoder: Encoder | None, lacking: Collection[str]) -> frozenset[str]:
-    """The modules after an encoder's backbone whose parameters are lacking: those an adapter may bring.
-
-    Raises InvalidModel where others are.
-    """
-    absent = {name.rpartition(".")[0] for name in lacking}
-    if absent - {*encoder.between, encoder.output} if encoder is not None else absent:
+def _brought(model: PreTrainedModel, classifier: Classifier | None, lacking: Collection[str]) -> Classifier | None:
+    """The classifier, with what an adapter has to bring of it. Raises InvalidModel where anything else is lacking."""
+    absent = frozenset(name.rpartition(".")[0] for name in lacking)
+    if absent - ({*classifier.between, classifier.output} if classifier is not None else set()):
         raise InvalidModel(f"{model.name_or_path} lacks {len(lacking)} weights of its model, {min(lacking)} among them")
-    return frozenset(absent)
+    return replace(classifier, absent=absent) if classifier is not None else None
 
 
 def _stable_rope_lengths(config: PretrainedConfig) -> list[int]:

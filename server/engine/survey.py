@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weft.adapters.base import Base, BaseModule, Function, ModuleKind, Parameters
+from weft.adapters.base import Base, BaseModule, Classifier, Function, ModuleKind, Parameters
 from weft.errors import InvalidModel, one_line
 from weft.server.engine.attention import WholePrompt
 from weft.server.engine.encoders import Encoder, is_encoder, take_apart
@@ -71,8 +71,8 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not step.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
     if encoder is not None:
-        del calls[encoder.output]
-    base = _describe(model, calls, encoder)
+        del calls[encoder.classifier.output]
+    base = _describe(model, calls, encoder.classifier if encoder is not None else None)
     linear = [path for path, seen in calls.items() if seen.count and is_linear(model.get_submodule(path))]
     return Survey(
         kv_shapes=step.kv_shapes,
@@ -120,8 +120,8 @@ class _Watching(WholePrompt):
         return super().attend(layer, query, key, value, options)
 
 
-def _describe(model: PreTrainedModel, calls: Mapping[str, Calls], encoder: Encoder | None) -> Base:
-    between = encoder.between if encoder is not None else ()
+def _describe(model: PreTrainedModel, calls: Mapping[str, Calls], classifier: Classifier | None) -> Base:
+    between = classifier.between if classifier is not None else ()
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding = model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}

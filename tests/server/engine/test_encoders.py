@@ -108,7 +108,7 @@ def test_what_has_no_place_is_refused_by_name(base: tuple[PreTrainedModel, Path]
         harness.submit(Request("generate", (5, 6)))
     with pytest.raises(InvalidRequest, match="is an encoder, which gives no text and no scores"):
         harness.submit(Request("score", (5, 6), stopping=NO_TOKENS, prompt_logprobs_from=1))
-    with pytest.raises(InvalidConfig, match="--kv-tokens is 256; .* keeps no KV cache: leave the option out"):
+    with pytest.raises(InvalidConfig, match=r"--kv-tokens is 256; .* keeps no KV cache: leave the option out"):
         start(base[1], kv_tokens=256)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import InvalidRequest
+from weft.errors import InvalidRequest, Unsupported
 from weft.server.engine.request import Pooling, Request
 
 CAUSAL = (Pooling.LAST, Pooling.MEAN)
@@ -33,10 +33,10 @@ class Limits:
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist.
 
-        And for a pooling that the model has not, or for text where it makes none.
+        And for a pooling that the model has not; Unsupported for tokens where it gives none.
         """
         if request.pooling is None and not self.generates:
-            raise InvalidRequest.of("model", "is an encoder, which gives no text and no scores: ask Classify or Embed")
+            raise Unsupported("the base is an encoder, which gives no text and no scores: ask for Classify or Embed")
         if not request.prompt:
             raise InvalidRequest.of("prompt", "is empty: give at least one token")
         longest = self.context_length - (request.stopping.max_tokens > 0)

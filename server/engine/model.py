@@ -202,7 +202,7 @@ class PagedModel:
         step = PagedStep(batch, self.cache, self.adapting, head, self.native)
         if self.encoder is not None:
             with running(step):
-                self.encoder.run(batch.input_ids, batch.positions)
+                self._over(batch.input_ids, batch.positions)
             return Outputs(torch.empty(0, self.vocab_size, device=self.device), step.hidden)
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         logits = self._run(step, batch.input_ids, batch.positions, **keep)
@@ -216,9 +216,14 @@ class PagedModel:
     def _run(self, step: Step, input_ids: torch.Tensor, positions: torch.Tensor, **keep: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: int64 [1, T]; keep: whether not all logits are wanted. Returns [T, vocab]."""
         with running(step):
-            output = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True, **keep)
-        logits: torch.Tensor = output.logits[0]
+            logits: torch.Tensor = self._over(input_ids, positions, **keep).logits[0]
         return logits
+
+    def _over(self, input_ids: torch.Tensor, positions: torch.Tensor, **keep: torch.Tensor) -> Any:
+        """Of rows of tokens, int64 [1, T]: the model's output; of an encoder the last hidden states, [T, hidden]."""
+        if self.encoder is not None:
+            return self.encoder.run(input_ids, positions)
+        return self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True, **keep)
 
     @torch.inference_mode()
     def features(self, pooled: torch.Tensor, adapters: Span) -> torch.Tensor:
@@ -232,11 +237,9 @@ class PagedModel:
     @torch.inference_mode()
     def run_whole(self, input_ids: torch.Tensor) -> None:
         """Run one prompt, int64 [1, T], for the sake of what the running step sees of it."""
-        positions = torch.arange(input_ids.shape[1], device=self.device)[None]
+        made = self._over(input_ids, torch.arange(input_ids.shape[1], device=self.device)[None])
         if self.encoder is not None:
-            self.encoder.features(self.encoder.run(input_ids, positions))
-        else:
-            self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+            self.encoder.features(made)
 
     @torch.inference_mode()
     def check_position(self, position: int) -> None:
@@ -244,10 +247,7 @@ class PagedModel:
         where = torch.tensor([[position]], device=self.device)
         name = f"{type(self.model).__name__} at position {position} (set --context-length to what it was made for)"
         with refusing(name), running(WholePrompt()):
-            if self.encoder is not None:
-                self.encoder.run(where * 0, where)
-            else:
-                self.model(input_ids=where * 0, position_ids=where, use_cache=False, return_dict=True)
+            self._over(where * 0, where)
 
     @torch.inference_mode()
     def scrub(self, blocks: list[int]) -> None:

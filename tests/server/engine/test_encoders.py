@@ -12,7 +12,7 @@ from harness import Harness
 from tiny import VOCAB
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from weft.errors import InvalidConfig, InvalidModel, InvalidRequest
+from weft.errors import InvalidConfig, InvalidModel, InvalidRequest, Unsupported
 from weft.server.engine.request import Pooling, Request, Stopping
 
 LENGTHS = (40, 1, 23, 2, POSITIONS, 7, 90, 65)
@@ -104,9 +104,9 @@ def test_what_has_no_place_is_refused_by_name(base: tuple[PreTrainedModel, Path]
     assert harness.info.context_length == POSITIONS
     with pytest.raises(InvalidRequest, match=f"has {POSITIONS + 1} tokens; at most {POSITIONS} fit"):
         harness.submit(embed((5,) * (POSITIONS + 1), Pooling.CLS))
-    with pytest.raises(InvalidRequest, match="is an encoder, which gives no text and no scores"):
+    with pytest.raises(Unsupported, match="is an encoder, which gives no text and no scores"):
         harness.submit(Request("generate", (5, 6)))
-    with pytest.raises(InvalidRequest, match="is an encoder, which gives no text and no scores"):
+    with pytest.raises(Unsupported, match="is an encoder, which gives no text and no scores"):
         harness.submit(Request("score", (5, 6), stopping=NO_TOKENS, prompt_logprobs_from=1))
     with pytest.raises(InvalidConfig, match=r"--kv-tokens is 256; .* keeps no KV cache: leave the option out"):
         start(base[1], kv_tokens=256)

@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import (
 from weft.adapters.base import Classifier
 from weft.errors import InvalidModel
 from weft.kernels.heads import Head
+from weft.server.engine.calls import NUM_TOKENS, Calls, watch
 from weft.server.engine.linear import is_linear, read
 from weft.server.engine.request import Pooling
-from weft.server.engine.watching import NUM_TOKENS, Calls, watch
 
 _SAME = 1e-3
 """Relative error up to which logits are the same."""

@@ -17,13 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from weft.adapters.base import Base, BaseModule, Classifier, Function, ModuleKind, Parameters
 from weft.errors import InvalidModel, one_line
 from weft.server.engine.attention import WholePrompt
+from weft.server.engine.calls import NUM_TOKENS, Calls, watch
 from weft.server.engine.encoders import Encoder, is_encoder, take_apart
 from weft.server.engine.experts import LowRankExperts, are_experts
 from weft.server.engine.kv_cache import KvShape
 from weft.server.engine.linear import is_linear, linear_with, read
 from weft.server.engine.proving import with_its_own
 from weft.server.engine.step import AttentionOptions, running
-from weft.server.engine.watching import NUM_TOKENS, Calls, watch
 
 _EXPERTS_TOLERANCE = 1e-2
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})

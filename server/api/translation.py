@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -14,7 +14,7 @@ from weft.server.api.chat import check_chat
 from weft.server.api.constraint_fields import check_constraint
 from weft.server.api.observing import MAX_REQUEST_ID_CHARACTERS
 from weft.server.api.violations import Number, Range, Violations
-from weft.server.engine.limits import CAUSAL
+from weft.server.engine.limits import Abilities
 from weft.server.engine.request import Pooling, Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
 
@@ -61,7 +61,6 @@ class RequestLimits:
     """What the loaded model and the configuration allow.
 
     max_requests: to one adapter that can be queued and running at once, as several answers and continuations are.
-    poolings: that the model can answer with; the first where a request names none.
     """
 
     vocab_size: int
@@ -69,7 +68,7 @@ class RequestLimits:
     max_prompt_bytes: int
     max_requests: int
     has_chat_template: bool
-    poolings: tuple[Pooling, ...] = CAUSAL
+    abilities: Abilities = field(default_factory=Abilities)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -151,19 +150,19 @@ def to_pooled_request(request: PooledRequest, metadata: Metadata, limits: Reques
     violations.number(request, "truncate", 0, Range(0))
     if isinstance(request, pb2.ClassifyRequest):
         violations.raise_any()
-        return replace(translated, pooling=Pooling.LAST, through_head=True)
+        return replace(translated, pooling=limits.abilities.class_pooling, through_head=True)
     pooling = _pooling(request, limits, violations)
     violations.raise_any()
     return replace(translated, pooling=pooling)
 
 
 def _pooling(request: pb2.EmbedRequest, limits: RequestLimits, violations: Violations) -> Pooling | None:
-    able = {POOLINGS[pooling]: pooling for pooling in limits.poolings}
+    able = {POOLINGS[pooling]: pooling for pooling in limits.abilities.poolings}
     if not able:
         violations.add("input", "can't be embedded: the base has no backbone apart from its head")
         return None
     if request.pooling == pb2.POOLING_UNSPECIFIED:
-        return limits.poolings[0]
+        return limits.abilities.poolings[0]
     if request.pooling not in able:
         names = ", ".join(map(pb2.Pooling.Name, able))
         violations.add("pooling", f"is {_pooling_name(request.pooling)}; this base serves {names}")

@@ -8,6 +8,7 @@ own. Each part is the class itself: a copy that shares all modules but the one t
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from weft.adapters.base import Classifier
-from weft.errors import InvalidModel
+from weft.adapters.classes import Classes, to_classes
+from weft.errors import InvalidAdapter, InvalidModel
 from weft.kernels.heads import Head
 from weft.server.engine.calls import NUM_TOKENS, Calls, watch
 from weft.server.engine.linear import is_linear, read
@@ -69,6 +71,14 @@ class Encoder:
         """The model's own output."""
         parameters = dict(self.model.get_submodule(self.classifier.output).named_parameters())
         return Head.of(parameters["weight"].detach(), parameters.get("bias"))
+
+    def classes(self) -> Classes:
+        """What the own output's logits stand for. Raises InvalidModel where the config says what can't be so."""
+        name = str(self.model.name_or_path)
+        try:
+            return to_classes(json.loads(self.model.config.to_json_string()), name, len(self.head().weight))
+        except InvalidAdapter as error:
+            raise InvalidModel(f"{name} can't be served: {error.problems[0]}") from error
 
 
 def take_apart(

@@ -26,14 +26,13 @@ from weft.server.engine.engine import Engine
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.kv_cache import KvCache
-from weft.server.engine.limits import Limits
+from weft.server.engine.limits import Abilities, Limits
 from weft.server.engine.means import backend_for, means_of
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
-from weft.server.engine.request import Pooling
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import (
@@ -70,7 +69,8 @@ class EngineInfo:
     adapter_pages: int
     page_rows: int
     eos_token_ids: frozenset[int]
-    poolings: tuple[Pooling, ...]
+    abilities: Abilities
+    max_batch_tokens: int
     startup_line: str
 
 
@@ -108,14 +108,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
-    limits = Limits(
-        context_length,
-        model.vocab_size,
-        context_length < allowed,
-        model.poolings,
-        class_pooling=Pooling.LAST if model.encoder is None else model.encoder.pooling,
-        generates=model.encoder is None,
-    )
+    limits = Limits(context_length, model.vocab_size, context_length < allowed, model.abilities)
     model.check_position(limits.context_length - 1)
     means = means_of(model.device, backend) if settings.cuda_graphs and not model.runs_whole else None
     if means is not None:
@@ -159,7 +152,8 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         adapter_pages=room.pages,
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
-        poolings=model.poolings,
+        abilities=limits.abilities,
+        max_batch_tokens=settings.max_batch_tokens,
         startup_line=(
             f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
             f"own; {_capacity(model, kv_tokens)} up to {limits.context_length:,}, and {describe_pages(room.pages)} of "
@@ -167,7 +161,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             f"step takes up to {mib(fitted.step_bytes)}"
         ),
     )
-    if limits.generates:
+    if limits.abilities.generates:
         compiler = _compiler(tokenizer, model.vocab_size, eos_token_ids)
     else:
         compiler = Compiler(UnsupportedTokenizer("an encoder gives no answers"))

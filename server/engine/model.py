@@ -20,7 +20,6 @@ from transformers import (
 
 from weft.adapters.base import Base, Classifier, ModuleKind
 from weft.errors import InvalidModel, one_line
-from weft.kernels.heads import Head
 from weft.kernels.lora import find_backend
 from weft.kernels.native import FORMATS, Native
 from weft.kernels.plan import Span, build_plan
@@ -41,7 +40,7 @@ from weft.server.engine.encoders import is_encoder
 from weft.server.engine.fusing import Fusion
 from weft.server.engine.graphs import GraphRunner, Means
 from weft.server.engine.kv_cache import KvCache, KvShape
-from weft.server.engine.limits import CAUSAL
+from weft.server.engine.limits import CAUSAL, Abilities
 from weft.server.engine.linear import freeze
 from weft.server.engine.request import Pooling
 from weft.server.engine.step import Step, running
@@ -86,7 +85,10 @@ class PagedModel:
         self.kv_shapes: Mapping[int, KvShape] = surveyed.kv_shapes
         self.windows = surveyed.windows
         self.encoder = surveyed.encoder
-        self.base: Base = replace(surveyed.base, classifier=_brought(model, surveyed.base.classifier, lacking))
+        classifier = _brought(model, surveyed.base.classifier, lacking)
+        self.base: Base = replace(surveyed.base, classifier=classifier)
+        self.own_head = None if self.encoder is None or classifier is None or classifier.absent else self.encoder.head()
+        """Of an encoder's checkpoint that brings all parameters of its classifier."""
         self._linear_groups = surveyed.linear_groups
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
@@ -119,17 +121,14 @@ class PagedModel:
         return min([*lengths[:1], *_stable_rope_lengths(config)], default=None)
 
     @property
-    def poolings(self) -> tuple[Pooling, ...]:
-        """What it can make of its last hidden states: nothing where no backbone is apart from the head."""
-        if self.encoder is not None:
-            return (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
-        return () if self.model.base_model is self.model else CAUSAL
-
-    @property
-    def own_head(self) -> Head | None:
-        """Of a checkpoint that brings all parameters of a classifier."""
-        classifier = self.base.classifier
-        return None if self.encoder is None or classifier is None or classifier.absent else self.encoder.head()
+    def abilities(self) -> Abilities:
+        """Nothing can be made of last hidden states where no backbone is apart from the head."""
+        if self.encoder is None:
+            return Abilities(poolings=() if self.model.base_model is self.model else CAUSAL)
+        poolings = (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
+        return Abilities(
+            False, poolings, self.encoder.pooling, self.encoder.classes() if self.own_head is not None else None
+        )
 
     @property
     def runs_whole(self) -> bool:
@@ -162,7 +161,7 @@ class PagedModel:
         self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
         freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
-        if self.poolings:
+        if self.abilities.poolings:
             self.model.base_model.register_forward_hook(see_last_hidden)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
         if pointwise is None and self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:

@@ -79,7 +79,7 @@ def prompts(count: int) -> list[tuple[int, ...]]:
 def mixed(bench: Bench) -> list[Request]:
     """Classifications by each adapter, several times, by the base, and vectors, in turn."""
     names = [*bench.names, ""] * 3
-    pooling = bench.harness.engine.limits.class_pooling
+    pooling = bench.harness.engine.limits.abilities.class_pooling
     asked = []
     for prompt, name in zip(prompts(len(names)), names, strict=True):
         adapters = ((name, 1.0),) if name else ()

@@ -44,7 +44,7 @@ def embed(prompt: tuple[int, ...], pooling: Pooling) -> Request:
 
 
 def classify(harness: Harness, prompt: tuple[int, ...]) -> Request:
-    pooling = harness.engine.limits.class_pooling
+    pooling = harness.engine.limits.abilities.class_pooling
     return Request("classify", prompt, stopping=NO_TOKENS, pooling=pooling, through_head=True)
 
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_lacks_more_is_refused(tmp_path: Path) -> None:
 def test_mean_is_found_where_the_class_pools_by_it(tmp_path: Path) -> None:
     model = make_encoder("modernbert", tmp_path, classifier_pooling="mean")
     server = start(tmp_path)
-    assert server.engine.limits.class_pooling is Pooling.MEAN
+    assert server.engine.limits.abilities.class_pooling is Pooling.MEAN
     (made,) = vectors(server, [classify(server, prompts()[0])])
     assert torch.allclose(made, own_logits(model, prompts()[0]), atol=1e-4, rtol=1e-4)
 

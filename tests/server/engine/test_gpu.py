@@ -149,7 +149,7 @@ def test_classifiers_on_an_encoder_give_the_logits_of_the_cpu(kind: str, tmp_pat
     for labels, folder in zip((2, 5), adapters.values(), strict=True):
         make_classifier(tmp_path / "base", folder, "abcde"[:labels], labels, target_modules=LINEAR[kind])
     on_cpu, on_gpu = (Harness(tmp_path / "base", adapters, device=each, kv_tokens=None) for each in ("cpu", "cuda"))
-    settings = {"stopping": Stopping(0), "pooling": on_cpu.engine.limits.class_pooling, "through_head": True}
+    settings = {"stopping": Stopping(0), "pooling": on_cpu.engine.limits.abilities.class_pooling, "through_head": True}
     requests = [
         Request(name, tuple(range(3, 4 + 9 * i)), ((name, 1.0),) if name else (), **settings)
         for i, name in enumerate([*adapters, ""] * 4)

@@ -29,7 +29,8 @@ from weft.server.engine.calls import NUM_TOKENS, Calls, watch
 from weft.server.engine.linear import is_linear, read
 from weft.server.engine.request import Pooling
 
-_SAME = 1e-3
+_SAME = {torch.float32: 1e-3}
+_SAME_IN_HALF = 5e-2
 """Relative error up to which logits are the same."""
 
 
@@ -98,16 +99,14 @@ def take_apart(
         made = _logits(model, torch.stack([*vectors.values(), *hidden[1 : NUM_TOKENS - len(vectors) + 1]]))
     called = {path: seen for path, seen in calls.items() if seen.count}
     output = next((path for path, seen in called.items() if seen.output is made), "")
-    poolings = [
-        pooling
-        for pooling, row in zip(vectors, made[: len(vectors)], strict=True)
-        if (row - logits).norm() <= _SAME * logits.norm()
-    ]
-    if not poolings or not output or not is_linear(model.get_submodule(output)):
+    errors = [float((row - logits).norm() / logits.norm()) for row in made[: len(vectors)].float()]
+    error, pooling = min(zip(errors, vectors, strict=True), key=lambda each: each[0])
+    is_same = error <= _SAME.get(made.dtype, _SAME_IN_HALF)
+    if not is_same or not output or not is_linear(model.get_submodule(output)):
         raise InvalidModel(f"{name} does not make its logits of one vector of the prompt by a linear module")
     num_features = read(model.get_submodule(output), "weight").shape[1]
     classifier = Classifier(tuple(path for path in called if path != output), output, num_features)
-    return Encoder(model, classifier, poolings[0], _first_position(model, input_ids)), called
+    return Encoder(model, classifier, pooling, _first_position(model, input_ids)), called
 
 
 def _first_position(model: PreTrainedModel, input_ids: torch.Tensor) -> int:

@@ -125,9 +125,11 @@ class PagedModel:
         """Nothing can be made of last hidden states where no backbone is apart from the head."""
         if self.encoder is None:
             return Abilities(poolings=() if self.model.base_model is self.model else CAUSAL)
-        poolings = (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
         return Abilities(
-            False, poolings, self.encoder.pooling, self.encoder.classes() if self.own_head is not None else None
+            generates=False,
+            poolings=(Pooling.MEAN, Pooling.CLS, Pooling.LAST),
+            class_pooling=self.encoder.pooling,
+            classes=self.encoder.classes() if self.own_head is not None else None,
         )
 
     @property

@@ -76,6 +76,15 @@ def test_they_are_the_same_to_the_bit_alone_and_mixed(base: tuple[PreTrainedMode
         assert all(torch.equal(mine, other) for mine, other in zip(together, alone, strict=True))
 
 
+def test_in_bfloat16_too(base: tuple[PreTrainedModel, Path]) -> None:
+    server = start(base[1], dtype="bfloat16")
+    requests = [classify(server, prompt) for prompt in prompts()]
+    together = vectors(server, requests)
+    assert all(torch.equal(vectors(server, [asked])[0], mine) for asked, mine in zip(requests, together, strict=True))
+    expected = torch.stack([own_logits(base[0], prompt) for prompt in prompts()])
+    assert (torch.stack(together) - expected).norm() < 0.1 * expected.norm()
+
+
 def test_without_the_c_library_too(base: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_NATIVE", "0")
     server = start(base[1])

@@ -72,11 +72,8 @@ class Prompts:
         if not request.HasField("truncate"):
             words = f"has {len(ids)} tokens; at most {longest} fit: set truncate to have the rest left out"
             raise InvalidRequest.of(prompt_path(request), words)
-        end: list[int] = []
-        if given_as(request) == "text":
-            bare = await asyncio.to_thread(self._encode_text, request.text, add_special_tokens=False)
-            end = _after(ids, bare)[-most:]
-        return [*ids[: most - len(end)], *end], len(ids) - most
+        text = request.text if given_as(request) == "text" else None
+        return await asyncio.to_thread(self._cut, text, ids, most), len(ids) - most
 
     async def encode_continuations(self, request: pb2.ScoreRequest, prompt: Sequence[int]) -> list[list[int]]:
         """Token ids of each continuation of a checked request, whose prompt has become these ids.
@@ -99,6 +96,12 @@ class Prompts:
 
     def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _cut(self, text: str | None, ids: list[int], most: int) -> list[int]:
+        """The first ids, and of a text what the tokenizer puts behind it."""
+        bare = ids if text is None else self._encode_text(text, add_special_tokens=False)
+        end = _after(ids, bare)[-most:]
+        return [*ids[: most - len(end)], *end]
 
     def _encode_continuations(
         self, text: str | None, prompt: list[int], continuations: Sequence[str]
@@ -164,9 +167,7 @@ class Prompts:
         return Shown("".join([*pieces, rest]) if given is None else given, ids, pieces)
 
 
-def _after(ids: Sequence[int], bare: Sequence[int]) -> list[int]:
+def _after(ids: list[int], bare: list[int]) -> list[int]:
     """What the tokenizer puts behind a text. ids: of the text with what is put around it, bare: without."""
-    for start in range(len(ids) - len(bare) + 1):
-        if list(ids[start : start + len(bare)]) == list(bare):
-            return list(ids[start + len(bare) :])
-    return []
+    ends = (start + len(bare) for start in range(len(ids) - len(bare) + 1))
+    return next((ids[end:] for end in ends if ids[end - len(bare) : end] == bare), [])

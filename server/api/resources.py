@@ -34,8 +34,8 @@ EVENT_KINDS = {
 }
 
 
-def to_message(info: AdapterInfo) -> pb2.Adapter:
-    """A snapshot as a resource."""
+def to_message(info: AdapterInfo, *, in_list: bool = False) -> pb2.Adapter:
+    """A snapshot as a resource. in_list: without what may be long, so that many fit in one message."""
     return pb2.Adapter(
         name=info.name,
         source=info.source,
@@ -54,7 +54,7 @@ def to_message(info: AdapterInfo) -> pb2.Adapter:
         requests_in_flight=info.num_in_flight,
         num_pages=info.num_pages,
         parity_error=info.probe_error,
-        class_labels=info.classes.labels if info.classes else (),
+        class_labels=info.classes.labels if info.classes and not in_list else (),
         problem_type=PROBLEM_TYPES[info.classes.problem_type] if info.classes else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,21 +149,22 @@ def to_pooled_request(request: PooledRequest, metadata: Metadata, limits: Reques
     violations = Violations()
     translated = replace(_shared(request, metadata, limits, deadline_s, violations), stopping=Stopping(max_tokens=0))
     violations.number(request, "truncate", 0, Range(0))
-    if isinstance(request, pb2.ClassifyRequest):
-        violations.raise_any()
-        return replace(translated, pooling=limits.abilities.class_pooling, through_head=True)
     pooling = _pooling(request, limits, violations)
     violations.raise_any()
-    return replace(translated, pooling=pooling)
+    return replace(translated, pooling=pooling, through_head=isinstance(request, pb2.ClassifyRequest))
 
 
-def _pooling(request: pb2.EmbedRequest, limits: RequestLimits, violations: Violations) -> Pooling | None:
-    able = {POOLINGS[pooling]: pooling for pooling in limits.abilities.poolings}
+def _pooling(request: PooledRequest, limits: RequestLimits, violations: Violations) -> Pooling | None:
+    """For a head the one that the model's class has."""
+    abilities = limits.abilities
+    able = {POOLINGS[pooling]: pooling for pooling in abilities.poolings}
     if not able:
-        violations.add("input", "can't be embedded: the base has no backbone apart from its head")
+        violations.add("input", "becomes no vector: the base has no backbone apart from its head")
         return None
+    if isinstance(request, pb2.ClassifyRequest):
+        return abilities.class_pooling
     if request.pooling == pb2.POOLING_UNSPECIFIED:
-        return limits.abilities.poolings[0]
+        return abilities.poolings[0]
     if request.pooling not in able:
         names = ", ".join(map(pb2.Pooling.Name, able))
         violations.add("pooling", f"is {_pooling_name(request.pooling)}; this base serves {names}")
@@ -226,11 +228,6 @@ def given_as(request: AnyRequest | pb2.TokenizeRequest) -> str:
     return str((request.WhichOneof("input") if is_pooled else request.WhichOneof("prompt")) or "")
 
 
-def longest_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimits) -> int:
-    """In tokens; an answer of tokens needs one more place."""
-    return limits.context_length if isinstance(request, PooledRequest) else limits.max_prompt_tokens
-
-
 def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimits, violations: Violations) -> None:
     """Note what is wrong with a prompt, before it is tokenized. An empty text is left to the caller."""
     match given_as(request):
@@ -246,9 +243,10 @@ def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimit
         case "token_ids":
             assert not isinstance(request, pb2.TokenizeRequest)
             ids, path = request.token_ids.ids, "token_ids.ids"
+            longest = _longest(request, limits)
             if not ids:
                 violations.add(path, "is empty; give at least one token")
-            elif len(ids) > (longest := longest_prompt(request, limits)) and not _may_truncate(request):
+            elif len(ids) > longest:
                 violations.add(path, f"has {len(ids)} tokens; at most {longest} fit")
             else:
                 violations.token_ids(ids, path, limits.vocab_size)
@@ -257,8 +255,11 @@ def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimit
             violations.add(what, "is missing; set one of its fields")
 
 
-def _may_truncate(request: AnyRequest) -> bool:
-    return isinstance(request, PooledRequest) and request.HasField("truncate")
+def _longest(request: AnyRequest, limits: RequestLimits) -> float:
+    """Of token ids, how many there may be; an answer of tokens needs one more place."""
+    if not isinstance(request, PooledRequest):
+        return limits.max_prompt_tokens
+    return math.inf if request.HasField("truncate") else limits.context_length
 
 
 def _request_id(given: str, violations: Violations) -> str:

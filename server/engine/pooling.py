@@ -52,7 +52,7 @@ def _state(rows: torch.Tensor, of: PooledRows) -> torch.Tensor:
     """rows: float32 [count, hidden], those of the step."""
     before = None if of.begins else of.sequence.pooled
     if of.sequence.request.pooling is not Pooling.MEAN:
-        return rows[0] if before is None or of.count else before
+        return rows[0].clone() if before is None or of.count else before
     total = torch.zeros_like(rows[0]) if before is None else before.clone()
     if rows.device.type != "cpu":
         return total + rows.sum(0)

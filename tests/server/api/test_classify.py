@@ -199,6 +199,8 @@ def test_the_adapter_service_tells_the_labels(house: House) -> None:
     assert list(adapter.class_labels) == ["sport", "money", "music"]
     assert adapter.problem_type == pb2.PROBLEM_TYPE_MULTI_LABEL
     assert "score" in adapter.modules
+    (listed,) = house.adapters.ListAdapters(adapter_pb2.ListAdaptersRequest(name_prefix="topic")).adapters
+    assert (list(listed.class_labels), listed.problem_type) == ([], adapter.problem_type)
     source = f"file:{house.root}/adapters/topic"
     report = house.adapters.CheckAdapter(adapter_pb2.CheckAdapterRequest(source=source)).report
     kinds = {module.name: module.kind for module in report.modules}

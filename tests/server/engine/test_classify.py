@@ -115,6 +115,12 @@ def test_they_are_the_same_to_the_bit_alone_mixed_chunked_and_preempted(
     assert tight.engine._scheduler.num_preemptions > 0
 
 
+def test_half_precision_gives_the_same_to_the_bit_alone_and_mixed(base: Base) -> None:
+    server = start(base, dtype="bfloat16")
+    mixed = logits(server.run([*generations(), *classifications()])[5:])
+    assert mixed == [logits(server.run([request]))[0] for request in classifications()]
+
+
 def test_a_prefix_that_was_computed_before_is_not_computed_again(harness: Harness) -> None:
     request = classify(5, "topic")
     first, again = (harness.run([request])[0] for _ in range(2))

@@ -76,9 +76,6 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=options.causal)[0].transpose(0, 1)
 
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """There is nothing to come."""
-
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
@@ -109,9 +106,6 @@ class PagedStep:
         self.shared: Shared = {}
         self.hidden: torch.Tensor | None = None
         """Of the last hidden states, those that the batch wants: [m, hidden]; None before the backbone is through."""
-
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """All of it is done in one go."""
 
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if modules == self._head else self._batch.plan

@@ -56,10 +56,10 @@ class Encoder:
     def run(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The last hidden states [T, hidden]. input_ids, positions: int64 [1, T]; positions count from 0."""
         backbone: nn.Module = self.model.base_model
-        inside = self.model.base_model_prefix + "."
         for name in self.classifier.between:
-            if name.startswith(inside):  # it would take the first row of all for a prompt's
-                backbone = _with(backbone, name.removeprefix(inside).partition(".")[0], None)
+            prefix, _, inside = name.partition(".")
+            if prefix == self.model.base_model_prefix:  # BERT's pooler would take the first row of all for a prompt's
+                backbone = _with(backbone, inside.partition(".")[0], None)
         made = backbone(input_ids=input_ids, position_ids=positions + self.first_position, return_dict=True)
         hidden: torch.Tensor = made.last_hidden_state[0]
         return hidden
@@ -83,18 +83,18 @@ class Encoder:
 
 
 def take_apart(
-    model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
+    model: PreTrainedModel, counted: torch.Tensor, logits: torch.Tensor
 ) -> tuple[Encoder, Mapping[str, Calls]]:
     """The parts, and how those after the backbone are called, one row a vector.
 
-    input_ids, positions: int64 [1, NUM_TOKENS]; logits: [labels], what the whole model makes of them. Raises
-    InvalidModel where that is not by one vector of the prompt and a linear module.
+    counted: int64 [1, NUM_TOKENS], from 0 on; logits: [labels], what the whole model makes of them as tokens at these
+    positions. Raises InvalidModel where that is not by one vector of the prompt and a linear module.
     """
     name = type(model).__name__
     if model.base_model is model:
         raise InvalidModel(f"{name} has no backbone apart from its head")
-    hidden = model.base_model(input_ids=input_ids, position_ids=positions, return_dict=True).last_hidden_state[0]
-    vectors = {Pooling.CLS: hidden[0], Pooling.MEAN: hidden.mean(0), Pooling.LAST: hidden[-1]}
+    hidden = model.base_model(input_ids=counted, position_ids=counted, return_dict=True).last_hidden_state[0]
+    vectors = pooled_by(hidden)
     with watch(model) as calls:
         made = _logits(model, torch.stack([*vectors.values(), *hidden[1 : NUM_TOKENS - len(vectors) + 1]]))
     called = {path: seen for path, seen in calls.items() if seen.count}
@@ -106,20 +106,24 @@ def take_apart(
         raise InvalidModel(f"{name} does not make its logits of one vector of the prompt by a linear module")
     num_features = read(model.get_submodule(output), "weight").shape[1]
     classifier = Classifier(tuple(path for path in called if path != output), output, num_features)
-    return Encoder(model, classifier, pooling, _first_position(model, input_ids)), called
+    return Encoder(model, classifier, pooling, _first_position(model, counted)), called
 
 
-def _first_position(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
-    """What the class gives to its table of positions for a prompt's first token, RoBERTa's is 2; 0 without a table."""
-    ids = torch.full_like(input_ids, next(i for i in range(3) if i != model.config.pad_token_id))
+def _first_position(model: PreTrainedModel, counted: torch.Tensor) -> int:
+    """Where a class's table of positions begins for it, RoBERTa's at 2; 0 for a class without a table."""
+    token = next(token for token in range(2) if token != model.config.pad_token_id)  # RoBERTa counts no padding
     with watch(model) as calls:
-        model.base_model(input_ids=ids, return_dict=True)
-    counted = torch.arange(NUM_TOKENS, device=ids.device)[None]
+        model.base_model(input_ids=torch.full_like(counted, token), return_dict=True)
     for seen in calls.values():
         given = seen.inputs[0] if seen.inputs else None
         if isinstance(given, torch.Tensor) and torch.equal(given, counted + given.flatten()[0]):
             return int(given[0, 0])
     return 0
+
+
+def pooled_by(hidden: torch.Tensor) -> Mapping[Pooling, torch.Tensor]:
+    """Each vector [hidden] that can be made of a prompt's last hidden states, [T, hidden]."""
+    return {Pooling.CLS: hidden[0], Pooling.MEAN: hidden.mean(0), Pooling.LAST: hidden[-1]}
 
 
 class _Done(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from weft.errors import InvalidModel
 from weft.server.engine.attention import ATTENTION
 from weft.server.engine.batch import build_batch
-from weft.server.engine.encoders import Encoder
+from weft.server.engine.encoders import Encoder, pooled_by
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.model import PagedModel
 from weft.server.engine.request import Pooling, Request
@@ -96,10 +96,10 @@ def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def _labels(paged: PagedModel, encoder: Encoder, hidden: torch.Tensor, prompts: list[list[int]]) -> torch.Tensor:
-    head = encoder.head()
-    each = torch.split(hidden.float(), [len(prompt) for prompt in prompts])
-    vectors = [{Pooling.CLS: rows[0], Pooling.MEAN: rows.mean(0), Pooling.LAST: rows[-1]} for rows in each]
-    return torch.cat([head(paged.features(vector[encoder.pooling], (1, []))[None]) for vector in vectors])
+    """What the checkpoint's own classifier makes of the last hidden states of all prompts, [prompts, labels]."""
+    rows = torch.split(hidden.float(), [len(prompt) for prompt in prompts])
+    features = [paged.features(pooled_by(each)[encoder.pooling], (1, [])) for each in rows]
+    return encoder.head()(torch.stack(features))
 
 
 def _flat(paged: PagedModel, pool: BlockPool, prompts: list[list[int]]) -> torch.Tensor:

@@ -58,20 +58,19 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
     if odd:
         raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
     step = _Watching(causal=not is_encoder(model.config))
-    positions = torch.arange(NUM_TOKENS, device=device)[None]
+    counted = torch.arange(NUM_TOKENS, device=device)[None]
     with watch(model) as calls, refusing(name), running(step):
-        made = model(input_ids=positions, position_ids=positions, use_cache=False, return_dict=True)
+        made = model(input_ids=counted, position_ids=counted, use_cache=False, return_dict=True)
     if not step.kv_shapes:
         raise InvalidModel(f"{name} {NO_INTERFACE}")
     encoder = None
     if not step.causal:
         with refusing(name), running(WholePrompt()):
-            encoder, after = take_apart(model, positions, positions, made.logits[0])
+            encoder, after = take_apart(model, counted, made.logits[0])
         calls |= after
+        del calls[encoder.classifier.output]
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not step.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
-    if encoder is not None:
-        del calls[encoder.classifier.output]
     base = _describe(model, calls, encoder.classifier if encoder is not None else None)
     linear = [path for path, seen in calls.items() if seen.count and is_linear(model.get_submodule(path))]
     return Survey(
@@ -110,10 +109,10 @@ class _Watching(WholePrompt):
         options: AttentionOptions,
     ) -> torch.Tensor:
         if layer in self.kv_shapes:
-            raise InvalidModel(f"layer {layer} attends twice: the model shares or crosses its attention")
+            raise InvalidModel("a layer attends twice: the model shares or crosses its attention")
         if options.causal != self.causal:
-            sides = "sees what comes after a token" if self.causal else "sees only what comes before a token"
-            raise InvalidModel(f"layer {layer} {sides}, which is not served in a model of its kind")
+            sides = "what comes after a token" if self.causal else "only what comes before a token"
+            raise InvalidModel(f"a layer sees {sides}, which is not served in a model of its kind")
         self.kv_shapes[layer] = KvShape(key.shape[0], key.shape[2], value.shape[2])
         if options.window is not None:
             self.windows.add(options.window)

@@ -11,12 +11,14 @@ from encoders import ENCODERS, POSITIONS, hidden_of, make_encoder, own_logits
 from harness import Harness
 from tiny import VOCAB
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from weft.errors import InvalidConfig, InvalidModel, InvalidRequest, Unsupported
 from weft.server.engine.request import Pooling, Request, Stopping
 
 LENGTHS = (40, 1, 23, 2, POSITIONS, 7, 90, 65)
 NO_TOKENS = Stopping(max_tokens=0)
+LIKE_THEM = ["xlm-roberta", "camembert", "electra", "ernie", "data2vec-text", "gte", "nomic_bert", "jina_embeddings_v3"]
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
@@ -143,6 +145,17 @@ def test_a_checkpoint_without_a_classifier_gives_vectors(kind: str, auto: type, 
     (made,) = vectors(server, [embed(prompt, Pooling.MEAN)])
     assert torch.allclose(made, hidden_of(model, prompt).mean(0), atol=1e-4, rtol=1e-4)
     assert server.engine._model.own_head is None
+
+
+@pytest.mark.parametrize("kind", [*LIKE_THEM])
+def test_what_is_built_like_them_is_served_too(kind: str, tmp_path: Path) -> None:
+    if kind not in CONFIG_MAPPING_NAMES:
+        pytest.skip("a class of later versions of transformers")
+    model = make_encoder(kind, tmp_path, intermediate_size=96, max_position_embeddings=POSITIONS)
+    server = start(tmp_path)
+    made = vectors(server, [classify(server, prompt) for prompt in prompts()[:3]])
+    for mine, prompt in zip(made, prompts(), strict=False):
+        assert torch.allclose(mine, own_logits(model, prompt), atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_that_lacks_more_is_refused(tmp_path: Path) -> None:

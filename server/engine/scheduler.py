@@ -137,7 +137,7 @@ class Scheduler:
         self._num_again = 0
         """Steps since the last look at those that wait."""
         self._passing_tokens = passing_tokens
-        self._whole_prompts = whole_prompts
+        self.whole_prompts = whole_prompts
         self._turned_away: list[Sequence] = []
         """Who found no room in the last step, in turn."""
         self._passed: dict[Sequence, int] = {}
@@ -327,7 +327,7 @@ class Scheduler:
 
     def _least(self, sequence: Sequence) -> int:
         """Tokens of one that waits which a step has to compute if it is to begin with it."""
-        return sequence.num_pending if self._whole_prompts else 1
+        return sequence.num_pending if self.whole_prompts else 1
 
     def _turn_of(self, sequence: Sequence) -> tuple[float, float]:
         """Of a prompt that was begun: its own turn, or the earliest of those that wait for it."""

@@ -19,8 +19,8 @@ from tiny import make_classifier, peft_classify
 from transformers import AutoTokenizer, PreTrainedModel
 
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.v1 import adapter_pb2, server_pb2
 from weft.v1 import inference_pb2 as pb2
-from weft.v1 import server_pb2
 
 LABELS = {"mood": ("bad", "good"), "topic": ("sport", "money", "music", "film", "law")}
 TEXTS = ("a", "a match that was lost in the last minute", "rates rise", "x" * 100)
@@ -127,5 +127,8 @@ def test_the_server_says_what_it_is(place: Place) -> None:
     limits = info.limits
     assert (limits.max_context_tokens, limits.max_prompt_tokens) == (POSITIONS, POSITIONS)
     assert (limits.max_batch_tokens, limits.kv_capacity_tokens) == (POSITIONS, 0)
+    place.classify(TEXTS[0], "mood")
+    plan = place.adapters.PlanCapacity(adapter_pb2.PlanCapacityRequest())
+    assert (plan.kv_tokens_total, plan.kv_tokens_free) == (0, 0)
     health = health_pb2_grpc.HealthStub(place.channel).Check(health_pb2.HealthCheckRequest())
     assert health.status == health_pb2.HealthCheckResponse.SERVING

@@ -33,6 +33,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/access.py
 	$(BIN)/python benchmarks/overload.py
 	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/extracting.py
+	$(BIN)/python benchmarks/shared_basis.py
 
 # Minutes; SOAK="--minutes 120" for hours.
 soak: $(READY)

@@ -58,7 +58,7 @@ def _match_classifier(
 ) -> tuple[LoraWeights, list[Problem]]:
     """As one of transformers' classes for sequence classification: the base without its head, and the adapter's own."""
     found = sort_tensors(tensors, config, base.headless)
-    head, problems = take_head(found.saved, folder, source, base.hidden_size)
+    head, problems = take_head(found.saved, folder, source, base)
     weights, others = match_up(config, found, base.headless)
     return replace(weights, head=head), [*problems, *others]
 

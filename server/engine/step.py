@@ -17,12 +17,16 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What a layer asks of its attention: scale of the scores, window in tokens, tanh soft cap, sink logits [heads]."""
+    """What a layer asks of its attention: scale of the scores, window in tokens, tanh soft cap, sink logits [heads].
+
+    causal: whether a token sees none that comes after it; else the window is as wide on that side.
+    """
 
     scaling: float | None
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    causal: bool = True
 
 
 Shared = MutableMapping[Hashable, tuple[torch.Tensor, torch.Tensor]]

@@ -58,8 +58,9 @@ class Caller:
         return not leads_up and any(fnmatchcase(source, pattern) for pattern in self.sources)
 
     def asking_for(self, other: str) -> str:
-        """The name of who a gateway asks for."""
-        return "/".join(filter(None, (self.name, other)))
+        """The name of who a gateway asks for. No two pairs give the same, whatever slashes are in them."""
+        own = self.name.replace("%", "%25").replace("/", "%2F")
+        return "/".join(filter(None, (own, other)))
 
     def salted(self, cache_salt: str, other: str) -> str:
         """What prefixes are shared under, of those whom `other` names."""

@@ -274,6 +274,15 @@ class TestCaller:
         for source in ("file:/a/../b", "https://h/a/%2E%2e/b", "file:/ab", "hf:a/b"):
             assert not caller.may_load(source)
 
+    def test_no_two_callers_share_a_turn(self) -> None:
+        names = [
+            Caller(name).asking_for(other)
+            for name in ("a", "a/b", "a%2Fb", "a%", "c")
+            for other in ("", "b", "b/c", "c", "%2Fb")
+        ]
+        assert len(set(names)) == len(names)
+        assert Caller("team-a").asking_for("user 1") == "team-a/user 1"
+
     def test_no_two_callers_have_the_same_salt(self) -> None:
         salts = [
             Caller(name).salted(salt, other)

@@ -17,7 +17,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Span, Tracer, set_span_in_context
 
 from weft.adapters.locations import is_remote
-from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, Allow, NewAdapter, allow_all
 from weft.adapters.report import AdapterReport
 from weft.adapters.state import Recorder
 from weft.adapters.store import AdapterStore, Reservation
@@ -108,16 +108,16 @@ class AdapterLoader:
             self._threads.of_source(new.source),
         )
 
-    async def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+    async def update(self, name: str, change: AdapterChange, allow: Allow = allow_all) -> AdapterInfo:
         """Raises what `AdapterStore.update` raises, and Unavailable. What has begun goes on if this is cancelled."""
         self._check_open()
         if change.source is None and not change.pinned:  # nothing is read or moved: it need not wait behind what is
-            info = self._store.update(name, change)
+            info = self._store.update(name, change, allow)
             await self._record(name)
             return info
 
         def update() -> AdapterInfo:
-            return self._store.update(name, change)
+            return self._store.update(name, change, allow)
 
         return await self._on_thread(
             lambda: self._recorded(
@@ -126,9 +126,10 @@ class AdapterLoader:
             self._threads.of_source(change.source or ""),
         )
 
-    async def delete(self, name: str) -> AdapterInfo:
-        """Raises AdapterNotFound, and Unavailable."""
-        info = self._store.delete(name)
+    async def delete(self, name: str, allow: Allow = allow_all) -> AdapterInfo:
+        """Raises what `AdapterStore.delete` raises, and Unavailable."""
+        self._check_open()
+        info = self._store.delete(name, allow)
         await self._record(name)
         return info
 

@@ -280,7 +280,7 @@ def test_what_was_changed_for_a_caller_who_gave_up_is_recorded(loading: Loading,
     state.close()
 
 
-def test_draining_refuses_updates_and_checks_and_tells_who_asked(loading: Loading) -> None:
+def test_draining_refuses_changes_and_checks_and_tells_who_asked(loading: Loading) -> None:
     told: list[str] = []
 
     async def main() -> None:
@@ -295,8 +295,11 @@ def test_draining_refuses_updates_and_checks_and_tells_who_asked(loading: Loadin
                 await loading.loader.update("first", change)
         with pytest.raises(Unavailable, match="draining"):
             await loading.loader.inspect(source)
+        with pytest.raises(Unavailable, match="draining"):
+            await loading.loader.delete("first")
 
     asyncio.run(main())
+    assert [info.name for info in loading.store.list()] == ["first"]
     assert told == ["the server is draining"]
 
 

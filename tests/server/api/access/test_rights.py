@@ -180,6 +180,31 @@ class TestAdmin:
             tenant.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "a", "more": "x"}))
             tenant.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "a"}))
 
+    def test_one_with_labels_changes_nothing_that_is_no_longer_its_own_once_it_is_loaded(
+        self, guard: Guarded, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert guard.server._loaded is not None
+        reader = guard.server._loaded.frontend._store._reader
+        reads, may_end, read = threading.Event(), threading.Event(), reader.read
+
+        def slow(source: str) -> object:
+            reads.set()
+            assert may_end.wait(60)
+            return read(source)
+
+        monkeypatch.setattr(reader, "read", slow)
+        loading = change("shared/one", source=f"file:{guard.adapters / 'two'}")
+        with guard.calling("boss") as boss, guard.calling("tenant-b") as tenant:
+            boss.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "b"}))
+            before = boss.adapters.GetAdapter(pb2.GetAdapterRequest(name="shared/one")).adapter
+            asked = tenant.adapters.UpdateAdapter.future(loading)
+            assert reads.wait(60)
+            boss.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "a"}))
+            may_end.set()
+            assert refusal(asked.result).message == "caller 'tenant-b' may not use adapter 'shared/one'"
+            after = boss.adapters.GetAdapter(pb2.GetAdapterRequest(name="shared/one")).adapter
+            assert (after.digest, after.source) == (before.digest, before.source)
+
     def test_sources_of_others_are_not_looked_at(self, guard: Guarded) -> None:
         with guard.calling("team-a") as team_a, guard.calling("tenant-a") as tenant:
             for source in (f"file:{guard.adapters / 'two'}", "file:/nowhere", f"file:{guard.adapters}/one/../two"):
@@ -237,19 +262,26 @@ def test_each_call_of_an_admin_leaves_one_line_whatever_came_of_it(guard: Guarde
         new = pb2.CreateAdapterRequest(adapter={"name": "new", "source": source}, wait=True)
         boss.adapters.CreateAdapter(new)
         refusal(lambda: boss.adapters.CreateAdapter(new))
-        boss.adapters.UpdateAdapter(change("new", labels={}))
+        boss.adapters.UpdateAdapter(change("new", labels={"tenant": "a"}, pinned=False))
+        boss.adapters.UpdateAdapter(change("new", source=source))
+        secret = {"name": "x", "source": "https://me:hunter2@host/a?token=hunter2", "labels": {"a b": "c"}}
+        refusal(lambda: boss.adapters.CreateAdapter(pb2.CreateAdapterRequest(adapter=secret)))
         refusal(lambda: asker.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="new")))
         refusal(lambda: nobody.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="new")))
         boss.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="new"))
         refusal(lambda: boss.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="no\nsuch caller=x")))
         boss.adapters.ListAdapters(pb2.ListAdaptersRequest())
-    lines = written.all(7)
+    lines = written.all(9)
     assert all(" peer=ipv4:127.0.0.1:" in line for line in lines)
     told = [" ".join(word for word in line.split(" ") if not word.startswith("peer=")) for line in lines]
     assert told == [
-        f"caller=boss method=CreateAdapter adapter=new digest={digest} outcome=ok",
-        "caller=boss method=CreateAdapter adapter=new digest=- outcome=already_exists",
-        f"caller=boss method=UpdateAdapter adapter=new digest={digest} outcome=ok",
+        f"caller=boss method=CreateAdapter adapter=new source={source} digest={digest} outcome=ok",
+        f"caller=boss method=CreateAdapter adapter=new source={source} digest=- outcome=already_exists",
+        "caller=boss method=UpdateAdapter adapter=new "
+        f"""labels='{{"tenant": "a"}}' pinned=false digest={digest} outcome=ok""",
+        f"caller=boss method=UpdateAdapter adapter=new source={source} digest={digest} outcome=ok",
+        """caller=boss method=CreateAdapter adapter=x source=https://***@host/a?*** labels='{"a b": "c"}' """
+        "digest=- outcome=invalid_argument",
         "caller=asker method=DeleteAdapter adapter=new digest=- outcome=permission_denied",
         "caller=- method=DeleteAdapter adapter=- digest=- outcome=unauthenticated",
         f"caller=boss method=DeleteAdapter adapter=new digest={digest} outcome=ok",

@@ -132,11 +132,16 @@ class AdapterStore:
             reason = str(error)
             raise
         finally:
-            with self._lock:
-                if entry.version is None:
-                    entry.error = reason
-                    if self._entries.get(entry.name) is entry:
-                        self._tell(EventKind.CHANGED, entry)
+            self.give_up(reservation, reason)
+
+    def give_up(self, reservation: Reservation, reason: str) -> None:
+        """What is not loaded by now is FAILED, for this reason."""
+        entry = reservation.entry
+        with self._lock:
+            if entry.version is None and entry.error != reason:
+                entry.error = reason
+                if self._entries.get(entry.name) is entry:
+                    self._tell(EventKind.CHANGED, entry)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load in one call; on failure the name is as it was, unless an update has mended it."""

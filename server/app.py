@@ -335,12 +335,21 @@ async def serve(config: ServerConfig) -> None:
     asyncio.get_running_loop().set_exception_handler(log_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
+    failure: Unavailable | None = None
     async with _listening_server(config) as server:
         _log.info("listening on %s, loading %s", server.address, config.model.path)
-        await _first_of(_serve_until_lost(server), stop.wait())
+        try:
+            await _first_of(_serve_until_lost(server), stop.wait())
+        except Unavailable as error:
+            failure = error
     if server.is_loading_adapters or any(thread.name == _LOAD_THREAD for thread in threading.enumerate()):
         _log.info("stopped while loading")
-        os._exit(0)  # PyTorch aborts an interpreter that is taken down while it loads
+        if failure is not None:
+            _log.critical("%s", failure)
+        # PyTorch aborts an interpreter that is taken down while it loads, which would first wait for its threads, too.
+        os._exit(0 if failure is None else 1)
+    if failure is not None:
+        raise failure
 
 
 async def _serve_until_lost(server: Server) -> None:

@@ -247,7 +247,11 @@ class AdapterLoader:
 
     async def _load_once(self, reservation: Reservation, threads: ThreadPoolExecutor) -> None:
         load = partial(self._store.load, reservation)
-        await self._on_thread(partial(self._timed, "load", reservation.entry.name, load), threads)
+        try:
+            await self._on_thread(partial(self._timed, "load", reservation.entry.name, load), threads)
+        except Unavailable as error:
+            self._store.give_up(reservation, str(error))  # it may not have begun
+            raise
 
     async def _restore(self, reservation: Reservation) -> None:
         """As `_load`, of a source that may be out of reach for a while."""
@@ -294,7 +298,7 @@ class AdapterLoader:
         return info
 
     async def _on_thread(self, work: Callable[[], Result], threads: ThreadPoolExecutor) -> Result:
-        future = threads.submit(copy_context().run, work)
+        future = _submit(threads, work)
         self._loads.add(future)
         future.add_done_callback(self._loads.discard)
         return await asyncio.wrap_future(future)
@@ -321,6 +325,23 @@ class AdapterLoader:
             set_span_in_context(asking) if asking is not None else Context(),
             attributes={"weft.adapter.name": name},
         )
+
+
+def _submit(threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Future[Result]:
+    """Raises Unavailable where the system gives no thread; the work is not done then, ever."""
+    is_dropped = False
+
+    def run() -> Result:
+        if is_dropped:
+            raise RuntimeError("whoever asked for it was told that it would not be done")
+        return work()
+
+    try:
+        return threads.submit(copy_context().run, run)
+    except (RuntimeError, MemoryError) as error:
+        is_dropped = True  # it is in line all the same, and a thread may come
+        words = "the system gives no more threads or memory for it, or the server is stopping: try again"
+        raise Unavailable(words) from error
 
 
 def _keep(tasks: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:

@@ -341,6 +341,21 @@ def test_a_failure_in_the_background_is_kept_and_logged_in_one_line(
     assert loading.count("failed") == 1
 
 
+def test_what_finds_no_thread_is_not_loading_for_ever(loading: Loading) -> None:
+    async def main() -> None:
+        loading.loader._threads.local.shutdown()  # as where the system gives no more threads
+        await loading.loader.start(loading.new("n"))
+        await loading.loader.drain(60)
+        with pytest.raises(Unavailable):
+            await loading.loader._load_once(loading.store.reserve(loading.new("m")), loading.loader._threads.local)
+
+    asyncio.run(main())
+    for name in "nm":
+        info = loading.store.get(name)
+        assert info.state is AdapterState.FAILED
+        assert "no more threads or memory" in info.error
+
+
 def test_what_can_not_be_reserved_is_refused_at_once(loading: Loading) -> None:
     async def main() -> None:
         with pytest.raises(AdapterExists):

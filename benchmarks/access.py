@@ -19,7 +19,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
-import grpc
 import jwt
 import transformers
 from cryptography import x509

@@ -132,16 +132,15 @@ class AdapterStore:
             reason = str(error)
             raise
         finally:
-            self.give_up(reservation, reason)
+            with self._lock:
+                if entry.version is None:
+                    self._fail(entry, reason)
 
     def give_up(self, reservation: Reservation, reason: str) -> None:
-        """What is not loaded by now is FAILED, for this reason."""
-        entry = reservation.entry
+        """It will not be loaded, if that has not begun: FAILED, and not LOADING for ever."""
         with self._lock:
-            if entry.version is None and entry.error != reason:
-                entry.error = reason
-                if self._entries.get(entry.name) is entry:
-                    self._tell(EventKind.CHANGED, entry)
+            if reservation.entry.version is None and not reservation.entry.error:
+                self._fail(reservation.entry, reason)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load in one call; on failure the name is as it was, unless an update has mended it."""
@@ -399,6 +398,11 @@ class AdapterStore:
         if old is not None:
             self._let_go(old, entry if old is not version else None, pinned=was_pinned)
         self._tell(EventKind.CHANGED, entry)
+
+    def _fail(self, entry: _Entry, reason: str) -> None:
+        entry.error = reason
+        if self._entries.get(entry.name) is entry:
+            self._tell(EventKind.CHANGED, entry)
 
     def _let_go(self, version: AdapterVersion, name_of: _Entry | None, *, pinned: bool) -> None:
         if pinned:

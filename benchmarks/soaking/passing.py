@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from soaking.clients import OPTIONS
+from soaking.clients import OPTIONS, PATIENCE_S
 
 from weft.v1 import adapter_pb2, adapter_pb2_grpc
 
@@ -68,26 +68,32 @@ class Passing:
     async def _change(self, stub: Any) -> None:
         kind = self._rng.choice(_CHANGES)
         name, source = self._rng.choice(NAMES), self._rng.choice(self.sources)
-        adapter = {"name": name, "source": source}
         try:
-            match kind:
-                case "created":
-                    await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=True))
-                case "updated":
-                    await stub.UpdateAdapter(_update("source", **adapter))
-                case "relabelled":
-                    labels = {"turn": str(self._rng.random())}
-                    await stub.UpdateAdapter(_update("labels", name=name, labels=labels))
-                case "deleted":
-                    await stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
-                case _:
-                    elsewhere = {"name": name, "source": self._rng.choice(["file:/etc", f"{source}-is-not-there"])}
-                    await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=elsewhere, wait=True))
+            async with asyncio.timeout(PATIENCE_S):
+                await self._make(stub, kind, name, source)
+        except TimeoutError:
+            self.wrong.append(f"an adapter was not {kind}: no end after {PATIENCE_S:g} s")
         except grpc.aio.AioRpcError as error:
             if error.code() not in _EXPECTED[kind]:
                 self.wrong.append(f"an adapter was not {kind}: {error.code().name}: {error.details()}")
         else:
             self.done[f"adapters {kind}"] += 1
+
+    async def _make(self, stub: Any, kind: str, name: str, source: str) -> None:
+        adapter = {"name": name, "source": source}
+        match kind:
+            case "created":
+                await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=True))
+            case "updated":
+                await stub.UpdateAdapter(_update("source", **adapter))
+            case "relabelled":
+                labels = {"turn": str(self._rng.random())}
+                await stub.UpdateAdapter(_update("labels", name=name, labels=labels))
+            case "deleted":
+                await stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
+            case _:
+                elsewhere = {"name": name, "source": self._rng.choice(["file:/etc", f"{source}-is-not-there"])}
+                await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=elsewhere, wait=True))
 
 
 def _update(path: str, **adapter: Any) -> adapter_pb2.UpdateAdapterRequest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from soaking.clients import OPTIONS, STREAM
+from soaking.clients import OPTIONS, PATIENCE_S, STREAM
 
 from weft.v1 import adapter_pb2
 from weft.v1 import inference_pb2 as pb2
@@ -83,7 +83,10 @@ class Vandals:
     async def _again(self, every_s: float, habit: Callable[[], Awaitable[None]]) -> None:
         while not self._over.is_set():
             try:
-                await habit()
+                async with asyncio.timeout(PATIENCE_S):
+                    await habit()
+            except TimeoutError:
+                self.wrong.append(f"{habit.__name__.strip('_')}: no end after {PATIENCE_S:g} s")
             except (OSError, grpc.aio.AioRpcError) as error:
                 self.wrong.append(f"{habit.__name__.strip('_')}: {' '.join(str(error).split())}")
             with suppress(TimeoutError):

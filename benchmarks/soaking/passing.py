@@ -34,11 +34,15 @@ _CHANGES = (*["created"] * 4, *["updated"] * 3, *["deleted"] * 2, "relabelled", 
 
 @dataclass
 class Passing:
-    """Changes the adapters of NAMES again and again, to and from these sources, until `stop`."""
+    """Changes the adapters of NAMES again and again, to and from these sources, until `stop`.
+
+    patience_s: a change that has no end by then is lost.
+    """
 
     address: str
     sources: Sequence[str]
     seed: int
+    patience_s: float = PATIENCE_S
     done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -69,10 +73,10 @@ class Passing:
         kind = self._rng.choice(_CHANGES)
         name, source = self._rng.choice(NAMES), self._rng.choice(self.sources)
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self.patience_s):
                 await self._make(stub, kind, name, source)
         except TimeoutError:
-            self.wrong.append(f"an adapter was not {kind}: no end after {PATIENCE_S:g} s")
+            self.wrong.append(f"an adapter was not {kind}: no end after {self.patience_s:g} s")
         except grpc.aio.AioRpcError as error:
             if error.code() not in _EXPECTED[kind]:
                 self.wrong.append(f"an adapter was not {kind}: {error.code().name}: {error.details()}")

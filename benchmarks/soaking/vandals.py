@@ -46,11 +46,15 @@ calls[-1].result()
 
 @dataclass
 class Vandals:
-    """Everybody who misbehaves, at once, until `stop`. done: how often each did what."""
+    """Everybody who misbehaves, at once, until `stop`. done: how often each did what.
+
+    patience_s: what has no end by then is lost.
+    """
 
     address: str
     metrics_address: str
     seed: int
+    patience_s: float = PATIENCE_S
     done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -83,10 +87,10 @@ class Vandals:
     async def _again(self, every_s: float, habit: Callable[[], Awaitable[None]]) -> None:
         while not self._over.is_set():
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(self.patience_s):
                     await habit()
             except TimeoutError:
-                self.wrong.append(f"{habit.__name__.strip('_')}: no end after {PATIENCE_S:g} s")
+                self.wrong.append(f"{habit.__name__.strip('_')}: no end after {self.patience_s:g} s")
             except (OSError, grpc.aio.AioRpcError) as error:
                 self.wrong.append(f"{habit.__name__.strip('_')}: {' '.join(str(error).split())}")
             with suppress(TimeoutError):

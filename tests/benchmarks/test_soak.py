@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -16,9 +17,13 @@ from overload import LOADS, Effort, measure
 from soak import _HELD_IN_METRICS, LATE_THREADS, Soak, _answers, _leaks, run
 from soak import Effort as SoakEffort
 from soaking.clients import LOST, RIGHT, WRONG, Tally
+from soaking.passing import Passing
 from soaking.process import Held, ServerProcess, weft_process
 from soaking.truth import DEMO, Truth
+from soaking.vandals import Vandals
 from streams import measure as measure_streams
+
+from weft.v1 import adapter_pb2_grpc
 
 SHORT = SoakEffort(requests=300, clients=24, adapters=3, max_growth=15.0)
 """So short a run says little of memory: what a process takes once is a large part of it."""
@@ -96,6 +101,25 @@ def test_one_that_is_lost_or_wrong_is_a_breach(end: str) -> None:
     found = Soak(tally, 1.0, {}, [], [], list(_answers(tally, [])))
     assert not found.is_good
     assert f"{end}: why" in found.show()
+
+
+def test_what_has_no_end_beside_the_crowd_is_told_and_not_waited_for() -> None:
+    async def main() -> list[str]:
+        silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        address = "{}:{}".format(*silent.sockets[0].getsockname())
+        vandals = Vandals(address, address, seed=0, patience_s=0.1)
+        passing = Passing(address, ["file:/nowhere"], seed=0, patience_s=0.1)
+        watching = asyncio.create_task(vandals._again(3600.0, vandals._watch))
+        async with grpc.aio.insecure_channel(address) as channel:
+            await passing._change(adapter_pb2_grpc.AdapterServiceStub(channel))
+        vandals.stop()
+        await watching
+        silent.close()
+        return [*vandals.wrong, *passing.wrong]
+
+    watched, changed = asyncio.run(main())
+    assert watched == "watch: no end after 0.1 s"
+    assert changed.endswith(": no end after 0.1 s")
 
 
 def test_answers_are_compared_as_far_as_they_go() -> None:

@@ -15,7 +15,7 @@ from tiny import make_adapter, make_model, save_tokenizer
 from web import Web, serving
 
 from weft.adapters.locations import is_remote
-from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, Allow, NewAdapter, allow_all
 from weft.adapters.report import AdapterReport
 from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.state import Recorder, State
@@ -254,10 +254,10 @@ def test_what_was_changed_for_a_caller_who_gave_up_is_recorded(loading: Loading,
     reached, may_end = threading.Event(), threading.Event()
 
     class Slow(AdapterStore):
-        def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+        def update(self, name: str, change: AdapterChange, allow: Allow = allow_all) -> AdapterInfo:
             reached.set()
             may_end.wait()
-            return super().update(name, change)
+            return super().update(name, change, allow)
 
     state = State(tmp_path / "state.db")
     store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)

@@ -43,6 +43,7 @@ ROOMS = {
     "weft.server.ports": {"weft.errors"},
     "weft.server.transport": set[str](),
     "weft.server.calls": set[str](),
+    "weft.server.threads": set[str](),
     "weft.server.logs": {"weft.errors", "weft.server.calls"},
     "weft.server.tracing": {"weft.errors"},
 }
@@ -53,7 +54,12 @@ ROOMS["weft.server.engine"] = {
     "weft.server.config",
     "weft.server.metrics",
 }
-ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {"weft.server.engine", "weft.server.calls", "weft.v1"}
+ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {
+    "weft.server.engine",
+    "weft.server.calls",
+    "weft.server.threads",
+    "weft.v1",
+}
 ROOMS["weft.server.watching"] = ROOMS["weft.server.api"] | {"weft.server.api"}
 ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {
     "weft.server.watching",

@@ -24,6 +24,7 @@ from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AdapterNotFound, Unavailable, WeftError
 from weft.server.calls import this_call
 from weft.server.metrics import Metrics
+from weft.server.threads import full_pool
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class _Threads:
 
     @classmethod
     def of(cls, name: str, num_local: int, num_remote: int) -> _Threads:
-        return cls(ThreadPoolExecutor(num_local, name), ThreadPoolExecutor(num_remote, f"{name}-remote"))
+        return cls(full_pool(num_local, name), full_pool(num_remote, f"{name}-remote"))
 
     def of_source(self, source: str) -> ThreadPoolExecutor:
         return self.remote if is_remote(source) else self.local
@@ -82,11 +83,11 @@ class AdapterLoader:
         self.metrics = metrics
         self._tracer = tracer
         self._recorder = recorder
-        self._records = ThreadPoolExecutor(1, thread_name_prefix="weft-state")
+        self._records = full_pool(1, "weft-state")
         self._store = store
         self._first_retry_s = first_retry_s
         self._threads = _Threads.of("weft-load", NUM_THREADS, NUM_DOWNLOADS)
-        self._restoring = ThreadPoolExecutor(NUM_DOWNLOADS, thread_name_prefix="weft-restore")
+        self._restoring = full_pool(NUM_DOWNLOADS, "weft-restore")
         self._checks = _Threads.of("weft-check", NUM_CHECKS, NUM_CHECKS)
         self._reserves = _Threads.of("weft-reserve", 1, 1)
         self._background: set[asyncio.Task[Any]] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,13 +105,7 @@ def test_one_that_is_lost_or_wrong_is_a_breach(end: str) -> None:
 
 
 def test_what_has_no_end_beside_the_crowd_is_told_and_not_waited_for() -> None:
-    async def main() -> list[str]:
-        async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read()
-            writer.close()
-
-        silent = await asyncio.start_server(hear, "127.0.0.1", 0)
-        address = "{}:{}".format(*silent.sockets[0].getsockname())
+    async def main(address: str) -> list[str]:
         vandals = Vandals(address, address, seed=0, patience_s=0.1)
         passing = Passing(address, ["file:/nowhere"], seed=0, patience_s=0.1)
         watching = asyncio.create_task(vandals._again(3600.0, vandals._watch))
@@ -118,11 +113,10 @@ def test_what_has_no_end_beside_the_crowd_is_told_and_not_waited_for() -> None:
             await passing._change(adapter_pb2_grpc.AdapterServiceStub(channel))
         vandals.stop()
         await watching
-        silent.close()
-        await silent.wait_closed()
         return [*vandals.wrong, *passing.wrong]
 
-    watched, changed = asyncio.run(main())
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # nobody is let in, and nobody sent away
+        watched, changed = asyncio.run(main(f"127.0.0.1:{silent.getsockname()[1]}"))
     assert watched == "watch: no end after 0.1 s"
     assert changed.endswith(": no end after 0.1 s")
 

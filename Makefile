@@ -27,11 +27,14 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/prefixes.py
+	$(BIN)/python benchmarks/classify.py
 	$(BIN)/python benchmarks/fairness.py
 	$(BIN)/python benchmarks/constraints.py
 	$(BIN)/python benchmarks/access.py
 	$(BIN)/python benchmarks/overload.py
 	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/extracting.py
+	$(BIN)/python benchmarks/shared_basis.py
 
 # Minutes; SOAK="--minutes 120" for hours.
 soak: $(READY)

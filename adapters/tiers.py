@@ -21,6 +21,7 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
+from weft.adapters.classes import Classes
 from weft.adapters.pages import HostAdapter, PagePool, Recall, Runs
 from weft.adapters.reading import Reader
 from weft.errors import OutOfCapacity, Unavailable, WeftError
@@ -60,6 +61,7 @@ class AdapterVersion:
     names: each name that stands for it, and the source that name gives. keepers: loads and updates that are about to
     name it. users: requests in flight, queued ones included; with names and keepers they keep the version alive.
     active: requests that run now; with pins they keep its pages. failures: how many moves have failed so far.
+    classes: of a sequence classifier, what it tells apart.
     """
 
     digest: str
@@ -71,6 +73,7 @@ class AdapterVersion:
     is_sum: bool
     probe_error: float | None
     recall: Recall | None
+    classes: Classes | None = None
     names: dict[str, str] = field(default_factory=dict)
     keepers: int = 0
     users: int = 0
@@ -178,6 +181,7 @@ class Tiers:
                 is_sum=host.is_sum,
                 probe_error=host.probe_error,
                 recall=host.recall,
+                classes=host.classes,
             )
             self.versions[host.digest] = version
         if version.host is None:

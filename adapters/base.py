@@ -59,7 +59,8 @@ class Base:
     """Every module that an adapter may change, by name.
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
-    groups: the LINEAR modules, those together that read the same input.
+    groups: the LINEAR modules, those together that read the same input. residuals: LINEAR modules whose output is added
+    to the residual stream as it is, each with the norm that reads the stream before.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Base:
     head: str = ""
     is_tied: bool = False
     groups: tuple[tuple[str, ...], ...] = ()
+    residuals: Mapping[str, str] = field(default_factory=dict)
 
     def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
         return {name: module for name, module in self.modules.items() if module.kind is kind}

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from weft.kernels.bottleneck import BottleneckWeights
+
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
@@ -72,7 +74,7 @@ class LoraWeights:
 
     modules: LoRA of linear modules, the head, the embedding. parameters: LoRA of bare parameters. biases: trained in
     the place of the base's. saved: fully trained modules, by the names of their parameters. tokens: trained token rows.
-    invocation: of an activated LoRA, the tokens that start it.
+    invocation: of an activated LoRA, the tokens that start it. bottlenecks: networks behind sub-layers.
     """
 
     modules: Mapping[str, LoraModule]
@@ -82,13 +84,14 @@ class LoraWeights:
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tokens: Mapping[str, TokenUpdate] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    bottlenecks: Mapping[str, BottleneckWeights] = field(default_factory=dict)
     digest: str = ""
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, ascending."""
-        ranks = {module.rank for module in self.modules.values()}
-        return tuple(sorted(ranks | {parameter.rank for parameter in self.parameters.values()}))
+        low_rank = {term.rank for terms in (self.modules, self.parameters) for term in terms.values()}
+        return tuple(sorted(low_rank | {bottleneck.rank for bottleneck in self.bottlenecks.values()}))
 
     @property
     def num_bytes(self) -> int:
@@ -97,7 +100,7 @@ class LoraWeights:
     @property
     def touched(self) -> tuple[str, ...]:
         """The names of the modules that it changes."""
-        names = {*self.modules, *self.biases, *self.saved, *self.tokens}
+        names = {*self.modules, *self.biases, *self.saved, *self.tokens, *self.bottlenecks}
         return tuple(sorted(names | {name.rpartition(".")[0] for name in self.parameters}))
 
     def parts(self) -> Iterator[Part]:
@@ -113,6 +116,8 @@ class LoraWeights:
             yield Part(name, "own weights", 0, 0.0, tuple(saved.values()))
         for name, update in self.tokens.items():
             yield Part(name, f"{len(update.ids)} token rows", 0, 0.0, (update.rows,))
+        for name, each in self.bottlenecks.items():
+            yield Part(name, f"bottleneck of {each.rank}", 0, 0.0, tuple(each.tensors.values()))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, by a name that says what it is, in order."""
@@ -126,6 +131,9 @@ class LoraWeights:
         for name, saved in sorted(self.saved.items()):
             yield from ((f"{name}:saved:{key}", tensor) for key, tensor in sorted(saved.items()))
         yield from ((f"{name}:tokens", update.rows) for name, update in sorted(self.tokens.items()))
+        for name, each in sorted(self.bottlenecks.items()):
+            kind = f"{name}:bottleneck:{each.non_linearity}:{each.reads}"
+            yield from ((f"{kind}:{part}", tensor) for part, tensor in each.tensors.items())
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A PEFT folder on disk -> an adapter that is known to compute what PEFT computes on this base, or a refusal."""
+"""A folder on disk -> an adapter that is known to compute what its library computes on this base, or a refusal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from weft.adapters.base import Base
+from weft.adapters.bottlenecks import KIND_FIELD, match_bottlenecks, parse_bottleneck
 from weft.adapters.content import LoraWeights, digest_of
 from weft.adapters.matching import match_up
-from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
+from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, parse_config, read_fields
 from weft.adapters.tensors import sort_tensors
 from weft.adapters.weights_file import read_tensors
 from weft.errors import InvalidAdapter, Problem, cut_short
@@ -39,7 +40,11 @@ def examine_folder(folder: Path, source: str, base: Base) -> tuple[LoraWeights, 
     """
     if not _is_folder(folder):
         raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
-    config = read_config(folder, source)
+    fields = read_fields(folder, source)
+    if KIND_FIELD in fields:
+        bottleneck = parse_bottleneck(fields, source)
+        return match_bottlenecks(bottleneck, _read_tensors(folder, source, bottleneck.largest(base)), base)
+    config = parse_config(fields, source)
     try:
         tensors = _read_tensors(folder, source, _largest(config, base))
         return match_up(config, sort_tensors(tensors, config, base), base)

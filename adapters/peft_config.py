@@ -173,12 +173,8 @@ class PeftConfig:
         return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted)
 
 
-def read_config(folder: Path, source: str) -> PeftConfig:
-    """Read and check `adapter_config.json`.
-
-    Raises InvalidAdapter with every problem: no file, no JSON, a field of the wrong type or out of range, a field that
-    can't be served, a field nobody knows.
-    """
+def read_fields(folder: Path, source: str) -> dict[str, Any]:
+    """What `adapter_config.json` holds. Raises InvalidAdapter where that is no JSON object."""
     path = folder / CONFIG_FILE
     try:
         with open_regular(path) as file:
@@ -192,19 +188,19 @@ def read_config(folder: Path, source: str) -> PeftConfig:
         raise InvalidAdapter(source, [Problem(path.name, f"can't be read as JSON ({reason})")]) from None
     if not isinstance(raw, dict):
         raise InvalidAdapter(source, [Problem(path.name, "must hold a JSON object")])
-    return _parse(raw, source)
+    return raw
 
 
 def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {_shown(key)} appears twice")
+            raise ValueError(f"key {shown(key)} appears twice")
         found[key] = value
     return found
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The value as a message can hold it: in one line, and not too long."""
     try:
         text = ascii(value)
@@ -213,7 +209,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
+def parse_config(raw: Mapping[str, Any], source: str) -> PeftConfig:
+    """The fields as PEFT means them. Raises InvalidAdapter with every problem."""
     fields = _Fields(raw)
     _check_unserved(fields)
     config = PeftConfig(
@@ -246,19 +243,19 @@ def _check_unserved(fields: _Fields) -> None:
     """Refuse what is another kind of adapter, or has more to it than this server knows."""
     raw = fields.raw
     if raw.get("peft_type") != "LORA":
-        fields.refuse("peft_type", f"is {_shown(raw.get('peft_type'))}; only 'LORA' is served")
+        fields.refuse("peft_type", f"is {shown(raw.get('peft_type'))}; only 'LORA' is served")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        fields.refuse("task_type", f"is {_shown(raw['task_type'])}; only 'CAUSAL_LM' is served")
+        fields.refuse("task_type", f"is {shown(raw['task_type'])}; only 'CAUSAL_LM' is served")
     init = raw.get("init_lora_weights", True)
     if not isinstance(init, bool) and init not in _PLAIN_INITS:
         fields.refuse(
             "init_lora_weights",
-            f"is {_shown(init)}, which changes the base weights or is unknown: convert the adapter with PEFT's "
+            f"is {shown(init)}, which changes the base weights or is unknown: convert the adapter with PEFT's "
             "`path_initial_model_for_weight_conversion` first",
         )
     for name, types in _NO_EFFECT.items():
         if raw.get(name) is not None and not (isinstance(raw[name], types) and _is_bool(raw[name]) == (bool in types)):
-            fields.refuse(name, f"is {_shown(raw[name])}; must be {' or '.join(each.__name__ for each in types)}")
+            fields.refuse(name, f"is {shown(raw[name])}; must be {' or '.join(each.__name__ for each in types)}")
     for name, why in _REFUSED_WHEN_SET.items():
         if not _is_unset(raw.get(name)):
             fields.refuse(name, f"is set, and {why}")
@@ -299,7 +296,7 @@ def _check_combinations(config: PeftConfig, fields: _Fields) -> None:
 
 def _check_rank(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
-        raise ValueError(f"is {_shown(value)}; must be a whole number from 1 to {1 << 16}")
+        raise ValueError(f"is {shown(value)}; must be a whole number from 1 to {1 << 16}")
     return value
 
 
@@ -310,7 +307,7 @@ def _check_alpha(value: object) -> float:
         or not (value == 0 or _MIN_ALPHA <= abs(value) <= _MAX_ALPHA)
     ):
         words = f"must be 0, or a number of a size from {_MIN_ALPHA:g} to {_MAX_ALPHA:g}"
-        raise ValueError(f"is {_shown(value)}; {words}")
+        raise ValueError(f"is {shown(value)}; {words}")
     return float(value)
 
 
@@ -323,7 +320,7 @@ class _Fields:
         self.problems: list[Problem] = []
 
     def refuse(self, name: str, description: str) -> None:
-        self.problems.append(Problem(name if name.isprintable() and len(name) <= 80 else _shown(name), description))
+        self.problems.append(Problem(name if name.isprintable() and len(name) <= 80 else shown(name), description))
 
     def rank(self, name: str) -> int:
         return self._checked(name, self.raw.get(name), _check_rank, 1)
@@ -334,7 +331,7 @@ class _Fields:
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)
         if not isinstance(value, bool):
-            self.refuse(name, f"is {_shown(value)}; must be true or false")
+            self.refuse(name, f"is {shown(value)}; must be true or false")
         return value is True
 
     def modules(self, name: str, *, required: bool = True) -> str | tuple[str, ...]:
@@ -348,7 +345,7 @@ class _Fields:
         value = self.raw.get(name)
         value = [] if value is None else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or (required and not value):
-            words = f"is {_shown(value)}; must be a {'non-empty ' if required else ''}list of module names"
+            words = f"is {shown(value)}; must be a {'non-empty ' if required else ''}list of module names"
             self.refuse(name, words)
             return ()
         return tuple(value)
@@ -364,7 +361,7 @@ class _Fields:
         value = self.raw.get(name)
         value = [value] if isinstance(value, int) else [] if value is None else value
         if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-            self.refuse(name, f"is {_shown(value)}; must be a layer index or a list of them")
+            self.refuse(name, f"is {shown(value)}; must be a layer index or a list of them")
             return ()
         return tuple(value)
 
@@ -372,7 +369,7 @@ class _Fields:
         value = self.raw.get(name, allowed[0])
         if value in allowed:
             return str(value)
-        self.refuse(name, f"is {_shown(value)}; must be one of {', '.join(allowed)}")
+        self.refuse(name, f"is {shown(value)}; must be one of {', '.join(allowed)}")
         return allowed[0]
 
     def tokens(self, name: str) -> tuple[int, ...]:
@@ -382,32 +379,32 @@ class _Fields:
         value = self.raw.get(name)
         by_module = {"": value} if isinstance(value, list) else {} if value is None else value
         if not isinstance(by_module, dict):
-            self.refuse(name, f"is {_shown(value)}; must be a list of token ids, or map modules to such lists")
+            self.refuse(name, f"is {shown(value)}; must be a list of token ids, or map modules to such lists")
             return {}
-        return {module: self._tokens(f"{name}[{_shown(module)}]", ids) for module, ids in by_module.items()}
+        return {module: self._tokens(f"{name}[{shown(module)}]", ids) for module, ids in by_module.items()}
 
     def _tokens(self, name: str, value: object) -> tuple[int, ...]:
         value = [] if value is None else value
         if isinstance(value, list) and all(type(token) is int and token >= 0 for token in value):
             return tuple(value)
-        self.refuse(name, f"is {_shown(value)}; must be a list of token ids")
+        self.refuse(name, f"is {shown(value)}; must be a list of token ids")
         return ()
 
     def pattern(self, name: str, check: Callable[[object], T]) -> dict[str, T]:
         value = self.raw.get(name)
         value = {} if value is None else value
         if not isinstance(value, dict):
-            self.refuse(name, f"is {_shown(value)}; must map module patterns to numbers")
+            self.refuse(name, f"is {shown(value)}; must map module patterns to numbers")
             return {}
         for key in value:
             self._add(name, key, self.added.add_end)
-        return {key: self._checked(f"{name}[{_shown(key)}]", item, check, check(1)) for key, item in value.items()}
+        return {key: self._checked(f"{name}[{shown(key)}]", item, check, check(1)) for key, item in value.items()}
 
     def _add(self, name: str, pattern: str, add: Callable[[str], None]) -> None:
         try:
             add(pattern)
         except ValueError as error:
-            self.refuse(name, f"{_shown(pattern)} {error}")
+            self.refuse(name, f"{shown(pattern)} {error}")
 
     def _checked(self, name: str, value: object, check: Callable[[object], T], fallback: T) -> T:
         try:

@@ -52,6 +52,17 @@ class PackedLinear:
         return y
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it holds in memory."""
+        return (self._packed,) if self._bias is None else (self._packed, self._bias)
+
+    def to(self, device: torch.device) -> PackedLinear:
+        """Itself. Raises ValueError for another device than the library's."""
+        if device.type != "cpu":
+            raise ValueError(f"a packed product is for a CPU, not for {device}")
+        return self
+
+    @property
     def nbytes(self) -> int:
         """Memory that the weight takes."""
         return self._packed.nbytes

@@ -138,5 +138,5 @@ def tensors_of(patch: Patch) -> list[torch.Tensor]:
     held: list[object] = []
     for part in fields(patch):  # type: ignore[arg-type]
         value = getattr(patch, part.name)
-        held += value.values() if isinstance(value, Mapping) else [value]
+        held += value.values() if isinstance(value, Mapping) else getattr(value, "tensors", [value])
     return [item for item in held if isinstance(item, torch.Tensor)]

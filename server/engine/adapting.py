@@ -12,7 +12,7 @@ from torch import nn
 from weft.kernels.lora import AddLora
 from weft.kernels.plan import Plan
 from weft.kernels.site import SiteGroup
-from weft.server.engine.step import current_step
+from weft.server.engine.step import RESIDUAL, current_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,18 @@ def let_adapt(model: nn.Module, names: Iterable[str]) -> None:
     """Have the running step change what these modules give."""
     for name in names:
         model.get_submodule(name).register_forward_hook(_Hook(name))
+
+
+def keep_residual(model: nn.Module, norms: Iterable[str]) -> None:
+    """Have the running step keep the residual stream that these norms read, for the sub-layers behind them."""
+    for name in norms:
+        model.get_submodule(name).register_forward_hook(_keep)
+
+
+def _keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+    step = current_step()
+    if step is not None:
+        step.shared[RESIDUAL] = (inputs[0],)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from weft.kernels.native import FORMATS, Native
 from weft.kernels.pointwise import NativePointwise, Pointwise
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
-from weft.server.engine.adapting import Adapting, let_adapt
+from weft.server.engine.adapting import Adapting, keep_residual, let_adapt
 from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
 from weft.server.engine.batch import Batch
 from weft.server.engine.fusing import Fusion
@@ -102,7 +102,8 @@ class PagedModel:
         """
         self.cache = cache
         self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
-        freeze(self.model, self._linear_groups, self.native)
+        freeze(self.model, self._linear_groups, self.native, self.base.residuals)
+        keep_residual(self.model, set(self.base.residuals.values()))
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
         if pointwise is None and self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:

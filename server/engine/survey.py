@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ NUM_TOKENS = 7
 """Of the prompt; no usual number of heads or experts."""
 
 _EXPERTS_TOLERANCE = 1e-2
+_NORMS_A_SUB_LAYER = 5
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
@@ -59,7 +61,8 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
     if odd:
         raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
     step = _Watching()
-    calls = {path: _Calls() for path, module in model.named_modules() if module._parameters}  # noqa: SLF001 - its own, not its children's
+    clock = itertools.count()
+    calls = {path: _Calls(clock) for path, module in model.named_modules() if module._parameters}  # noqa: SLF001 - its own, not its children's
     handles = [model.get_submodule(path).register_forward_hook(seen.note) for path, seen in calls.items()]
     positions = torch.arange(NUM_TOKENS, device=device)[None]
     try:
@@ -117,14 +120,17 @@ class _Watching(WholePrompt):
 
 @dataclass(slots=True)
 class _Calls:
-    """What was seen of one module."""
+    """What was seen of one module. order: at which place among the calls of all."""
 
+    clock: Iterator[int]
     count: int = 0
+    order: int = 0
     inputs: tuple[Any, ...] = ()
     output: Any = field(default=None)
 
     def note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.count += 1
+        self.order = next(self.clock)
         self.inputs, self.output = inputs, output
 
     @property
@@ -156,6 +162,7 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
         head=names.get(id(head), "") if head is not None else "",
         is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
         groups=_groups([name for name, module in modules.items() if module.kind is ModuleKind.LINEAR], calls),
+        residuals=_residuals(modules, calls),
     )
 
 
@@ -165,6 +172,25 @@ def _groups(linear: Sequence[str], calls: Mapping[str, _Calls]) -> tuple[tuple[s
     for name in linear:
         groups.setdefault((name.rpartition(".")[0], id(calls[name].inputs[0])), []).append(name)
     return tuple(map(tuple, groups.values()))
+
+
+def _residuals(modules: Mapping[str, BaseModule], calls: Mapping[str, _Calls]) -> dict[str, str]:
+    """Linear modules whose output and what one norm reads add up, to the bit, to what a later norm reads."""
+    found: dict[str, str] = {}
+    norms: list[str] = []
+    linear: list[str] = []
+    for name in sorted(modules, key=lambda name: calls[name].order):
+        if modules[name].kind is ModuleKind.LINEAR:
+            linear.append(name)
+        elif modules[name].kind is ModuleKind.OTHER:
+            stream = calls[name].inputs[0]
+            for last, norm in itertools.product(linear, norms[:-_NORMS_A_SUB_LAYER:-1]):
+                before, added = calls[norm].inputs[0], calls[last].output
+                if before.shape == added.shape == stream.shape and torch.equal(before + added, stream):
+                    found[last] = norm
+            norms.append(name)
+            linear.clear()
+    return found
 
 
 def _kind(module: nn.Module, seen: _Calls, *, is_head: bool) -> ModuleKind | None:

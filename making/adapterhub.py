@@ -26,7 +26,7 @@ from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.peft_config import CONFIG_FILE, read_fields, shown
 from weft.adapters.safe_files import open_regular
 from weft.adapters.weights_file import read_tensors
-from weft.errors import InvalidAdapter, Problem
+from weft.errors import InvalidAdapter, Problem, cut_short
 from weft.kernels.bottleneck import NON_LINEARITIES, Reads
 from weft.making.destination import complete_folder
 
@@ -42,12 +42,12 @@ _BLOCKS: Mapping[str, tuple[str, str, str]] = {
 """By model_type: where the blocks are, and the modules that end their attention and their MLP."""
 
 _SUB_LAYERS = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}
-_PARTS = dict(
-    zip(PARTS, ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias"), strict=True)
-)
+_PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
+"""What the library calls `PARTS`."""
+
 _SAME = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
 
-_TOP = frozenset({"hidden_size", "label2id", "model_class", "model_name", "model_type", "name", "version", "config"})
+_TOP = frozenset({"config", "hidden_size", "label2id", "model_class", "model_name", "model_type", "name", "version"})
 _NO_EFFECT = frozenset({
     "adapter_residual_before_ln", "dropout", "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity",
     "init_weights", "init_weights_seed", "inv_adapter_reduction_factor", "learn_phm", "phm_bias", "phm_c_init",
@@ -140,7 +140,7 @@ class _Hub:
 
 def _refuse(source: str, problems: list[Problem]) -> None:
     if problems:
-        raise InvalidAdapter(source, problems)
+        raise InvalidAdapter(source, cut_short(problems, source))
 
 
 def _wrong_files(folder: Path, *, without_head: bool) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,11 @@ from weft.errors import InvalidAdapter, Problem, cut_short
 from weft.kernels.bottleneck import NON_LINEARITIES, Reads
 from weft.making.destination import complete_folder
 
+_NO_TENSORS = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
+"""What a file makes torch.load raise."""
+
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
-_HEADS = ("head_config.json",)
+_HEAD = "head_config.json"
 _NOT_SERVED = ("adapter_fusion_config.json", "adapter_interface.json")
 
 _BLOCKS: Mapping[str, tuple[str, str, str]] = {
@@ -147,9 +151,8 @@ def _wrong_files(folder: Path, *, without_head: bool) -> Iterator[Problem]:
     for name in _NOT_SERVED:
         if (folder / name).exists():
             yield Problem(name, "is there, and neither fusions nor models by interface are converted")
-    for name in _HEADS:
-        if (folder / name).exists() and not without_head:
-            yield Problem(name, "tells of an output head: if it is the base's own, convert with --without-head")
+    if (folder / _HEAD).exists() and not without_head:
+        yield Problem(_HEAD, "tells of an output head: if it is the base's own, convert with --without-head")
 
 
 def _wrong_fields(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -173,7 +176,7 @@ def _wrong_config(fields: Mapping[str, Any]) -> Iterator[Problem]:
         if fields.get(name):
             yield Problem(name, f"is set, and {why}")
     yield from _unknown(fields, _NO_EFFECT | _REFUSED_WHEN_SET.keys() | _HONOURED)
-    if not any(fields.get(name) is True for name in _SUB_LAYERS):
+    if sorted(str(fields.get(name)) for name in _SUB_LAYERS) not in (["False", "True"], ["True", "True"]):
         yield Problem("mh_adapter, output_adapter", "must be true or false, and one of them true")
     if _non_linearity(fields) not in NON_LINEARITIES:
         words = f"is {shown(fields.get('non_linearity'))}; must be one of {', '.join([*NON_LINEARITIES, *_SAME])}"
@@ -220,13 +223,14 @@ def _read(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if (folder / _SAFETENSORS).exists():
         return read_tensors(folder / _SAFETENSORS, source, most=1 << 40)
     try:
-        with open_regular(folder / _PICKLE) as file:
+        with open_regular(folder / _PICKLE) as file, warnings.catch_warnings(action="ignore"):
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is spoilt, or holds more than tensors"
-        raise InvalidAdapter(source, [Problem(_PICKLE, f"can't be read: {reason}")]) from None
+    except OSError as error:
+        raise InvalidAdapter(source, [Problem(_PICKLE, f"can't be read: {error.strerror}")]) from None
+    except _NO_TENSORS:
+        raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")]) from None
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise InvalidAdapter(source, [Problem(_PICKLE, "must hold tensors by their names")])
+        raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")])
     return found
 
 

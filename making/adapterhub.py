@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,9 +29,6 @@ from weft.adapters.weights_file import read_tensors
 from weft.errors import InvalidAdapter, Problem, cut_short
 from weft.kernels.bottleneck import NON_LINEARITIES, Reads
 from weft.making.destination import complete_folder
-
-_NO_TENSORS = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
-"""What a file makes torch.load raise."""
 
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 _HEAD = "head_config.json"
@@ -227,8 +223,8 @@ def _read(folder: Path, source: str) -> dict[str, torch.Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InvalidAdapter(source, [Problem(_PICKLE, f"can't be read: {error.strerror}")]) from None
-    except _NO_TENSORS:
-        raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")]) from None
+    except Exception as error:  # whatever a file makes PyTorch raise, the user gets one line
+        raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")]) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")])
     return found

@@ -36,9 +36,7 @@ def base() -> Base:
     return replace(linear_base(shapes), residuals=dict.fromkeys(MODULES, "norm"))
 
 
-def write(
-    folder: Path, fields: dict[str, Any] | None = None, change: Callable[[Tensors], object] | None = None
-) -> Path:
+def write(folder: Path, fields: dict[str, Any] | None = None, change: Callable[[Tensors], object] = dict) -> Path:
     tensors: Tensors = {}
     for layer in range(2):
         shapes = {"down.weight": (3, D), "down.bias": (3,), "up.weight": (D, 3), "up.bias": (D,)}

@@ -90,10 +90,15 @@ def convert(folder: Path, output: Path, *, without_head: bool = False) -> Bottle
     hub = _Hub(raw["model_type"], raw["name"], raw["hidden_size"], raw["config"])
     tensors, problems = _convert_tensors(hub, _read(folder, source))
     _refuse(source, problems)
-    with complete_folder(output) as made:
-        save_file(tensors, made / WEIGHTS_FILE)
-        (made / CONFIG_FILE).write_text(json.dumps(hub.config.fields(), indent=2) + "\n", encoding="utf-8")
+    write_folder(hub.config, tensors, output)
     return hub.config
+
+
+def write_folder(config: BottleneckConfig, tensors: Mapping[str, torch.Tensor], output: Path) -> None:
+    """A new folder that is served. Raises InvalidConfig where it can't be written."""
+    with complete_folder(output) as made:
+        save_file(dict(tensors), made / WEIGHTS_FILE)
+        (made / CONFIG_FILE).write_text(json.dumps(config.fields(), indent=2) + "\n", encoding="utf-8")
 
 
 _NOT_EXPECTED = "is nothing that adapter_config.json has there"

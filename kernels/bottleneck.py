@@ -1,10 +1,11 @@
-"""Bottleneck adapters: a small network beside one sub-layer of a block, on what it gives to the residual stream.
+"""Bottleneck adapters: a small network beside a sub-layer of a block, on what it gives to the residual stream.
 
 Houlsby et al. 2019, Pfeiffer et al. 2020, He et al. 2021 (parallel); they differ in what the network reads.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -15,31 +16,25 @@ from torch.nn import functional
 
 from weft.kernels.linear import PackedLinear
 from weft.kernels.native import FORMATS, Native
-from weft.kernels.patches import Rows
-from weft.kernels.pointwise import ActivationKind, NativePointwise, Rowwise
+from weft.kernels.patches import Patch, Rows
 
 NON_LINEARITIES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_new": partial(functional.gelu, approximate="tanh"),
-    "leakyrelu": functional.leaky_relu,
     "relu": functional.relu,
-    "sigmoid": torch.sigmoid,
-    "silu": functional.silu,
+    "leakyrelu": functional.leaky_relu,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
-"""By their names in transformers and in AdapterHub's library."""
-
-_IN_LIBRARY = {
-    "gelu": ActivationKind.GELU,
-    "gelu_new": ActivationKind.GELU_TANH,
-    "silu": ActivationKind.SILU,
-}
-_WHOLE_VECTORS = 64
-"""PyTorch computes the numbers at the end of a tensor, where they fill no vector, by another function."""
+"""By their names in transformers and in AdapterHub's library, in the order in which activations.h numbers them."""
 
 
 class Reads(StrEnum):
-    """What goes into the network: the sub-layer's output, the residual stream before the sub-layer, or their sum."""
+    """What goes into the network: the sub-layer's output, the residual stream before the sub-layer, or their sum.
+
+    In the order in which bottleneck.c numbers them.
+    """
 
     OUTPUT = "output"
     RESIDUAL = "residual"
@@ -76,58 +71,74 @@ class BottleneckWeights:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """x W^T + b in PyTorch; weight: [d_out, d_in], bias: [d_out]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.weight, self.bias
-
-    def to(self, device: torch.device) -> Dense:
-        return Dense(self.weight.to(device), self.bias.to(device))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Bottleneck:
-    """A patch: `reference.bottleneck`, by the C library where that computes: a row is then the same in any company."""
+    """A patch: `reference.bottleneck` in PyTorch."""
 
-    down: Dense | PackedLinear
-    non_linearity: Rowwise
-    up: Dense | PackedLinear
-    reads: Reads
+    weights: BottleneckWeights
     is_sum: bool = False
 
     def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
         """inputs: of the module, then the residual stream."""
-        return y + self.up(self.non_linearity(self.down(self.reads.of(y, inputs[-1]))))
+        own = self.weights
+        down = functional.linear(own.reads.of(y, inputs[-1]), own.down, own.down_bias)
+        return y + functional.linear(NON_LINEARITIES[own.non_linearity](down), own.up, own.up_bias)
 
     def to(self, device: torch.device) -> Bottleneck:
-        return replace(self, down=self.down.to(device), up=self.up.to(device))
+        own = self.weights
+        down, down_bias, up, up_bias = (tensor.to(device) for tensor in own.tensors.values())
+        return Bottleneck(replace(own, down=down, down_bias=down_bias, up=up, up_bias=up_bias))
 
 
-def make_bottleneck(weights: BottleneckWeights, dtype: torch.dtype, native: Native | None) -> Bottleneck:
-    """The patch for rows of a dtype. native: the C library, where rows are on a CPU that it computes on."""
-    halves = [(weights.down, weights.down_bias), (weights.up, weights.up_bias)]
-    down, up = ((weight.to(dtype), bias.to(dtype)) for weight, bias in halves)
-    if native is None or dtype not in FORMATS:
-        return Bottleneck(Dense(*down), NON_LINEARITIES[weights.non_linearity], Dense(*up), weights.reads)
-    act = _in_any_company(weights.non_linearity, native)
-    return Bottleneck(PackedLinear(*down, native), act, PackedLinear(*up, native), weights.reads)
+class _Network(ctypes.Structure):
+    """`struct bottleneck`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("down", "up", "down_bias", "up_bias")),
+        *((name, ctypes.c_int64) for name in ("width", "rank")),
+        *((name, ctypes.c_int) for name in ("down_format", "up_format", "activation", "reads")),
+    )
 
 
-def _in_any_company(non_linearity: str, native: Native) -> Rowwise:
-    if non_linearity in _IN_LIBRARY:
-        return NativePointwise(native).activation(_IN_LIBRARY[non_linearity], gated=False)
-    function = NON_LINEARITIES[non_linearity]
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeBottleneck:
+    """The same by the C library, on a CPU for good; a row comes out the same whatever the other rows are."""
 
-    def act(x: torch.Tensor) -> torch.Tensor:
-        width = x.shape[-1]
-        return function(functional.pad(x, (0, -width % _WHOLE_VECTORS)))[..., :width]
+    down: PackedLinear
+    up: PackedLinear
+    network: _Network
+    native: Native
+    is_sum: bool = False
 
-    return act
+    @classmethod
+    def of(cls, weights: BottleneckWeights, native: Native) -> NativeBottleneck:
+        down = PackedLinear(weights.down, weights.down_bias, native)
+        up = PackedLinear(weights.up, weights.up_bias, native)
+        (down_weight, down_bias), (up_weight, up_bias) = down.tensors, up.tensors
+        network = _Network(
+            *(tensor.data_ptr() for tensor in (down_weight, up_weight, down_bias, up_bias)),
+            *(down.d_in, down.d_out, FORMATS[down_weight.dtype], FORMATS[up_weight.dtype]),
+            *(list(NON_LINEARITIES).index(weights.non_linearity), list(Reads).index(weights.reads)),
+        )
+        return cls(down, up, network, native)
+
+    def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
+        """As `Bottleneck.apply`; columns of either tensor are adjacent."""
+        residual, network = inputs[-1], self.network
+        made = torch.empty(y.shape, dtype=y.dtype)
+        scratch = torch.empty(len(y), network.width + network.rank)
+        self.native.call.weft_bottleneck(
+            ctypes.addressof(network),
+            *(tensor.data_ptr() for tensor in (y, residual, made, scratch)),
+            *(len(y), y.stride(0), residual.stride(0), FORMATS[y.dtype], self.native.threads),
+        )
+        return made
+
+    def to(self, device: torch.device) -> NativeBottleneck:
+        return self
+
+
+def make_bottleneck(weights: BottleneckWeights, dtype: torch.dtype, native: Native | None) -> Patch:
+    """The patch for rows of a dtype. native: the C library, where it computes what else there is of the model."""
+    down, down_bias, up, up_bias = (tensor.to(dtype) for tensor in weights.tensors.values())
+    weights = replace(weights, down=down, down_bias=down_bias, up=up, up_bias=up_bias)
+    return Bottleneck(weights) if native is None else NativeBottleneck.of(weights, native)

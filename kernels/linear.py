@@ -53,14 +53,8 @@ class PackedLinear:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What it holds in memory."""
+        """What it holds: the weight, and the bias, if there is one, both packed."""
         return (self._packed,) if self._bias is None else (self._packed, self._bias)
-
-    def to(self, device: torch.device) -> PackedLinear:
-        """Itself. Raises ValueError for another device than the library's."""
-        if device.type != "cpu":
-            raise ValueError(f"a packed product is for a CPU, not for {device}")
-        return self
 
     @property
     def nbytes(self) -> int:

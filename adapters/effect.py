@@ -31,10 +31,8 @@ def _changes(patch: Patch, module: BaseModule) -> bool:
             return not torch.equal(rows, (module.read("weight")[ids].cpu() * scale).to(rows.dtype))
         case Own(parameters=parameters):
             return any(_differs(name, tensor, module, patch) for name, tensor in parameters.items())
-        case Bottleneck(weights=weights):
-            return bool(weights.up.any() or weights.up_bias.any())
-        case NativeBottleneck(up=up):
-            return any(tensor.any() for tensor in up.tensors)
+        case Bottleneck() | NativeBottleneck():
+            return any(tensor.any() for tensor in patch.ends)
     return True
 
 

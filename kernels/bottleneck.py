@@ -77,6 +77,11 @@ class Bottleneck:
     weights: BottleneckWeights
     is_sum: bool = False
 
+    @property
+    def ends(self) -> tuple[torch.Tensor, ...]:
+        """Of which all that it adds is made: the up-projection's weight and bias."""
+        return self.weights.up, self.weights.up_bias
+
     def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
         """inputs: of the module, then the residual stream."""
         own = self.weights
@@ -101,44 +106,57 @@ class _Network(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NativeBottleneck:
-    """The same by the C library, on a CPU for good; a row comes out the same whatever the other rows are."""
+    """The same by the C library, on a CPU for good; a row comes out the same whatever the other rows are.
+
+    down, up: what `run` reads, and made once of y and the residual stream, each [n, d] with adjacent columns.
+    """
 
     down: PackedLinear
     up: PackedLinear
-    network: _Network
-    native: Native
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     is_sum: bool = False
 
-    @classmethod
-    def of(cls, weights: BottleneckWeights, native: Native) -> NativeBottleneck:
-        down = PackedLinear(weights.down, weights.down_bias, native)
-        up = PackedLinear(weights.up, weights.up_bias, native)
-        (down_weight, down_bias), (up_weight, up_bias) = down.tensors, up.tensors
-        network = _Network(
-            *(tensor.data_ptr() for tensor in (down_weight, up_weight, down_bias, up_bias)),
-            *(down.d_in, down.d_out, FORMATS[down_weight.dtype], FORMATS[up_weight.dtype]),
-            *(list(NON_LINEARITIES).index(weights.non_linearity), list(Reads).index(weights.reads)),
-        )
-        return cls(down, up, network, native)
+    @property
+    def ends(self) -> tuple[torch.Tensor, ...]:
+        """As `Bottleneck.ends`, packed."""
+        return self.up.tensors
 
     def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
-        """As `Bottleneck.apply`; columns of either tensor are adjacent."""
-        residual, network = inputs[-1], self.network
-        made = torch.empty(y.shape, dtype=y.dtype)
-        scratch = torch.empty(len(y), network.width + network.rank)
-        self.native.call.weft_bottleneck(
-            ctypes.addressof(network),
-            *(tensor.data_ptr() for tensor in (y, residual, made, scratch)),
-            *(len(y), y.stride(0), residual.stride(0), FORMATS[y.dtype], self.native.threads),
-        )
-        return made
+        """As `Bottleneck.apply`."""
+        return self.run(y, inputs[-1])
 
     def to(self, device: torch.device) -> NativeBottleneck:
         return self
+
+
+def _pack(weights: BottleneckWeights, native: Native) -> NativeBottleneck:
+    down = PackedLinear(weights.down, weights.down_bias, native)
+    up = PackedLinear(weights.up, weights.up_bias, native)
+    (down_weight, down_bias), (up_weight, up_bias) = down.tensors, up.tensors
+    network = _Network(
+        *(tensor.data_ptr() for tensor in (down_weight, up_weight, down_bias, up_bias)),
+        *(down.d_in, down.d_out, FORMATS[down_weight.dtype], FORMATS[up_weight.dtype]),
+        *(list(NON_LINEARITIES).index(weights.non_linearity), list(Reads).index(weights.reads)),
+    )
+    width, numbers, how = down.d_in, down.d_in + down.d_out, (FORMATS[down.dtype], native.threads)
+    call = native.call.weft_bottleneck
+
+    def run(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        rows = len(y)
+        made = y.new_empty(rows, width)
+        scratch = torch.empty(rows * numbers)
+        call(
+            ctypes.byref(network),
+            *(y.data_ptr(), residual.data_ptr(), made.data_ptr(), scratch.data_ptr()),
+            *(rows, y.stride(0), residual.stride(0), *how),
+        )
+        return made
+
+    return NativeBottleneck(down, up, run)
 
 
 def make_bottleneck(weights: BottleneckWeights, dtype: torch.dtype, native: Native | None) -> Patch:
     """The patch for rows of a dtype. native: the C library, where it computes what else there is of the model."""
     down, down_bias, up, up_bias = (tensor.to(dtype) for tensor in weights.tensors.values())
     weights = replace(weights, down=down, down_bias=down_bias, up=up, up_bias=up_bias)
-    return Bottleneck(weights) if native is None else NativeBottleneck.of(weights, native)
+    return Bottleneck(weights) if native is None else _pack(weights, native)

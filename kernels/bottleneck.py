@@ -108,11 +108,12 @@ class _Network(ctypes.Structure):
 class NativeBottleneck:
     """The same by the C library, on a CPU for good; a row comes out the same whatever the other rows are.
 
-    down, up: what `run` reads, and made once of y and the residual stream, each [n, d] with adjacent columns.
+    run: of y and the residual stream, [n, d] with adjacent columns; down, up, network: what it reads.
     """
 
     down: PackedLinear
     up: PackedLinear
+    network: _Network
     run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     is_sum: bool = False
 
@@ -139,20 +140,20 @@ def _pack(weights: BottleneckWeights, native: Native) -> NativeBottleneck:
         *(list(NON_LINEARITIES).index(weights.non_linearity), list(Reads).index(weights.reads)),
     )
     width, numbers, how = down.d_in, down.d_in + down.d_out, (FORMATS[down.dtype], native.threads)
-    call = native.call.weft_bottleneck
+    call, address = native.call.weft_bottleneck, ctypes.addressof(network)
 
     def run(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         rows = len(y)
         made = y.new_empty(rows, width)
         scratch = torch.empty(rows * numbers)
         call(
-            ctypes.byref(network),
+            address,
             *(y.data_ptr(), residual.data_ptr(), made.data_ptr(), scratch.data_ptr()),
             *(rows, y.stride(0), residual.stride(0), *how),
         )
         return made
 
-    return NativeBottleneck(down, up, run)
+    return NativeBottleneck(down, up, network, run)
 
 
 def make_bottleneck(weights: BottleneckWeights, dtype: torch.dtype, native: Native | None) -> Patch:

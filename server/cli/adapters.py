@@ -120,7 +120,7 @@ def convert(folder: Path, output: Path, without_head: bool) -> None:
 
     config = converted(folder, output, without_head=without_head)
     ends = ", ".join(config.target_modules)
-    click.echo(f"{output}: bottlenecks behind {ends}, which read the {config.reads} ({config.non_linearity})")
+    click.echo(f"{output}: {config.non_linearity} bottlenecks behind {ends}, which read the {config.reads}")
 
 
 @adapters.command()

@@ -30,6 +30,9 @@ from weft.errors import InvalidAdapter, Problem, cut_short
 from weft.kernels.bottleneck import NON_LINEARITIES, Reads
 from weft.making.destination import complete_folder
 
+_NOT_EXPECTED = "is nothing that adapter_config.json has there"
+_SPOILT = "is spoilt, or holds more than tensors"
+
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 _HEAD = "head_config.json"
 _NOT_SERVED = ("adapter_fusion_config.json", "adapter_interface.json")
@@ -45,6 +48,7 @@ _SUB_LAYERS = {"mh_adapter": "attention_adapters", "output_adapter": "output_ada
 _PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
 """What the library calls `PARTS`."""
 
+_LEAST_FACTOR = 0.01
 _SAME = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
 
 _TOP = frozenset({"config", "hidden_size", "label2id", "model_class", "model_name", "model_type", "name", "version"})
@@ -69,14 +73,14 @@ _HONOURED = frozenset({
     "output_adapter", "reduction_factor", "residual_before_ln", "scaling",
 })  # fmt: skip
 
-_READS = {
+_READS_BY = ("original_ln_before", "original_ln_after", "residual_before_ln")
+_READS: Mapping[tuple[Any, ...], Reads] = {
     (False, True, True): Reads.OUTPUT,
     (False, True, False): Reads.OUTPUT,
     (True, True, True): Reads.SUM,
     (True, False, False): Reads.SUM,
 }
-"""By original_ln_before, original_ln_after and residual_before_ln: what else there is loses the residual or adds it
-twice, and "post_add" fails in the library."""
+"""Of adapters that are not parallel. What else there is loses the residual or adds it twice, and "post_add" fails."""
 
 
 def convert(folder: Path, output: Path, *, without_head: bool = False) -> BottleneckConfig:
@@ -99,9 +103,6 @@ def write_folder(config: BottleneckConfig, tensors: Mapping[str, torch.Tensor], 
     with complete_folder(output) as made:
         save_file(dict(tensors), made / WEIGHTS_FILE)
         (made / CONFIG_FILE).write_text(json.dumps(config.fields(), indent=2) + "\n", encoding="utf-8")
-
-
-_NOT_EXPECTED = "is nothing that adapter_config.json has there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +185,12 @@ def _wrong_config(fields: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("non_linearity", words)
     if _reads(fields) is None:
         words = "together lose the residual stream or add it twice, or fail in the library itself"
-        yield Problem("original_ln_before, original_ln_after, residual_before_ln", words)
+        yield Problem(", ".join(_READS_BY), words)
     factor = fields.get("reduction_factor")
     factors: list[Any] = list(factor.values()) if isinstance(factor, dict) else [factor]
-    if not all(_is_number(each) and each > 0 for each in factors):
-        yield Problem("reduction_factor", f"is {shown(factor)}; must be a number above 0, or map layers to such")
+    if not all(_is_number(each) and each >= _LEAST_FACTOR for each in factors):
+        words = f"must be a number from {_LEAST_FACTOR} on, or map layers to such"
+        yield Problem("reduction_factor", f"is {shown(factor)}; {words}")
     if not _is_number(fields.get("scaling")) and fields.get("scaling") not in ("learned", "channel"):
         yield Problem("scaling", f"is {shown(fields.get('scaling'))}; must be a number, 'learned' or 'channel'")
     left_out = fields.get("leave_out")
@@ -212,12 +214,10 @@ def _non_linearity(fields: Mapping[str, Any]) -> str:
 
 def _reads(fields: Mapping[str, Any]) -> Reads | None:
     """None where the library makes nothing sound of it."""
-    after = fields.get("original_ln_after")
     if fields.get("is_parallel"):
-        return Reads.RESIDUAL if after is True else None
-    before, residual = fields.get("original_ln_before"), fields.get("residual_before_ln")
-    flags = (before is True, after is True, residual is True)
-    return _READS.get(flags) if all(isinstance(each, bool) for each in (before, after, residual)) else None
+        return Reads.RESIDUAL if fields.get("original_ln_after") is True else None
+    flags = tuple(map(fields.get, _READS_BY))
+    return _READS.get(flags) if all(isinstance(flag, bool) for flag in flags) else None
 
 
 def _read(folder: Path, source: str) -> dict[str, torch.Tensor]:
@@ -229,9 +229,9 @@ def _read(folder: Path, source: str) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise InvalidAdapter(source, [Problem(_PICKLE, f"can't be read: {error.strerror}")]) from None
     except Exception as error:  # whatever a file makes PyTorch raise, the user gets one line
-        raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")]) from error
+        raise InvalidAdapter(source, [Problem(_PICKLE, _SPOILT)]) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise InvalidAdapter(source, [Problem(_PICKLE, "is spoilt, or holds more than tensors")])
+        raise InvalidAdapter(source, [Problem(_PICKLE, _SPOILT)])
     return found
 
 
@@ -249,6 +249,7 @@ def _convert_tensors(hub: _Hub, tensors: Mapping[str, torch.Tensor]) -> tuple[di
         else:
             networks.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor
     num_layers = 1 + max((layer for layer, _ in networks), default=0)
+    num_layers = min(num_layers, len(tensors) + len(hub.left_out))  # where there are more, some have none
     converted: dict[str, torch.Tensor] = {}
     for layer, (adapters, end) in itertools.product(range(num_layers), hub.ends.items()):
         if layer in hub.left_out:

@@ -29,7 +29,8 @@ NUM_TOKENS = 7
 """Of the prompt; no usual number of heads or experts."""
 
 _EXPERTS_TOLERANCE = 1e-2
-_NORMS_A_SUB_LAYER = 5
+_NORMS_BACK = 4
+"""How many norms may lie between the one that reads the residual stream and what is added to it."""
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
@@ -184,7 +185,7 @@ def _residuals(modules: Mapping[str, BaseModule], calls: Mapping[str, _Calls]) -
             linear.append(name)
         elif modules[name].kind is ModuleKind.OTHER:
             stream = calls[name].inputs[0]
-            for last, norm in itertools.product(linear, norms[:-_NORMS_A_SUB_LAYER:-1]):
+            for last, norm in itertools.product(linear, norms[-_NORMS_BACK:]):
                 before, added = calls[norm].inputs[0], calls[last].output
                 if before.shape == added.shape == stream.shape and torch.equal(before + added, stream):
                     found[last] = norm

@@ -106,7 +106,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
         ({"mh_adapter": False, "output_adapter": False}, "one of them true"),
         ({"mh_adapter": "yes"}, "mh_adapter, output_adapter: must be true or false"),
         ({"non_linearity": "quick_gelu"}, "non_linearity: is 'quick_gelu'; must be one of"),
-        ({"reduction_factor": 0}, "reduction_factor: is 0; must be a number above 0"),
+        ({"reduction_factor": 0}, "reduction_factor: is 0; must be a number from 0.01 on"),
         ({"reduction_factor": {"0": 2}}, "adapter_config.json needs [1, 8]"),
         ({"reduction_factor": 8}, "has shape [4, 8]; adapter_config.json needs [1, 8]"),
         ({"scaling": "learnt"}, "scaling: is 'learnt'; must be a number, 'learned' or 'channel'"),

@@ -11,10 +11,12 @@ from adapterhub import FOLDER, LOGITS, PROMPT, make_plain
 from harness import Harness
 from natives import builds
 from safetensors.torch import load_file
-from tiny import linear_names, make_adapter, peft_logits, save_tokenizer
+from tiny import linear_names, make_adapter, make_model, peft_logits, save_tokenizer
 
 from weft.errors import InvalidRequest
 from weft.making.adapterhub import convert
+from weft.server.config import ModelConfig
+from weft.server.engine.model import load_model
 from weft.server.engine.request import Request, Stopping
 
 
@@ -65,6 +67,15 @@ def test_each_gives_what_its_library_gives_in_one_mixed_batch(case: Case, chunk:
 def test_so_does_pytorch_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_NATIVE", "0")
     test_each_gives_what_its_library_gives_in_one_mixed_batch(make_case("llama", tmp_path), chunk=3)
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("qwen3", ["self_attn.o_proj", "mlp.down_proj"]), ("gemma3_text", [])])
+def test_the_modules_that_end_a_sub_layer_are_found_where_nothing_is_done_to_what_they_give(
+    kind: str, ends: list[str], tmp_path: Path
+) -> None:
+    make_model(kind, tmp_path)
+    residuals = load_model(ModelConfig(str(tmp_path), device="cpu")).base.residuals
+    assert list(residuals) == [f"model.layers.{layer}.{end}" for layer in range(3) for end in ends]
 
 
 def test_every_adapter_moves_the_logits(case: Case) -> None:

@@ -6,7 +6,7 @@ Houlsby et al. 2019, Pfeiffer et al. 2020, He et al. 2021 (parallel); they diffe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -17,6 +17,7 @@ from torch.nn import functional
 from weft.kernels.linear import PackedLinear
 from weft.kernels.native import FORMATS, Native
 from weft.kernels.patches import Patch, Rows
+from weft.kernels.plan import Plan, all_rows
 
 NON_LINEARITIES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -28,6 +29,10 @@ NON_LINEARITIES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 """By their names in transformers and in AdapterHub's library, in the order in which activations.h numbers them."""
+
+
+_PIECE_ROWS = 12
+"""The most that linear.c does side by side."""
 
 
 class Reads(StrEnum):
@@ -104,18 +109,36 @@ class _Network(ctypes.Structure):
     )
 
 
+class _Piece(ctypes.Structure):
+    """`struct piece`."""
+
+    _fields_ = (("network", ctypes.c_void_p), ("first", ctypes.c_int64), ("rows", ctypes.c_int64))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class NativeBottleneck:
     """The same by the C library, on a CPU for good; a row comes out the same whatever the other rows are.
 
-    run: of y and the residual stream, [n, d] with adjacent columns; down, up, network: what it reads.
+    network: as the library takes it, of down and up.
     """
 
     down: PackedLinear
     up: PackedLinear
     network: _Network
-    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    native: Native
     is_sum: bool = False
+
+    @classmethod
+    def of(cls, weights: BottleneckWeights, native: Native) -> NativeBottleneck:
+        down = PackedLinear(weights.down, weights.down_bias, native)
+        up = PackedLinear(weights.up, weights.up_bias, native)
+        (down_weight, down_bias), (up_weight, up_bias) = down.tensors, up.tensors
+        network = _Network(
+            *(tensor.data_ptr() for tensor in (down_weight, up_weight, down_bias, up_bias)),
+            *(down.d_in, down.d_out, FORMATS[down_weight.dtype], FORMATS[up_weight.dtype]),
+            *(list(NON_LINEARITIES).index(weights.non_linearity), list(Reads).index(weights.reads)),
+        )
+        return cls(down, up, network, native)
 
     @property
     def ends(self) -> tuple[torch.Tensor, ...]:
@@ -124,40 +147,61 @@ class NativeBottleneck:
 
     def apply(self, y: torch.Tensor, inputs: Rows, weight: float) -> torch.Tensor:
         """As `Bottleneck.apply`."""
-        return self.run(y, inputs[-1])
+        made = y.clone()
+        Together([(self, range(len(y)))]).add(made, inputs[-1])
+        return made
 
     def to(self, device: torch.device) -> NativeBottleneck:
         return self
 
 
-def _pack(weights: BottleneckWeights, native: Native) -> NativeBottleneck:
-    down = PackedLinear(weights.down, weights.down_bias, native)
-    up = PackedLinear(weights.up, weights.up_bias, native)
-    (down_weight, down_bias), (up_weight, up_bias) = down.tensors, up.tensors
-    network = _Network(
-        *(tensor.data_ptr() for tensor in (down_weight, up_weight, down_bias, up_bias)),
-        *(down.d_in, down.d_out, FORMATS[down_weight.dtype], FORMATS[up_weight.dtype]),
-        *(list(NON_LINEARITIES).index(weights.non_linearity), list(Reads).index(weights.reads)),
-    )
-    width, numbers, how = down.d_in, down.d_in + down.d_out, (FORMATS[down.dtype], native.threads)
-    call, address = native.call.weft_bottleneck, ctypes.addressof(network)
+class Together:
+    """What all bottlenecks behind one module do to a step's rows, in one call of the library."""
 
-    def run(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        rows = len(y)
-        made = y.new_empty(rows, width)
-        scratch = torch.empty(rows * numbers)
-        call(
-            address,
-            *(y.data_ptr(), residual.data_ptr(), made.data_ptr(), scratch.data_ptr()),
-            *(rows, y.stride(0), residual.stride(0), *how),
+    def __init__(self, work: Sequence[tuple[NativeBottleneck, Sequence[int]]]) -> None:
+        """work: each with its rows, ascending."""
+        cut = [(patch, piece) for patch, rows in work for piece in _pieces(rows)]
+        self._held = [patch for patch, _ in work]
+        self._pieces = (_Piece * len(cut))(
+            *(_Piece(ctypes.addressof(patch.network), piece[0], len(piece)) for patch, piece in cut)
         )
-        return made
+        self._stride = max((patch.network.width + patch.network.rank for patch in self._held), default=0)
+        self._native = self._held[0].native
 
-    return NativeBottleneck(down, up, network, run)
+    def add(self, y: torch.Tensor, residual: torch.Tensor) -> None:
+        """y, residual: all rows of the step, [T, d] with adjacent columns; y is changed in place."""
+        scratch = torch.empty(len(y) * self._stride)
+        self._native.call.weft_bottleneck(
+            *(ctypes.addressof(self._pieces), len(self._pieces)),
+            *(y.data_ptr(), residual.data_ptr(), scratch.data_ptr()),
+            *(y.stride(0), residual.stride(0), self._stride, FORMATS[y.dtype], self._native.threads),
+        )
+
+
+def _pieces(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Adjacent rows, no more than are worth doing in one go."""
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or stop - start == _PIECE_ROWS or rows[stop] != rows[stop - 1] + 1:
+            yield rows[start:stop]
+            start = stop
+
+
+def together_of(plan: Plan) -> Mapping[str, Together]:
+    """By the name of the module."""
+    found = {
+        name: [
+            (each.patch, all_rows(each.rows, plan.num_tokens))
+            for each in patched
+            if isinstance(each.patch, NativeBottleneck)
+        ]
+        for name, patched in plan.patches.items()
+    }
+    return {name: Together(work) for name, work in found.items() if work}
 
 
 def make_bottleneck(weights: BottleneckWeights, dtype: torch.dtype, native: Native | None) -> Patch:
     """The patch for rows of a dtype. native: the C library, where it computes what else there is of the model."""
     down, down_bias, up, up_bias = (tensor.to(dtype) for tensor in weights.tensors.values())
     weights = replace(weights, down=down, down_bias=down_bias, up=up, up_bias=up_bias)
-    return Bottleneck(weights) if native is None else _pack(weights, native)
+    return Bottleneck(weights) if native is None else NativeBottleneck.of(weights, native)

@@ -75,7 +75,7 @@ def test_a_layer_may_be_left_out_by_name(base: Base, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"weft_type": "prefix"}, "weft_type: is 'prefix'; must be 'bottleneck'"),
-        ({"non_linearity": "swish"}, "non_linearity: is 'swish'; must be one of gelu, "),
+        ({"non_linearity": "swish"}, "non_linearity: is 'swish'; must be one of silu, "),
         ({"non_linearity": None}, "non_linearity: is None; must be one of"),
         ({"reads": "all"}, "reads: is 'all'; must be one of output, residual, sum"),
         ({"reads": ["sum"]}, "reads: is ['sum']; must be one of"),

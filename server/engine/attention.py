@@ -73,9 +73,6 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
 
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """There is nothing to come."""
-
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
@@ -92,9 +89,6 @@ class PagedStep:
         self._adapting = adapting
         self._head = (head,)
         self.shared: Shared = {}
-
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """All of it is done in one go."""
 
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if modules == self._head else self._batch.plan

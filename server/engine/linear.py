@@ -49,10 +49,8 @@ class Joint:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., d_in] -> [..., d_out of all]."""
-        step = current_step()
-        if step is not None:
-            step.foresee(self.names, x)
         y = self._product(x)
+        step = current_step()
         if step is not None:
             inputs = (x, *step.shared.get(RESIDUAL, ())) if self._ends_sub_layer else (x,)
             step.adapt(self.names, inputs, (y,))

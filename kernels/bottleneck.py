@@ -165,7 +165,7 @@ class Together:
         self._pieces = (_Piece * len(cut))(
             *(_Piece(ctypes.addressof(patch.network), piece[0], len(piece)) for patch, piece in cut)
         )
-        self._stride = max((patch.network.width + patch.network.rank for patch in self._held), default=0)
+        self._stride = max(patch.network.width + patch.network.rank for patch in self._held)
         self._native = self._held[0].native
 
     def add(self, y: torch.Tensor, residual: torch.Tensor) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from weft.adapters.base import Base
 from weft.adapters.content import LoraWeights, is_finite
-from weft.adapters.peft_config import CONFIG_FILE, shown
+from weft.adapters.json_files import shown
+from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.tensors import DTYPES
 from weft.errors import InvalidAdapter, Problem
 from weft.kernels.bottleneck import NON_LINEARITIES, BottleneckWeights, Reads

@@ -11,9 +11,11 @@ import torch
 from weft.adapters.base import Base
 from weft.adapters.bottlenecks import KIND_FIELD, match_bottlenecks, parse_bottleneck
 from weft.adapters.content import LoraWeights, digest_of
+from weft.adapters.heads import take_head
+from weft.adapters.json_files import read_object
 from weft.adapters.matching import match_up
-from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, parse_config, read_fields
-from weft.adapters.tensors import sort_tensors
+from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, Task, read_config
+from weft.adapters.tensors import Tensors, sort_tensors
 from weft.adapters.weights_file import read_tensors
 from weft.errors import InvalidAdapter, Problem, cut_short
 
@@ -40,17 +42,38 @@ def examine_folder(folder: Path, source: str, base: Base) -> tuple[LoraWeights, 
     """
     if not _is_folder(folder):
         raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
-    fields = read_fields(folder, source)
+    fields = read_object(folder / CONFIG_FILE, source)
     if KIND_FIELD in fields:
         bottleneck = parse_bottleneck(fields, source)
         return match_bottlenecks(bottleneck, _read_tensors(folder, source, bottleneck.largest(base)), base)
-    config = parse_config(fields, source)
+    config = read_config(folder, source)
     try:
         tensors = _read_tensors(folder, source, _largest(config, base))
+        if config.task is Task.SEQ_CLS:
+            return _match_classifier(folder, source, config, tensors, base)
+        if config.task is Task.FEATURE_EXTRACTION:
+            return _match_backbone(config, tensors, base)
         return match_up(config, sort_tensors(tensors, config, base), base)
     except TimeoutError:
         words = "holds a regular expression that takes too long to match"
         raise InvalidAdapter(source, [Problem(CONFIG_FILE, words)]) from None
+
+
+def _match_classifier(
+    folder: Path, source: str, config: PeftConfig, tensors: Tensors, base: Base
+) -> tuple[LoraWeights, list[Problem]]:
+    """As one of transformers' classes for sequence classification: the base without its head, and the adapter's own."""
+    found = sort_tensors(tensors, config, base.headless)
+    head, problems = take_head(found.saved, folder, source, base.hidden_size)
+    weights, others = match_up(config, found, base.headless)
+    return replace(weights, head=head), [*problems, *others]
+
+
+def _match_backbone(config: PeftConfig, tensors: Tensors, base: Base) -> tuple[LoraWeights, list[Problem]]:
+    """As the model that is the base's backbone, in which modules have shorter names."""
+    backbone = base.backbone_alone
+    weights, problems = match_up(config, sort_tensors(tensors, config, backbone), backbone)
+    return weights.within(base.backbone), problems
 
 
 def _is_folder(path: Path) -> bool:

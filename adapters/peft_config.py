@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weft.adapters.json_files import read_object, shown
 from weft.adapters.patterns import Patterns
-from weft.adapters.safe_files import open_regular
 from weft.errors import InvalidAdapter, Problem, cut_short
 
 CONFIG_FILE = "adapter_config.json"
-MAX_CONFIG_BYTES = 1 << 20
 T = TypeVar("T")
 
 _NO_EFFECT: Mapping[str, tuple[type, ...]] = {
@@ -67,6 +66,20 @@ _TIED_NAMES = ("embed_tokens", "lm_head")
 _BIASES = ("none", "all", "lora_only")
 
 
+class Task(Enum):
+    """What an adapter was trained for, and so of which of the base's classes.
+
+    CAUSAL_LM: with the base's own output head. SEQ_CLS: with a head of its own. FEATURE_EXTRACTION: with none.
+    """
+
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_CLS = "SEQ_CLS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+_TASKS = tuple(task.value for task in Task)
+
+
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
     """What `adapter_config.json` says of the computation; the methods answer for one module or parameter by its name.
@@ -92,6 +105,7 @@ class PeftConfig:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ensure_weight_tying: bool = False
     invocation: tuple[int, ...] = ()
+    task: Task = Task.CAUSAL_LM
     patterns: Patterns = field(default_factory=Patterns, compare=False, repr=False)
 
     @property
@@ -173,44 +187,24 @@ class PeftConfig:
         return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted)
 
 
-def read_fields(folder: Path, source: str) -> dict[str, Any]:
-    """What `adapter_config.json` holds. Raises InvalidAdapter where that is no JSON object."""
-    path = folder / CONFIG_FILE
+def read_config(folder: Path, source: str) -> PeftConfig:
+    """Read and check `adapter_config.json`.
+
+    Raises InvalidAdapter with every problem: no file, no JSON, a field of the wrong type or out of range, a field that
+    can't be served, a field nobody knows.
+    """
+    return _parse(read_object(folder / CONFIG_FILE, source), source)
+
+
+def is_classifier(config: Path) -> bool:
+    """Whether a config is a sequence classifier's; not where it can't be read, which `read_config` says."""
     try:
-        with open_regular(path) as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise InvalidAdapter(source, [Problem(path.name, f"is larger than {MAX_CONFIG_BYTES} bytes")])
-        raw = json.loads(content.decode(), object_pairs_hook=_no_duplicates)
-        json.dumps(raw, ensure_ascii=False).encode()  # refuses lone surrogates, which no message could repeat
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InvalidAdapter(source, [Problem(path.name, f"can't be read as JSON ({reason})")]) from None
-    if not isinstance(raw, dict):
-        raise InvalidAdapter(source, [Problem(path.name, "must hold a JSON object")])
-    return raw
+        return read_object(config, "").get("task_type") == Task.SEQ_CLS.value
+    except InvalidAdapter:
+        return False
 
 
-def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {shown(key)} appears twice")
-        found[key] = value
-    return found
-
-
-def shown(value: object) -> str:
-    """The value as a message can hold it: in one line, and not too long."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        return "nested too deep"
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def parse_config(raw: Mapping[str, Any], source: str) -> PeftConfig:
-    """The fields as PEFT means them. Raises InvalidAdapter with every problem."""
+def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
     fields = _Fields(raw)
     _check_unserved(fields)
     config = PeftConfig(
@@ -231,6 +225,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> PeftConfig:
         token_indices=fields.token_indices("trainable_token_indices"),
         ensure_weight_tying=fields.boolean("ensure_weight_tying"),
         invocation=fields.tokens("alora_invocation_tokens"),
+        task=Task(raw["task_type"]) if raw.get("task_type") in _TASKS else Task.CAUSAL_LM,
         patterns=fields.added,
     )
     _check_combinations(config, fields)
@@ -244,8 +239,8 @@ def _check_unserved(fields: _Fields) -> None:
     raw = fields.raw
     if raw.get("peft_type") != "LORA":
         fields.refuse("peft_type", f"is {shown(raw.get('peft_type'))}; only 'LORA' is served")
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        fields.refuse("task_type", f"is {shown(raw['task_type'])}; only 'CAUSAL_LM' is served")
+    if raw.get("task_type") not in (None, *_TASKS):
+        fields.refuse("task_type", f"is {shown(raw['task_type'])}; must be one of {', '.join(_TASKS)}")
     init = raw.get("init_lora_weights", True)
     if not isinstance(init, bool) and init not in _PLAIN_INITS:
         fields.refuse(

@@ -178,7 +178,7 @@ class Bench:
 
     def step(self, batch: Batch) -> list[int]:
         """A whole step, to the tokens on the host."""
-        tokens: list[int] = self.model.forward(batch).argmax(-1).tolist()
+        tokens: list[int] = self.model.forward(batch).logits.argmax(-1).tolist()
         return tokens
 
     def kv_bytes(self, rows: int) -> int:
@@ -201,7 +201,7 @@ def measure_steps(bench: Bench, timer: Timer, bandwidth: float, deadline_s: floa
                 mixed, distinct = bench.with_adapters(plain, kind, rank)
                 base_ms, mixed_ms = timer.compare(partial(bench.graphs.run, plain), partial(bench.graphs.run, mixed))
                 step_ms = timer.wall(partial(bench.step, mixed))
-                first, second = (bench.model.forward(mixed).clone() for _ in range(2))
+                first, second = (bench.model.forward(mixed).logits.clone() for _ in range(2))
                 base_bytes = bench.weight_bytes + bench.kv_bytes(rows)
                 lora_bytes = distinct * bench.adapter_bytes(rank)
                 floor = 1 + lora_bytes / base_bytes
@@ -227,9 +227,9 @@ def check_graphs(bench: Bench) -> dict[str, object]:
     """The captured step against the same one run as it comes: its largest relative error, and tokens that agree."""
     rows = bench.shape.batches[-1]
     batch, _ = bench.with_adapters(bench.batch(rows), "skewed", bench.shape.ranks[0])
-    captured = bench.model.forward(batch).float().clone()
+    captured = bench.model.forward(batch).logits.float().clone()
     fresh = replace(batch, wants_all=False)
-    eager = bench.model.forward(fresh).float()
+    eager = bench.model.forward(fresh).logits.float()
     agree = int((captured.argmax(-1) == eager.argmax(-1)).sum())
     return {
         "rows": rows,

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from weft.adapters.bottlenecks import PARTS, BottleneckConfig
 from weft.adapters.folder import WEIGHTS_FILE
-from weft.adapters.peft_config import CONFIG_FILE, read_fields, shown
+from weft.adapters.json_files import read_object, shown
+from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.safe_files import open_regular
 from weft.adapters.weights_file import read_tensors
 from weft.errors import InvalidAdapter, Problem, cut_short
@@ -89,7 +90,7 @@ def convert(folder: Path, output: Path, *, without_head: bool = False) -> Bottle
     Raises InvalidAdapter with what can't be honoured, and InvalidConfig where `output` can't be written.
     """
     source = str(folder)
-    raw = read_fields(folder, source)
+    raw = read_object(folder / CONFIG_FILE, source)
     _refuse(source, [*_wrong_files(folder, without_head=without_head), *_wrong_fields(raw)])
     hub = _Hub(raw["model_type"], raw["name"], raw["hidden_size"], raw["config"])
     tensors, problems = _convert_tensors(hub, _read(folder, source))

@@ -164,6 +164,7 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
         is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
         groups=_groups([name for name, module in modules.items() if module.kind is ModuleKind.LINEAR], calls),
         residuals=_residuals(modules, calls),
+        backbone=names[id(model.base_model)],
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from weft.adapters.peft_config import _HONOURED, _NO_EFFECT, _REFUSED_WHEN_SET, PeftConfig, parse_config, read_fields
+from weft.adapters.peft_config import _HONOURED, _NO_EFFECT, _REFUSED_WHEN_SET, PeftConfig, read_config
 from weft.errors import InvalidAdapter
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -21,10 +21,6 @@ MODULES = [
     for i in (0, 1, 11)
     for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.q_proj_extra")
 ]
-
-
-def read_config(folder: Path, source: str) -> PeftConfig:
-    return parse_config(read_fields(folder, source), source)
 
 
 def read(folder: Path, **fields: Any) -> PeftConfig:
@@ -98,7 +94,8 @@ def test_modules_are_targeted_as_peft_targets_them(tmp_path: Path, fields: dict[
         ("layers_pattern", ["(layers"]),
         ("layers_to_transform", ["one"]),
         ("peft_type", "IA3"),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "TOKEN_CLS"),
+        ("task_type", ["SEQ_CLS"]),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),

@@ -177,7 +177,10 @@ def _groups(linear: Sequence[str], calls: Mapping[str, _Calls]) -> tuple[tuple[s
 
 
 def _residuals(modules: Mapping[str, BaseModule], calls: Mapping[str, _Calls]) -> dict[str, str]:
-    """Linear modules whose output and what one norm reads add up, to the bit, to what a later norm reads."""
+    """Linear modules whose output and what one norm reads add up, to the bit, to what a later norm reads.
+
+    Of the norms that are found so, it must be the last one before the module: a step keeps what that one reads.
+    """
     found: dict[str, str] = {}
     norms: list[str] = []
     linear: list[str] = []
@@ -192,7 +195,12 @@ def _residuals(modules: Mapping[str, BaseModule], calls: Mapping[str, _Calls]) -
                     found[last] = norm
             norms.append(name)
             linear.clear()
-    return found
+    reading = [norm for norm in norms if norm in found.values()]
+    return {
+        last: norm
+        for last, norm in found.items()
+        if norm == [each for each in reading if calls[each].order < calls[last].order][-1]
+    }
 
 
 def _kind(module: nn.Module, seen: _Calls, *, is_head: bool) -> ModuleKind | None:

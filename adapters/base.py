@@ -75,7 +75,8 @@ class Base:
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
     groups: the LINEAR modules, those together that read the same input. backbone: the name of the module that gives the
-    last hidden states; "" where none does. classifier: of an encoder.
+    last hidden states; "" where none does. residuals: LINEAR modules whose output is added to the residual stream as it
+    is, each with the norm that reads the stream before. classifier: of an encoder.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Base:
     head: str = ""
     is_tied: bool = False
     groups: tuple[tuple[str, ...], ...] = ()
+    residuals: Mapping[str, str] = field(default_factory=dict)
     backbone: str = ""
     classifier: Classifier | None = None
 

@@ -104,7 +104,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        answers = (*self.replies, self.kind, self.score)
+        answers: list[Reply | Verdict] = [*self.replies, self.kind, self.score]
         return all(answer.is_right for answer in answers) and self.batching.max_adapters > 1
 
 

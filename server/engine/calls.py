@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +17,17 @@ NUM_TOKENS = 7
 
 @dataclass(slots=True)
 class Calls:
-    """What was seen of one module."""
+    """What was seen of one module. order: at which place among the calls of all."""
 
+    clock: Iterator[int]
     count: int = 0
+    order: int = 0
     inputs: tuple[Any, ...] = ()
     output: Any = field(default=None)
 
     def note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.count += 1
+        self.order = next(self.clock)
         self.inputs, self.output = inputs, output
 
     @property
@@ -36,7 +40,8 @@ class Calls:
 @contextmanager
 def watch(model: nn.Module) -> Iterator[dict[str, Calls]]:
     """What every module that has parameters of its own, not its children's, is called with."""
-    calls = {path: Calls() for path, module in model.named_modules() if module._parameters}  # noqa: SLF001 - no public name
+    clock = itertools.count()
+    calls = {path: Calls(clock) for path, module in model.named_modules() if module._parameters}  # noqa: SLF001 - no public name
     handles = [model.get_submodule(path).register_forward_hook(seen.note) for path, seen in calls.items()]
     try:
         yield calls

@@ -100,7 +100,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     expected = expect(model)
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     rows = row_dtype(model.dtype, settings)
-    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows))
+    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows, native))
     backend = backend_for(model.device, settings.lora_backend, has_native=native is not None)
     fitted = _fit(model, settings, pages, room, expected, backend)
     pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens

@@ -26,7 +26,7 @@ from weft.kernels.plan import Span, build_plan
 from weft.kernels.pointwise import NativePointwise, Pointwise
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
-from weft.server.engine.adapting import Adapting, let_adapt
+from weft.server.engine.adapting import Adapting, keep_residual, let_adapt
 from weft.server.engine.attention import (
     ATTENTION,
     AfterBackbone,
@@ -161,7 +161,8 @@ class PagedModel:
         """
         self.cache = cache
         self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
-        freeze(self.model, self._linear_groups, self.native)
+        freeze(self.model, self._linear_groups, self.native, self.base.residuals)
+        keep_residual(self.model, set(self.base.residuals.values()))
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
         if self.abilities.poolings:
             self.model.base_model.register_forward_hook(see_last_hidden)

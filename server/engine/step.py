@@ -29,7 +29,10 @@ class AttentionOptions:
     causal: bool = True
 
 
-Shared = MutableMapping[Hashable, tuple[torch.Tensor, torch.Tensor]]
+Shared = MutableMapping[Hashable, tuple[torch.Tensor, ...]]
+
+RESIDUAL = "residual"
+"""The key in `Step.shared` of the residual stream, as the last norm saw it that reads it before a sub-layer."""
 
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions], torch.Tensor]
@@ -40,7 +43,8 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptio
 class Step(Protocol):
     """What is running: it attends for one layer at a time, and does what adapters do to a module at a time.
 
-    shared: what modules that read the same x have made of it so far, by their joint product: (x, y).
+    shared: what modules that read the same x have made of it so far, by their joint product: (x, y); and the residual
+    stream, as (x,).
     """
 
     shared: Shared
@@ -52,7 +56,8 @@ class Step(Protocol):
         """Change, in place, what the base's module of this name made of its inputs.
 
         One row a token: inputs and outputs are [1, T, ...] or [T, ...], T the rows that the module sees. Several are
-        linear modules that read the same input: their one output has the columns of all.
+        linear modules that read the same input: their one output has the columns of all. The residual stream comes last
+        among the inputs of a module whose output is added to it.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from weft.server.engine.proving import with_its_own
 from weft.server.engine.step import AttentionOptions, running
 
 _EXPERTS_TOLERANCE = 1e-2
+_NORMS_BACK = 4
+"""How many norms may lie between the one that reads the residual stream and what is added to it."""
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
@@ -136,6 +139,7 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, Calls], classifier: Cl
         head=names.get(id(head), "") if head is not None else "",
         is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
         groups=_groups([name for name, module in modules.items() if module.kind is ModuleKind.LINEAR], calls),
+        residuals=_residuals(modules, calls) if classifier is None else {},
         backbone=names[id(model.base_model)],
         classifier=classifier,
     )
@@ -147,6 +151,33 @@ def _groups(linear: Sequence[str], calls: Mapping[str, Calls]) -> tuple[tuple[st
     for name in linear:
         groups.setdefault((name.rpartition(".")[0], id(calls[name].inputs[0])), []).append(name)
     return tuple(map(tuple, groups.values()))
+
+
+def _residuals(modules: Mapping[str, BaseModule], calls: Mapping[str, Calls]) -> dict[str, str]:
+    """Linear modules whose output and what one norm reads add up, to the bit, to what a later norm reads.
+
+    Of the norms that are found so, it must be the last one before the module: a step keeps what that one reads.
+    """
+    found: dict[str, str] = {}
+    norms: list[str] = []
+    linear: list[str] = []
+    for name in sorted(modules, key=lambda name: calls[name].order):
+        if modules[name].kind is ModuleKind.LINEAR:
+            linear.append(name)
+        elif modules[name].kind is ModuleKind.OTHER:
+            stream = calls[name].inputs[0]
+            for last, norm in itertools.product(linear, norms[-_NORMS_BACK:]):
+                before, added = calls[norm].inputs[0], calls[last].output
+                if before.shape == added.shape == stream.shape and torch.equal(before + added, stream):
+                    found[last] = norm
+            norms.append(name)
+            linear.clear()
+    reading = [norm for norm in norms if norm in found.values()]
+    return {
+        last: norm
+        for last, norm in found.items()
+        if norm == [each for each in reading if calls[each].order < calls[last].order][-1]
+    }
 
 
 def _kind(module: nn.Module, seen: Calls, *, is_head: bool) -> ModuleKind | None:

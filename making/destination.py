@@ -11,14 +11,19 @@ from pathlib import Path
 from weft.errors import InvalidConfig
 
 
+def check_new(path: Path) -> None:
+    """Raises InvalidConfig where something is there already."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InvalidConfig(f"--output is {str(path)!r}, which is there already: name a new folder")
+
+
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to write into; it takes that place once the block ends, and goes where it fails.
 
     Raises InvalidConfig where something is at `path` already, or nothing can be written there.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InvalidConfig(f"--output is {str(path)!r}, which is there already: name a new folder")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         being_made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -27,6 +32,8 @@ def complete_folder(path: Path) -> Iterator[Path]:
     try:
         yield being_made
         being_made.chmod(0o755)
+        for made in being_made.rglob("*"):  # as readable as others: safetensors keeps its files to their owner
+            made.chmod(0o755 if made.is_dir() else 0o644)
         being_made.replace(path)
     except OSError as error:
         raise InvalidConfig(f"--output is {str(path)!r}, which can't be written: {error.strerror}") from error

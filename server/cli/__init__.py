@@ -19,6 +19,7 @@ from weft.server.cli.keys import keys
 from weft.server.cli.serve import serve
 from weft.server.cli.sync import sync
 from weft.server.cli.top import top
+from weft.server.cli.train import train
 
 INTERRUPTED = 130
 """The exit code that shells give to what Ctrl-C ended."""
@@ -30,7 +31,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, sync, health, keys, top, bench, demo):
+for command in (serve, generate, adapters, sync, health, keys, top, bench, demo, train):
     cli.add_command(command)
 
 

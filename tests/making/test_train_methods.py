@@ -1,0 +1,127 @@
+"""Every method trains, and a server answers with what it made as PEFT would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from peft import PeftModel
+from serving import served
+from training import losses, make_base, shouted, trained, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from weft.errors import InvalidConfig, InvalidData
+from weft.making.distilling import distillation_loss
+from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.v1 import inference_pb2 as pb2
+from weft.v1 import inference_pb2_grpc
+
+PROMPT = "tiger cloud="
+TEACHER_PROMPT = "Say it in capital letters: "
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {},
+    "rslora": {"method": {"name": "rslora"}},
+    "dora": {"method": {"name": "dora"}},
+    "lora-plus": {"method": {"name": "lora+"}},
+    "head": {"method": {"name": "head"}},
+    "important": {"method": {"modules": "importance:4"}},
+    "expression": {"method": {"modules": r".*\.(0|2)\.self_attn\.[qv]_proj"}},
+    "prompted": {"method": {"name": "distill"}, "distill": {"prompt": TEACHER_PROMPT}},
+    "taught": {"method": {"name": "distill"}, "distill": {"adapter": "lora", "temperature": 2.0, "label_weight": 0.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, `prompts.jsonl`, and `adapters/` with one of each method."""
+    folders = tmp_path_factory.mktemp("methods")
+    base = make_base(folders / "base")
+    prompts = write_rows(folders / "prompts.jsonl", shouted(16))
+    for name, settings in METHODS.items():
+        distill = dict(settings.get("distill", {}))
+        if "adapter" in distill:
+            distill["adapter"] = str(folders / "adapters" / distill["adapter"])
+        trained(base, prompts, folders / "adapters" / name, **{**settings, "distill": distill})
+    return folders
+
+
+@pytest.fixture(scope="module")
+def stub(folders: Path) -> Iterator[inference_pb2_grpc.InferenceServiceStub]:
+    config = ServerConfig(
+        model=ModelConfig(str(folders / "base"), dtype="float32", device="cpu"),
+        engine=EngineConfig(max_batch_tokens=64, max_running_requests=8, kv_tokens=4096, adapter_pages=64),
+        port=0,
+        metrics_port=0,
+        adapters=folders / "adapters",
+    )
+    with served(config) as server, grpc.insecure_channel(server.address) as channel:
+        yield inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_each_method_makes_is_served_as_peft_would(
+    folders: Path, stub: inference_pb2_grpc.InferenceServiceStub, name: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    base = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    model = PeftModel.from_pretrained(base, folders / "adapters" / name).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+
+    request = pb2.GenerateRequest(
+        adapter_id=name,
+        text=PROMPT,
+        stopping=pb2.Stopping(max_tokens=1, ignore_eos=True),
+        output=pb2.Output(top_logprobs=1),
+    )
+    token = stub.Generate(request).tokens[0]
+    assert token.id == logits.argmax()
+    assert token.logprob == pytest.approx(logits.max().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "prompted"])
+def test_each_method_learns(folders: Path, name: str) -> None:
+    found = losses(folders / "adapters" / name)
+    assert min(found[-2:]) < found[0]
+
+
+def test_a_prompt_is_learnt_by_what_it_does_to_the_answers(folders: Path, tmp_path: Path) -> None:
+    """The student without the prompt comes near the teacher with it, whatever the labels say."""
+    settings = METHODS["prompted"] | {"loop": {"max_steps": 40}}
+    made = trained(folders / "base", folders / "prompts.jsonl", tmp_path / "made", **settings)
+    found = losses(made)
+    assert sum(found[-5:]) / 5 < 0.3 * found[0]
+
+
+def test_distillation_is_kl_and_cross_entropy() -> None:
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(5, 7), torch.randn(5, 9), torch.randint(7, (5,))
+    p, q = (torch.softmax(logits[:, :7] / 2, -1) for logits in (teacher, student))
+    kl = (p * (p / q).log()).sum() * 4
+    ce = -student.log_softmax(-1)[range(5), labels].sum()
+    assert distillation_loss(student, teacher, labels, 2.0, 0.25).item() == pytest.approx(
+        (0.75 * kl + 0.25 * ce).item(), rel=1e-5
+    )
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(folders: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    settings = {"method": {"name": "distill"}, "distill": {"model": str(other)}}
+    with pytest.raises(InvalidConfig, match="has another vocabulary than the model"):
+        trained(folders / "base", folders / "prompts.jsonl", tmp_path / "made", **settings)
+
+
+def test_what_is_too_long_with_the_teachers_prompt_is_refused(folders: Path, tmp_path: Path) -> None:
+    settings = {"method": {"name": "distill"}, "distill": {"prompt": "x" * 250}}
+    with pytest.raises(
+        InvalidData, match=r"prompts.jsonl:1: has \d+ tokens with the teacher's prompt; the context is 256"
+    ):
+        trained(folders / "base", folders / "prompts.jsonl", tmp_path / "made", **settings)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -60,6 +62,16 @@ class Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()
         return last
 
+    def finished(self, model: PeftModel) -> TrainerState | None:
+        """Where the last checkpoint is that of the end, its state; the model then has the weights that are kept."""
+        if self.last is None:
+            return None
+        state = TrainerState.load_from_json(str(self.last / _STATE))
+        if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            return None
+        model.load_adapter(state.best_model_checkpoint or str(self.last), "default", is_trainable=True)
+        return state
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         PartialState().wait_for_everyone()
         written = self.scratch / f"checkpoint-{state.global_step}"
@@ -79,7 +91,7 @@ class Checkpoints(TrainerCallback):
         """An error in the middle of a checkpoint says which one is good."""
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             unfinished = next(self.scratch.glob("checkpoint-*"), None)
             if unfinished is None:
                 raise

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from weft.errors import InvalidConfig
 
 
@@ -35,7 +37,8 @@ def complete_folder(path: Path) -> Iterator[Path]:
         for made in being_made.rglob("*"):  # as readable as others: safetensors keeps its files to their owner
             made.chmod(0o755 if made.is_dir() else 0o644)
         being_made.replace(path)
-    except OSError as error:
-        raise InvalidConfig(f"--output is {str(path)!r}, which can't be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidConfig(f"--output is {str(path)!r}, which can't be written: {reason}") from error
     finally:
         shutil.rmtree(being_made, ignore_errors=True)

@@ -53,9 +53,12 @@ def train(config: TrainConfig, command: str) -> tuple[Trained, bool]:
     last = checkpoints.begin({**config.told(), "data.digest": material.digest}, resume=config.resume)
     model = _adapted(config, material, tokenizer, _dtype(arguments))
     trainer = _trainer(config, arguments, model, material, tokenizer, [checkpoints])
-    with checkpoints.failures_in_words():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trained = Trained.of(config, material, trainer.state, model)
+    state = checkpoints.finished(model)
+    if state is None:
+        with checkpoints.failures_in_words():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        state = trainer.state
+    trained = Trained.of(config, material, state, model)
     if arguments.process_index == 0:
         write_adapter(model, trained, command)
         checkpoints.remove()
@@ -98,6 +101,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         save_steps=loop.eval_every or loop.save_every,
         load_best_model_at_end=has_evaluation,
         metric_for_best_model="loss" if has_evaluation else None,
+        restore_callback_states_from_checkpoint=True,
         greater_is_better=False if has_evaluation else None,
         label_names=["labels"],
         remove_unused_columns=False,

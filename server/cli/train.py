@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,7 @@ def train(model: str, output: Path, server: Endpoint | None, pushed_name: str | 
     from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
 
     quiet_transformers()
+    warnings.simplefilter("ignore")  # advice of the libraries to each other
     trained, is_first = run(config, shlex.join(["weft", *sys.argv[1:]]))
     if is_first:
         _tell(trained)

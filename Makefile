@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/access.py
 	$(BIN)/python benchmarks/overload.py
 	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/training.py
 
 # Minutes; SOAK="--minutes 120" for hours.
 soak: $(READY)

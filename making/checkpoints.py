@@ -66,7 +66,7 @@ class Checkpoints(TrainerCallback):
         """Where the last checkpoint is that of the end, its state; the model then has the weights that are kept."""
         if self.last is None:
             return None
-        state = TrainerState.load_from_json(str(self.last / _STATE))
+        state: TrainerState = TrainerState.load_from_json(str(self.last / _STATE))
         if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
             return None
         model.load_adapter(state.best_model_checkpoint or str(self.last), "default", is_trainable=True)

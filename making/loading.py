@@ -52,13 +52,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_config(model: str) -> PreTrainedConfig:
-    """Raises InvalidModel where there is none."""
+def context_of(model: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a text may have. Raises InvalidModel where there is no model.
+
+    RoBERTa's positions begin after the padding token's, which its tokenizer knows and its config does not.
+    """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
         raise InvalidModel(f"{model} is no model that loads ({one_line(error)})") from None
-    return config
+    return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tokenizer.model_max_length))
 
 
 def load_base(model: str, material: Material, pad_token_id: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -98,7 +101,7 @@ def load_teacher(
     return teacher.eval().requires_grad_(False)
 
 
-def read_material(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Material:
+def read_material(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Material:
     """Read the data, and put it into token ids. Raises InvalidData with the first row that is wrong."""
     data = config.data
     max_length = _max_length(data, context)
@@ -148,10 +151,10 @@ def _padded(values: list[torch.Tensor], value: int) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
 
 
-def _max_length(data: DataConfig, context: int | None) -> int:
+def _max_length(data: DataConfig, context: int) -> int:
     if data.max_length is None:
-        return context or 1 << 30
-    if context is not None and data.max_length > context:
+        return context
+    if data.max_length > context:
         raise InvalidConfig(f"--max-length is {data.max_length}; the model's context is {context}")
     return data.max_length
 

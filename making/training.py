@@ -30,7 +30,7 @@ from weft.making.checkpoints import Checkpoints
 from weft.making.config import Precision, TrainConfig
 from weft.making.destination import check_new
 from weft.making.distilling import DistillingTrainer, Teacher
-from weft.making.loading import Collator, Material, load_base, load_config, load_teacher, load_tokenizer, read_material
+from weft.making.loading import Collator, Material, context_of, load_base, load_teacher, load_tokenizer, read_material
 from weft.making.methods import adapted, optimizer_of
 from weft.making.results import Trained, write_adapter
 
@@ -48,8 +48,7 @@ def train(config: TrainConfig, command: str) -> tuple[Trained, bool]:
     arguments = training_arguments(config, checkpoints.scratch)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    context = getattr(load_config(config.model).get_text_config(), "max_position_embeddings", None)
-    material = read_material(config, tokenizer, context)
+    material = read_material(config, tokenizer, context_of(config.model, tokenizer))
     last = checkpoints.begin({**config.told(), "data.digest": material.digest}, resume=config.resume)
     model = _adapted(config, material, tokenizer, _dtype(arguments))
     trainer = _trainer(config, arguments, model, material, tokenizer, [checkpoints])

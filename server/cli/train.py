@@ -123,7 +123,7 @@ _DISTILL = (
         type=click.FloatRange(0, 1),
         default=0.0,
         show_default=True,
-        help="The data's against its.",
+        help="Of the data's own answers in the loss.",
     ),
 )
 _LOOP = (

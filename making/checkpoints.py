@@ -66,9 +66,10 @@ class Checkpoints(TrainerCallback):
         """Where the last checkpoint is that of the end, its state; the model then has the weights that are kept."""
         if self.last is None:
             return None
-        state: TrainerState = TrainerState.load_from_json(str(self.last / _STATE))
-        if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        told = json.loads((self.last / _STATE).read_text())
+        if not told["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             return None
+        state = TrainerState(**told)
         model.load_adapter(state.best_model_checkpoint or str(self.last), "default", is_trainable=True)
         return state
 

@@ -89,17 +89,26 @@ class MethodConfig:
 
 @dataclass(frozen=True, slots=True)
 class DistillConfig:
-    """Whose answers the adapter learns: the base, unless a model is named, with an adapter and a prompt where given."""
+    """Whose answers the adapter learns: the base, unless a model is named, with an adapter and a prompt where given.
+
+    max_answer: in tokens, of those that it writes where the data has none.
+    """
 
     model: str = ""
     adapter: str = ""
     prompt: str = ""
     temperature: float = 1.0
     label_weight: float = 0.0
+    max_answer: int = 128
 
     @property
     def is_given(self) -> bool:
-        return bool(self.model or self.adapter or self.prompt)
+        return bool(self.is_another or self.prompt)
+
+    @property
+    def is_another(self) -> bool:
+        """Whether it is a model besides the student's base."""
+        return bool(self.model or self.adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,10 +35,12 @@ Segments = list[tuple[list[int], bool]]
 """Token ids, and whether they are an answer."""
 
 
-def form_of(row: Row, data: DataConfig) -> Form:
+def form_of(row: Row, data: DataConfig, *, may_lack_answers: bool = False) -> Form:
     """The form of the data by the columns of its first row. Raises InvalidData where they are of none, or of two."""
     wanted = [form for form, task in _TASK_OF.items() if data.task in (None, task)]
     needs = {form: _NEEDS[form](data.columns) for form in wanted}
+    if may_lack_answers and "prompt" in needs:
+        needs["prompt"] = (data.columns.prompt,)
     fitting = [form for form in wanted if set(needs[form]) <= row.values.keys()]
     if len({_TASK_OF[form] for form in fitting}) > 1:
         raise row.refuse("could be to generate or to classify: say which with --task")
@@ -106,6 +108,13 @@ class Encoder:
             taught = self._joined(row, self._segments(row, form, self._teacher_prompt), is_teacher=True)
             example["teacher_input_ids"], example["teacher_labels"] = taught["input_ids"], taught["labels"]
         return example
+
+    def question(self, row: Row, form: Form) -> list[int]:
+        """What the teacher is asked, where it writes the answer."""
+        prompt = self._teacher_prompt or ""
+        if form == "chat":
+            return self._ids(self._render(row, _with_system(self._messages(row), prompt), asks=True))
+        return self._ids(prompt + text_of(row, self._columns.prompt, may_be_empty=True), special=True)
 
     def _segments(self, row: Row, form: Form, before: str) -> Segments:
         if form == "chat":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from weft.errors import InvalidConfig, InvalidModel, one_line
+from weft.making.answers import with_answers, write_answers
 from weft.making.config import DataConfig, DistillConfig, Task, TrainConfig
 from weft.making.examples import IGNORED, Encoder, Example, find_labels, form_of, task_of
 from weft.making.rows import Row, digest_of, read_rows
@@ -83,12 +84,8 @@ def load_base(model: str, material: Material, pad_token_id: int, dtype: torch.dt
     return loaded
 
 
-def load_teacher(
-    config: DistillConfig, base: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> nn.Module | None:
-    """Another model than the student's own base; None where the teacher is that. Raises InvalidModel, InvalidConfig."""
-    if not config.model and not config.adapter:
-        return None
+def load_teacher(config: DistillConfig, base: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
+    """Raises InvalidModel or InvalidConfig where there is none that can teach."""
     name = config.model or base
     if config.model and load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
         raise InvalidConfig(f"--teacher {name} has another vocabulary than the model: its logits say nothing of ours")
@@ -101,13 +98,18 @@ def load_teacher(
     return teacher.eval().requires_grad_(False)
 
 
-def read_material(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Material:
-    """Read the data, and put it into token ids. Raises InvalidData with the first row that is wrong."""
+def read_material(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int, teacher: Callable[[], nn.Module]
+) -> Material:
+    """Read the data, and put it into token ids. teacher: is called where the data leaves answers to it.
+
+    Raises InvalidData with the first row that is wrong.
+    """
     data = config.data
     max_length = _max_length(data, context)
     rows = read_rows(data.files)
     eval_rows = read_rows(data.eval_files) if data.eval_files else []
-    form = form_of(rows[0], data)
+    form = form_of(rows[0], data, may_lack_answers=config.distill.is_given)
     task = task_of(form)
     if task == "classify" and config.distill.is_given:
         raise InvalidConfig("--method distill is for data to generate from: a teacher gives tokens, and no classes")
@@ -115,7 +117,12 @@ def read_material(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, conte
     labels = () if form != "label" else data.labels or find_labels(rows, data.columns)
     encoder = Encoder(tokenizer, data, max_length, config.distill.prompt if config.distill.is_given else None)
 
+    def write(prompts: Sequence[list[int]]) -> list[str]:
+        return write_answers(teacher(), tokenizer, prompts, config.distill.max_answer)
+
     def examples(rows: Sequence[Row]) -> Dataset:
+        if config.distill.is_given:
+            rows = with_answers(rows, form, data.columns, encoder, write)
         return Dataset.from_list([encoder.example(row, form, labels, is_multi=is_multi) for row in rows])
 
     train, evaluation = examples(rows), examples(eval_rows) if eval_rows else None

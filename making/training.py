@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -48,10 +49,15 @@ def train(config: TrainConfig, command: str) -> tuple[Trained, bool]:
     arguments = training_arguments(config, checkpoints.scratch)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    material = read_material(config, tokenizer, context_of(config.model, tokenizer))
+
+    def teacher() -> nn.Module:
+        return load_teacher(config.distill, config.model, tokenizer, _dtype(arguments)).to(arguments.device)
+
+    material = read_material(config, tokenizer, context_of(config.model, tokenizer), teacher)
     last = checkpoints.begin({**config.told(), "data.digest": material.digest}, resume=config.resume)
     model = _adapted(config, material, tokenizer, _dtype(arguments))
-    trainer = _trainer(config, arguments, model, material, tokenizer, [checkpoints])
+    teachers = Teacher(model, teacher() if config.distill.is_another else None) if config.distill.is_given else None
+    trainer = _trainer(config, arguments, model, material, tokenizer.pad_token_id, teachers, checkpoints)
     state = checkpoints.finished(model)
     if state is None:
         with checkpoints.failures_in_words():
@@ -148,30 +154,29 @@ def _trainer(
     arguments: TrainingArguments,
     model: PeftModel,
     material: Material,
-    tokenizer: PreTrainedTokenizerBase,
-    callbacks: list[TrainerCallback],
+    pad_token_id: int,
+    teacher: Teacher | None,
+    checkpoints: Checkpoints,
 ) -> Trainer:
+    callbacks: list[TrainerCallback] = [checkpoints, _Progress(), _OnlyFinite()]
     if config.loop.early_stop:
-        callbacks = [*callbacks, EarlyStoppingCallback(config.loop.early_stop)]
+        callbacks.append(EarlyStoppingCallback(config.loop.early_stop))
     is_single = material.task == "classify" and not material.is_multi
     options: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "train_dataset": material.train,
         "eval_dataset": material.evaluation,
-        "data_collator": Collator(tokenizer.pad_token_id),
-        "callbacks": [*callbacks, _Progress(), _OnlyFinite()],
+        "data_collator": Collator(pad_token_id),
+        "callbacks": callbacks,
         "optimizers": (optimizer_of(model, config.method, config.loop), None),
         "compute_metrics": _accuracy if is_single else None,
     }
     arguments.prediction_loss_only = not is_single
-    if config.distill.is_given:
-        other = load_teacher(config.distill, config.model, tokenizer, _dtype(arguments))
-        if other is not None:
-            other.to(arguments.device)
-        trainer: Trainer = DistillingTrainer(teacher=Teacher(model, other), distill=config.distill, **options)
-    else:
+    if teacher is None:
         trainer = Trainer(**options)
+    else:
+        trainer = DistillingTrainer(teacher=teacher, distill=config.distill, **options)
     trainer.remove_callback(PrinterCallback)
     if material.is_multi:  # its loss is a mean over the batch, whatever the Trainer counts
         trainer.model_accepts_loss_kwargs = False

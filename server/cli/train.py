@@ -118,6 +118,7 @@ _DISTILL = (
         *("--teacher-prompt",), default="", callback=_text, metavar="TEXT|@FILE", help="Goes before what it is asked."
     ),
     click.option("--temperature", type=_POSITIVE, default=1.0, show_default=True),
+    click.option("--max-answer", type=_COUNT, default=128, show_default=True, help="Tokens, where it writes answers."),
     click.option(
         *("--label-weight",),
         type=click.FloatRange(0, 1),
@@ -192,6 +193,7 @@ def _config(model: str, output: Path, given: dict[str, Any]) -> TrainConfig:
         prompt=given.pop("teacher_prompt"),
         temperature=given.pop("temperature"),
         label_weight=given.pop("label_weight"),
+        max_answer=given.pop("max_answer"),
     )
     data = DataConfig(columns=columns, **take(DataConfig))
     method, loop = MethodConfig(**take(MethodConfig)), LoopConfig(**take(LoopConfig))

@@ -98,6 +98,33 @@ def test_a_prompt_is_learnt_by_what_it_does_to_the_answers(folders: Path, tmp_pa
     assert sum(found[-5:]) / 5 < 0.3 * found[0]
 
 
+@pytest.mark.parametrize(
+    "row", [{"prompt": "river="}, {"messages": [{"role": "user", "content": "river="}]}], ids=["prompt", "chat"]
+)
+def test_answers_that_the_data_lacks_are_the_teachers_own(folders: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+    """Those that it gives greedily, so with them written down the training is the same."""
+    settings: dict[str, Any] = {"method": {"name": "distill"}, "distill": {"prompt": "Loud: ", "max_answer": 4}}
+    data = write_rows(tmp_path / "asked.jsonl", [row, {**row}] * 4)
+    asked = trained(folders / "base", data, tmp_path / "asked", **settings)
+
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    teacher = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
+    if "prompt" in row:
+        ids = tokenizer(f"Loud: {row['prompt']}", return_tensors="pt")["input_ids"]
+    else:
+        told = [{"role": "system", "content": "Loud: "}, *row["messages"]]
+        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    made = teacher.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    answer = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    if "prompt" in row:
+        whole: dict[str, Any] = {**row, "completion": answer}
+    else:
+        whole = {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+    given = trained(folders / "base", write_rows(tmp_path / "given.jsonl", [whole] * 8), tmp_path / "given", **settings)
+    assert losses(asked) == losses(given)
+
+
 def test_distillation_is_kl_and_cross_entropy() -> None:
     torch.manual_seed(0)
     student, teacher, labels = torch.randn(5, 7), torch.randn(5, 9), torch.randint(7, (5,))

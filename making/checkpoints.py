@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -89,9 +90,12 @@ class Checkpoints(TrainerCallback):
 
     @contextmanager
     def failures_in_words(self) -> Iterator[None]:
-        """An error in the middle of a checkpoint says which one is good."""
+        """Too little memory says so; an error in the middle of a checkpoint says which one is good."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            words = "the device has too little memory: lower --batch-size and raise --accumulate, or lower --max-length"
+            raise WeftError(words) from None
         except (OSError, RuntimeError, SafetensorError) as error:
             unfinished = next(self.scratch.glob("checkpoint-*"), None)
             if unfinished is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -78,15 +77,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-@dataclass
-class Counted:
-    """What became of the examples."""
-
-    truncated: int = 0
-
-
 class Encoder:
-    """Rows to examples, for one tokenizer and one context."""
+    """Rows to examples, for one tokenizer and one context. truncated: how many were cut so far."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, max_length: int, teacher_prompt: str | None = None
@@ -97,7 +89,7 @@ class Encoder:
         self._columns = data.columns
         self._max_length = max_length
         self._teacher_prompt = teacher_prompt
-        self.counted = Counted()
+        self.truncated = 0
 
     def example(self, row: Row, form: Form, labels: Sequence[str] = (), *, is_multi: bool = False) -> Example:
         """What is learnt of a row. Raises InvalidData where it is none."""
@@ -212,7 +204,7 @@ class Encoder:
             raise row.refuse(
                 f"has {len(ids)} tokens and the context is {self._max_length}: shorten it, or cut such with --truncate"
             )
-        self.counted.truncated += 1
+        self.truncated += 1
         return ids[-self._max_length :] if keep_end else ids[: self._max_length]
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:

@@ -129,7 +129,7 @@ def read_material(
     if data.eval_share:
         train, evaluation = _split(train, data.eval_share, config.seed)
     digest = digest_of([*data.files, *data.eval_files])
-    return Material(task, train, evaluation, labels, is_multi, encoder.counted.truncated, digest)
+    return Material(task, train, evaluation, labels, is_multi, encoder.truncated, digest)
 
 
 class Collator:

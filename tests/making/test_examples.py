@@ -172,7 +172,7 @@ def test_what_is_too_long_is_cut_when_asked_and_counted(tokenizer: PreTrainedTok
     assert tokenizer.decode(example["input_ids"]) == "6789abc<eos>", "the prompt's beginning goes, and not the answer"
     labelled = encoder.example(row(text="0123456789", label="a"), "label", ("a", "b"))
     assert tokenizer.decode(labelled["input_ids"]) == "<bos>0123456"
-    assert encoder.counted.truncated == 2
+    assert encoder.truncated == 2
 
 
 def test_a_teacher_is_given_its_prompt_and_the_same_answer(tokenizer: PreTrainedTokenizerBase) -> None:

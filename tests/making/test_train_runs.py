@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from disks import needs_a_disk, on_disk
 from training import losses, make_base, recipe, shouted, trained, write_rows
 from watchfiles import watch
 
-from weft.errors import InvalidConfig
+from weft.errors import InvalidConfig, WeftError
+from weft.making.checkpoints import Checkpoints
 from weft.making.training import train
 
 WEFT = (sys.executable, "-m", "weft.server.cli")
@@ -92,6 +94,14 @@ def test_resume_of_a_run_that_only_lacks_its_output_trains_no_further(
     assert losses(made) == losses(first)
     weights = [folder / "adapter_model.safetensors" for folder in (made, first)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_too_little_memory_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(WeftError, match="the device has too little memory: lower --batch-size"),
+        Checkpoints(tmp_path / "made").failures_in_words(),
+    ):
+        raise torch.OutOfMemoryError
 
 
 @pytest.mark.slow

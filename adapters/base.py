@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -59,7 +59,8 @@ class Base:
     """Every module that an adapter may change, by name.
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
-    groups: the LINEAR modules, those together that read the same input.
+    groups: the LINEAR modules, those together that read the same input. backbone: the name of the module that gives the
+    last hidden states; "" where none does.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -67,6 +68,29 @@ class Base:
     head: str = ""
     is_tied: bool = False
     groups: tuple[tuple[str, ...], ...] = ()
+    backbone: str = ""
+
+    @property
+    def headless(self) -> Base:
+        """Without the output head: what all of transformers' classes with this backbone have in common."""
+        modules = {name: module for name, module in self.modules.items() if name != self.head}
+        return replace(self, modules=modules, head="", is_tied=False)
+
+    @property
+    def backbone_alone(self) -> Base:
+        """As a model of its own, whose modules' names begin within it."""
+        prefix = f"{self.backbone}." if self.backbone else ""
+        inner = {name: name.removeprefix(prefix) for name in self.headless.modules if name.startswith(prefix)}
+        return Base(
+            modules={inner[name]: self.modules[name] for name in inner},
+            embedding=inner.get(self.embedding, ""),
+            groups=tuple(tuple(inner[name] for name in group) for group in self.groups if inner.keys() >= {*group}),
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a last hidden state."""
+        return self.modules[self.embedding].d_out if self.head not in self.modules else self.modules[self.head].d_in
 
     def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
         return {name: module for name, module in self.modules.items() if module.kind is kind}

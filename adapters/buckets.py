@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import fsspec
 from fsspec import AbstractFileSystem
 
-from weft.adapters.downloads import BrokenTransfer, Have, Reply, StaleTransfer
+from weft.adapters.downloads import BrokenTransfer, Have, MissingFile, Reply, StaleTransfer
 from weft.adapters.locations import Location
 from weft.errors import InvalidAdapter, InvalidConfig, Problem
 
@@ -44,7 +44,7 @@ class Buckets:
             info = store.info(path)
             version = str(store.ukey(path))
         if info["type"] != "file":
-            raise InvalidAdapter(str(location), [Problem(name, f"is missing at {location.url}")])
+            raise MissingFile(location, name)
         if version == have.copy:
             yield None
             return
@@ -69,7 +69,7 @@ def _as_refusals(location: Location, name: str) -> Iterator[None]:
     except (BrokenTransfer, GeneratorExit):
         raise
     except FileNotFoundError:
-        raise InvalidAdapter(str(location), [Problem(name, f"is missing at {location.url}")]) from None
+        raise MissingFile(location, name) from None
     except PermissionError as error:
         raise InvalidAdapter(str(location), [Problem(name, f"may not be read at {location.url} ({error})")]) from None
     except Exception as error:  # each store's library has errors of its own, with no common base

@@ -6,9 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
+
+from weft.adapters.classes import Classes
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,21 @@ class TokenUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnHead:
+    """A sequence classifier's. name: of the module. weight: [labels, hidden], bias: [labels], as in the file."""
+
+    name: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    classes: Classes
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        named = {"weight": self.weight, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One thing that an adapter does to a module or a parameter. rank, scale: 0 where there is no low-rank term."""
 
@@ -72,7 +92,7 @@ class LoraWeights:
 
     modules: LoRA of linear modules, the head, the embedding. parameters: LoRA of bare parameters. biases: trained in
     the place of the base's. saved: fully trained modules, by the names of their parameters. tokens: trained token rows.
-    invocation: of an activated LoRA, the tokens that start it.
+    invocation: of an activated LoRA, the tokens that start it. head: of a sequence classifier.
     """
 
     modules: Mapping[str, LoraModule]
@@ -82,6 +102,7 @@ class LoraWeights:
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tokens: Mapping[str, TokenUpdate] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    head: OwnHead | None = None
     digest: str = ""
 
     @property
@@ -100,6 +121,21 @@ class LoraWeights:
         names = {*self.modules, *self.biases, *self.saved, *self.tokens}
         return tuple(sorted(names | {name.rpartition(".")[0] for name in self.parameters}))
 
+    def within(self, module: str) -> LoraWeights:
+        """The same of a model that has the modules inside this one; "" for the model itself."""
+
+        def named(parts: Mapping[str, _T]) -> dict[str, _T]:
+            return {f"{module}.{name}" if module else name: part for name, part in parts.items()}
+
+        return replace(
+            self,
+            modules=named(self.modules),
+            parameters=named(self.parameters),
+            biases=named(self.biases),
+            saved=named(self.saved),
+            tokens=named(self.tokens),
+        )
+
     def parts(self) -> Iterator[Part]:
         """Everything that it does, one by one."""
         for name, module in self.modules.items():
@@ -113,6 +149,8 @@ class LoraWeights:
             yield Part(name, "own weights", 0, 0.0, tuple(saved.values()))
         for name, update in self.tokens.items():
             yield Part(name, f"{len(update.ids)} token rows", 0, 0.0, (update.rows,))
+        if self.head is not None:
+            yield Part(self.head.name, str(self.head.classes), 0, 0.0, tuple(self.head.tensors.values()))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, by a name that says what it is, in order."""
@@ -126,6 +164,8 @@ class LoraWeights:
         for name, saved in sorted(self.saved.items()):
             yield from ((f"{name}:saved:{key}", tensor) for key, tensor in sorted(saved.items()))
         yield from ((f"{name}:tokens", update.rows) for name, update in sorted(self.tokens.items()))
+        if self.head is not None:
+            yield from ((f"{self.head.name}:head:{key}", tensor) for key, tensor in self.head.tensors.items())
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -134,11 +174,17 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def digest_of(weights: LoraWeights) -> str:
-    """`sha256:<hex>` over what the adapter computes: scales, tokens, each tensor's name, dtype, shape and content."""
+    """`sha256:<hex>` over what the adapter computes: scales, tokens, each tensor's name, dtype, shape and content.
+
+    And over what a head's logits stand for.
+    """
     scales = {name: module.scale for name, module in weights.modules.items()}
     scales |= {name: parameter.scale for name, parameter in weights.parameters.items()}
     ids = {name: update.ids for name, update in weights.tokens.items()}
-    sha = hashlib.sha256(json.dumps([scales, ids, weights.invocation], sort_keys=True).encode())
+    said: list[object] = [scales, ids, weights.invocation]
+    if weights.head is not None:
+        said += [weights.head.classes.labels, weights.head.classes.problem_type.value]
+    sha = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in weights.tensors():
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""A remote folder's two files, copied into a cache: resumed where they stopped, bounded, and verified."""
+"""A remote folder's files, copied into a cache: resumed where they stopped, bounded, and verified."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock
 
+from weft.adapters.classes import CLASSES_FILE
 from weft.adapters.folder import WEIGHTS_FILE
+from weft.adapters.json_files import MAX_JSON_BYTES
 from weft.adapters.locations import Location
-from weft.adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from weft.adapters.peft_config import CONFIG_FILE, is_classifier
 from weft.errors import InvalidAdapter, Problem, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -44,6 +46,13 @@ OnProgress = Callable[[str, int, int | None], None]
 
 class BrokenTransfer(Exception):
     """A transfer that ended early or could not begin; what came is kept, and the next try goes on from there."""
+
+
+class MissingFile(InvalidAdapter):
+    """The remote has no such file."""
+
+    def __init__(self, location: Location, name: str) -> None:
+        super().__init__(str(location), [Problem(name, f"is missing at {location.url}")])
 
 
 class StaleTransfer(BrokenTransfer):
@@ -99,7 +108,7 @@ class Limits:
 
     def problem(self, name: str, num_bytes: int) -> Problem | None:
         """What is wrong with a file of so many bytes, if anything."""
-        limit, option = (MAX_CONFIG_BYTES, "") if name == CONFIG_FILE else (self.max_bytes, " (--max-adapter-bytes)")
+        limit, option = (self.max_bytes, " (--max-adapter-bytes)") if name == WEIGHTS_FILE else (MAX_JSON_BYTES, "")
         if num_bytes <= limit:
             return None
         return Problem(name, f"has {num_bytes:,} bytes or more; {limit:,} are allowed{option}")
@@ -188,7 +197,11 @@ class _Download:
             raise InvalidAdapter(str(self.location), [Problem(WEIGHTS_FILE, words)])
         if fresh is not weights and self._pull(CONFIG_FILE, config).sha256 != config.sha256:
             raise Unavailable(f"{self.location} changed while it was fetched: try again")
-        return self._keep({CONFIG_FILE: config, WEIGHTS_FILE: fresh})
+        copies = {CONFIG_FILE: config, WEIGHTS_FILE: fresh}
+        if is_classifier(config.path):
+            with suppress(MissingFile):
+                copies[CLASSES_FILE] = self._pull(CLASSES_FILE, latest.get(CLASSES_FILE))
+        return self._keep(copies)
 
     def _pull(self, name: str, known: _Copy | None) -> _Copy:
         """A file's version of now: the copy that is here, or a new one."""
@@ -246,8 +259,9 @@ class _Download:
         try:
             kept = json.loads((self.home / "latest.json").read_text())
             folder = self.home / str(kept["folder"])
-            copies = {name: _Copy(folder / name, *map(str, kept[name])) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        except (OSError, ValueError, KeyError, TypeError):
+            names = (CONFIG_FILE, WEIGHTS_FILE, *{CLASSES_FILE} & kept.keys())
+            copies = {name: _Copy(folder / name, *map(str, kept[name])) for name in names}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return copies if all(copy.path.is_file() for copy in copies.values()) else {}
 

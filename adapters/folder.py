@@ -10,9 +10,10 @@ import torch
 
 from weft.adapters.base import Base
 from weft.adapters.content import LoraWeights, digest_of
+from weft.adapters.heads import take_head
 from weft.adapters.matching import match_up
-from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
-from weft.adapters.tensors import sort_tensors
+from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, Task, read_config
+from weft.adapters.tensors import Tensors, sort_tensors
 from weft.adapters.weights_file import read_tensors
 from weft.errors import InvalidAdapter, Problem, cut_short
 
@@ -42,10 +43,31 @@ def examine_folder(folder: Path, source: str, base: Base) -> tuple[LoraWeights, 
     config = read_config(folder, source)
     try:
         tensors = _read_tensors(folder, source, _largest(config, base))
+        if config.task is Task.SEQ_CLS:
+            return _match_classifier(folder, source, config, tensors, base)
+        if config.task is Task.FEATURE_EXTRACTION:
+            return _match_backbone(config, tensors, base)
         return match_up(config, sort_tensors(tensors, config, base), base)
     except TimeoutError:
         words = "holds a regular expression that takes too long to match"
         raise InvalidAdapter(source, [Problem(CONFIG_FILE, words)]) from None
+
+
+def _match_classifier(
+    folder: Path, source: str, config: PeftConfig, tensors: Tensors, base: Base
+) -> tuple[LoraWeights, list[Problem]]:
+    """As one of transformers' classes for sequence classification: the base without its head, and the adapter's own."""
+    found = sort_tensors(tensors, config, base.headless)
+    head, problems = take_head(found.saved, folder, source, base.hidden_size)
+    weights, others = match_up(config, found, base.headless, head)
+    return weights, [*problems, *others]
+
+
+def _match_backbone(config: PeftConfig, tensors: Tensors, base: Base) -> tuple[LoraWeights, list[Problem]]:
+    """As the model that is the base's backbone, in which modules have shorter names."""
+    backbone = base.backbone_alone
+    weights, problems = match_up(config, sort_tensors(tensors, config, backbone), backbone)
+    return weights.within(base.backbone), problems
 
 
 def _is_folder(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,10 +25,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import HfFileMetadata
 from tqdm import tqdm
 
+from weft.adapters.classes import CLASSES_FILE
 from weft.adapters.downloads import Limits, Pace
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.locations import Location
-from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.peft_config import CONFIG_FILE, is_classifier
 from weft.errors import InvalidAdapter, Problem, Unavailable
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -37,7 +39,7 @@ _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 class Hub:
-    """Fetches the two files of one commit, and no others, into a cache in huggingface_hub's own layout."""
+    """Fetches an adapter's files of one commit, and no others, into a cache in huggingface_hub's own layout."""
 
     def __init__(self, cache: Path, limits: Limits, endpoint: str | None = None) -> None:
         """endpoint: a hub other than the one that HF_ENDPOINT names."""
@@ -71,6 +73,11 @@ class Hub:
         if not all(isinstance(path, str) for path in paths):
             return None
         folder = Path(str(paths[0])).parent
+        classes = try_to_load_from_cache(
+            _repository(location), _path(location, CLASSES_FILE), self._cache, location.revision
+        )
+        if classes is None and is_classifier(folder / CONFIG_FILE):  # nor is it known that there is none
+            return None
         self._verify(location, folder / WEIGHTS_FILE, location.sha256)
         return folder
 
@@ -81,6 +88,9 @@ class Hub:
         for name, metadata in found.items():
             self._limits.check(location, name, metadata.size or 0)
         paths = {name: self._get(location, name, commit, metadata) for name, metadata in found.items()}
+        if is_classifier(paths[CONFIG_FILE]):
+            with suppress(RemoteEntryNotFoundError):
+                self._get(location, CLASSES_FILE, commit)
         self._verify(location, paths[WEIGHTS_FILE], location.sha256)
         return paths[CONFIG_FILE].parent
 
@@ -93,7 +103,7 @@ class Hub:
             raise InvalidAdapter(str(location), [Problem(name, words)])
         return metadata
 
-    def _get(self, location: Location, name: str, commit: str, metadata: HfFileMetadata) -> Path:
+    def _get(self, location: Location, name: str, commit: str, metadata: HfFileMetadata | None = None) -> Path:
         """A file of a commit, resumed if it was begun; its size and, where the hub knows it, its SHA-256 are right."""
         was_here = isinstance(
             try_to_load_from_cache(_repository(location), _path(location, name), self._cache, commit), str
@@ -109,8 +119,9 @@ class Hub:
             )
         )
         self._limits.check(location, name, path.stat().st_size)
-        if not was_here and _SHA256.fullmatch(metadata.etag or ""):
-            self._verify(location, path, metadata.etag or "")
+        promised = (metadata.etag if metadata is not None else "") or ""
+        if not was_here and _SHA256.fullmatch(promised):
+            self._verify(location, path, promised)
         return path
 
     def _verify(self, location: Location, path: Path, sha256: str) -> None:

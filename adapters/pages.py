@@ -12,11 +12,13 @@ from typing import Protocol
 import torch
 
 from weft.adapters.base import Base
+from weft.adapters.classes import Classes
 from weft.adapters.content import LoraWeights, is_finite
 from weft.adapters.effect import has_effect
 from weft.adapters.fold import Folded, fold
 from weft.adapters.rows import HeldRows, RowForm, rounding_error
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
+from weft.kernels.heads import Head
 from weft.kernels.patches import Patch, tensors_of
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
 from weft.kernels.site import Site, SiteGroup
@@ -105,7 +107,8 @@ class HostAdapter:
     patches, invocation: as a `PagedAdapter` has them. modules: all that it changes. num_row_pages: that hold its rows.
     num_pages: that it takes on the device, those included whose place its patches take. num_bytes: that it takes here.
     disk_bytes: of its tensors in the file. probe_error: of the parity probe, None where it was not run.
-    rounding_error: that 8 bits make of its deltas, relative; 0 where rows are of the base's dtype.
+    rounding_error: that 8 bits make of its deltas, relative; 0 where rows are of the base's dtype. head, classes: of a
+    sequence classifier, its own, and what its logits stand for.
     recall: reads it again; None where that takes a validation.
     """
 
@@ -123,6 +126,8 @@ class HostAdapter:
     has_effect: bool
     probe_error: float | None = None
     rounding_error: float = 0.0
+    head: Head | None = None
+    classes: Classes | None = None
     recall: Recall | None = None
 
     @property
@@ -191,13 +196,16 @@ class PagePool:
     def prepare(self, weights: LoraWeights, source: str) -> HostAdapter:
         """Bring a validated adapter into the form that `write` takes.
 
-        Patches are not in pages, but take the place of as many as would hold them, so that one budget covers both.
+        Patches and a head are not in pages, but take the place of as many as would hold them: one budget covers all.
         Raises InvalidAdapter where values that are finite in the file would not be in the pages.
         """
         folded = fold(weights, self.base, self._dtype)
         self._check_range(folded, source)
         rows = self.row_form.hold(folded.rows)
+        own = weights.head
+        head = None if own is None else Head.of(own.weight, own.bias)
         patch_bytes = sum(t.nbytes for patches in folded.patches.values() for each in patches for t in tensors_of(each))
+        patch_bytes += 0 if head is None else head.num_bytes
         num_row_pages = -(-max((len(halves[0]) for halves in rows.values()), default=0) // PAGE_ROWS)
         return HostAdapter(
             digest=weights.digest,
@@ -206,13 +214,15 @@ class PagePool:
             patches=folded.patches,
             invocation=weights.invocation,
             ranks=weights.ranks,
-            modules=weights.touched,
+            modules=weights.touched if own is None else (*weights.touched, own.name),
             num_row_pages=num_row_pages,
             num_pages=num_row_pages - (-patch_bytes // max(self.page_bytes, 1)),
             num_bytes=sum(half.nbytes for halves in rows.values() for half in halves) + patch_bytes,
             disk_bytes=weights.num_bytes,
-            has_effect=has_effect(folded, self.base),
+            has_effect=own is not None or has_effect(folded, self.base),
             rounding_error=rounding_error(folded.rows, rows) if self.row_form.dtype == torch.int8 else 0.0,
+            head=head,
+            classes=None if own is None else own.classes,
         )
 
     def allocate(self, host: HostAdapter) -> Runs:
@@ -242,9 +252,10 @@ class PagePool:
             if blanks:
                 torch._foreach_zero_(blanks)
             patches = {name: tuple(patch.to(self._device) for patch in those) for name, those in host.patches.items()}
+            head = None if host.head is None else host.head.to(self._device)
         sites = frozenset(self.sites[name].index for name in host.rows)
         rank = max((len(halves[0]) for halves in host.rows.values()), default=0)
-        return PagedAdapter(runs, host.scale, sites, patches, host.invocation, rank)
+        return PagedAdapter(runs, host.scale, sites, patches, host.invocation, rank, head)
 
     def free(self, runs: Runs) -> None:
         """Give pages back; the caller knows that no step to come reads them."""

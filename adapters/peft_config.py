@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weft.adapters.json_files import read_object, shown
 from weft.adapters.patterns import Patterns
-from weft.adapters.safe_files import open_regular
 from weft.errors import InvalidAdapter, Problem, cut_short
 
 CONFIG_FILE = "adapter_config.json"
-MAX_CONFIG_BYTES = 1 << 20
 T = TypeVar("T")
 
 _NO_EFFECT: Mapping[str, tuple[type, ...]] = {
@@ -67,6 +66,20 @@ _TIED_NAMES = ("embed_tokens", "lm_head")
 _BIASES = ("none", "all", "lora_only")
 
 
+class Task(Enum):
+    """What an adapter was trained for, and so of which of the base's classes.
+
+    CAUSAL_LM: with the base's own output head. SEQ_CLS: with a head of its own. FEATURE_EXTRACTION: with none.
+    """
+
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_CLS = "SEQ_CLS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+_TASKS = tuple(task.value for task in Task)
+
+
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
     """What `adapter_config.json` says of the computation; the methods answer for one module or parameter by its name.
@@ -92,6 +105,7 @@ class PeftConfig:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ensure_weight_tying: bool = False
     invocation: tuple[int, ...] = ()
+    task: Task = Task.CAUSAL_LM
     patterns: Patterns = field(default_factory=Patterns, compare=False, repr=False)
 
     @property
@@ -179,38 +193,15 @@ def read_config(folder: Path, source: str) -> PeftConfig:
     Raises InvalidAdapter with every problem: no file, no JSON, a field of the wrong type or out of range, a field that
     can't be served, a field nobody knows.
     """
-    path = folder / CONFIG_FILE
+    return _parse(read_object(folder / CONFIG_FILE, source), source)
+
+
+def is_classifier(config: Path) -> bool:
+    """Whether a config is a sequence classifier's; not where it can't be read, which `read_config` says."""
     try:
-        with open_regular(path) as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise InvalidAdapter(source, [Problem(path.name, f"is larger than {MAX_CONFIG_BYTES} bytes")])
-        raw = json.loads(content.decode(), object_pairs_hook=_no_duplicates)
-        json.dumps(raw, ensure_ascii=False).encode()  # refuses lone surrogates, which no message could repeat
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InvalidAdapter(source, [Problem(path.name, f"can't be read as JSON ({reason})")]) from None
-    if not isinstance(raw, dict):
-        raise InvalidAdapter(source, [Problem(path.name, "must hold a JSON object")])
-    return _parse(raw, source)
-
-
-def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {_shown(key)} appears twice")
-        found[key] = value
-    return found
-
-
-def _shown(value: object) -> str:
-    """The value as a message can hold it: in one line, and not too long."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        return "nested too deep"
-    return text if len(text) <= 80 else f"{text[:80]}…"
+        return read_object(config, "").get("task_type") == Task.SEQ_CLS.value
+    except InvalidAdapter:
+        return False
 
 
 def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
@@ -234,6 +225,7 @@ def _parse(raw: Mapping[str, Any], source: str) -> PeftConfig:
         token_indices=fields.token_indices("trainable_token_indices"),
         ensure_weight_tying=fields.boolean("ensure_weight_tying"),
         invocation=fields.tokens("alora_invocation_tokens"),
+        task=Task(raw["task_type"]) if raw.get("task_type") in _TASKS else Task.CAUSAL_LM,
         patterns=fields.added,
     )
     _check_combinations(config, fields)
@@ -246,19 +238,19 @@ def _check_unserved(fields: _Fields) -> None:
     """Refuse what is another kind of adapter, or has more to it than this server knows."""
     raw = fields.raw
     if raw.get("peft_type") != "LORA":
-        fields.refuse("peft_type", f"is {_shown(raw.get('peft_type'))}; only 'LORA' is served")
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        fields.refuse("task_type", f"is {_shown(raw['task_type'])}; only 'CAUSAL_LM' is served")
+        fields.refuse("peft_type", f"is {shown(raw.get('peft_type'))}; only 'LORA' is served")
+    if raw.get("task_type") not in (None, *_TASKS):
+        fields.refuse("task_type", f"is {shown(raw['task_type'])}; must be one of {', '.join(_TASKS)}")
     init = raw.get("init_lora_weights", True)
     if not isinstance(init, bool) and init not in _PLAIN_INITS:
         fields.refuse(
             "init_lora_weights",
-            f"is {_shown(init)}, which changes the base weights or is unknown: convert the adapter with PEFT's "
+            f"is {shown(init)}, which changes the base weights or is unknown: convert the adapter with PEFT's "
             "`path_initial_model_for_weight_conversion` first",
         )
     for name, types in _NO_EFFECT.items():
         if raw.get(name) is not None and not (isinstance(raw[name], types) and _is_bool(raw[name]) == (bool in types)):
-            fields.refuse(name, f"is {_shown(raw[name])}; must be {' or '.join(each.__name__ for each in types)}")
+            fields.refuse(name, f"is {shown(raw[name])}; must be {' or '.join(each.__name__ for each in types)}")
     for name, why in _REFUSED_WHEN_SET.items():
         if not _is_unset(raw.get(name)):
             fields.refuse(name, f"is set, and {why}")
@@ -299,7 +291,7 @@ def _check_combinations(config: PeftConfig, fields: _Fields) -> None:
 
 def _check_rank(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
-        raise ValueError(f"is {_shown(value)}; must be a whole number from 1 to {1 << 16}")
+        raise ValueError(f"is {shown(value)}; must be a whole number from 1 to {1 << 16}")
     return value
 
 
@@ -310,7 +302,7 @@ def _check_alpha(value: object) -> float:
         or not (value == 0 or _MIN_ALPHA <= abs(value) <= _MAX_ALPHA)
     ):
         words = f"must be 0, or a number of a size from {_MIN_ALPHA:g} to {_MAX_ALPHA:g}"
-        raise ValueError(f"is {_shown(value)}; {words}")
+        raise ValueError(f"is {shown(value)}; {words}")
     return float(value)
 
 
@@ -323,7 +315,7 @@ class _Fields:
         self.problems: list[Problem] = []
 
     def refuse(self, name: str, description: str) -> None:
-        self.problems.append(Problem(name if name.isprintable() and len(name) <= 80 else _shown(name), description))
+        self.problems.append(Problem(name if name.isprintable() and len(name) <= 80 else shown(name), description))
 
     def rank(self, name: str) -> int:
         return self._checked(name, self.raw.get(name), _check_rank, 1)
@@ -334,7 +326,7 @@ class _Fields:
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)
         if not isinstance(value, bool):
-            self.refuse(name, f"is {_shown(value)}; must be true or false")
+            self.refuse(name, f"is {shown(value)}; must be true or false")
         return value is True
 
     def modules(self, name: str, *, required: bool = True) -> str | tuple[str, ...]:
@@ -348,7 +340,7 @@ class _Fields:
         value = self.raw.get(name)
         value = [] if value is None else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or (required and not value):
-            words = f"is {_shown(value)}; must be a {'non-empty ' if required else ''}list of module names"
+            words = f"is {shown(value)}; must be a {'non-empty ' if required else ''}list of module names"
             self.refuse(name, words)
             return ()
         return tuple(value)
@@ -364,7 +356,7 @@ class _Fields:
         value = self.raw.get(name)
         value = [value] if isinstance(value, int) else [] if value is None else value
         if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-            self.refuse(name, f"is {_shown(value)}; must be a layer index or a list of them")
+            self.refuse(name, f"is {shown(value)}; must be a layer index or a list of them")
             return ()
         return tuple(value)
 
@@ -372,7 +364,7 @@ class _Fields:
         value = self.raw.get(name, allowed[0])
         if value in allowed:
             return str(value)
-        self.refuse(name, f"is {_shown(value)}; must be one of {', '.join(allowed)}")
+        self.refuse(name, f"is {shown(value)}; must be one of {', '.join(allowed)}")
         return allowed[0]
 
     def tokens(self, name: str) -> tuple[int, ...]:
@@ -382,32 +374,32 @@ class _Fields:
         value = self.raw.get(name)
         by_module = {"": value} if isinstance(value, list) else {} if value is None else value
         if not isinstance(by_module, dict):
-            self.refuse(name, f"is {_shown(value)}; must be a list of token ids, or map modules to such lists")
+            self.refuse(name, f"is {shown(value)}; must be a list of token ids, or map modules to such lists")
             return {}
-        return {module: self._tokens(f"{name}[{_shown(module)}]", ids) for module, ids in by_module.items()}
+        return {module: self._tokens(f"{name}[{shown(module)}]", ids) for module, ids in by_module.items()}
 
     def _tokens(self, name: str, value: object) -> tuple[int, ...]:
         value = [] if value is None else value
         if isinstance(value, list) and all(type(token) is int and token >= 0 for token in value):
             return tuple(value)
-        self.refuse(name, f"is {_shown(value)}; must be a list of token ids")
+        self.refuse(name, f"is {shown(value)}; must be a list of token ids")
         return ()
 
     def pattern(self, name: str, check: Callable[[object], T]) -> dict[str, T]:
         value = self.raw.get(name)
         value = {} if value is None else value
         if not isinstance(value, dict):
-            self.refuse(name, f"is {_shown(value)}; must map module patterns to numbers")
+            self.refuse(name, f"is {shown(value)}; must map module patterns to numbers")
             return {}
         for key in value:
             self._add(name, key, self.added.add_end)
-        return {key: self._checked(f"{name}[{_shown(key)}]", item, check, check(1)) for key, item in value.items()}
+        return {key: self._checked(f"{name}[{shown(key)}]", item, check, check(1)) for key, item in value.items()}
 
     def _add(self, name: str, pattern: str, add: Callable[[str], None]) -> None:
         try:
             add(pattern)
         except ValueError as error:
-            self.refuse(name, f"{_shown(pattern)} {error}")
+            self.refuse(name, f"{shown(pattern)} {error}")
 
     def _checked(self, name: str, value: object, check: Callable[[object], T], fallback: T) -> T:
         try:

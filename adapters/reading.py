@@ -79,6 +79,7 @@ class Reader:
             device_bytes=host.num_pages * self._pool.page_bytes,
             host_bytes=host.num_bytes,
             probe_error=host.probe_error,
+            classes=host.classes,
         )
 
     def _prove(self, weights: LoraWeights, host: HostAdapter, source: str) -> HostAdapter:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from weft.adapters.classes import Classes
+
 
 class AdapterState(Enum):
     """Where an adapter is. Requests can use it in DISK, HOST and DEVICE; it is brought to the device for them."""
@@ -38,6 +40,7 @@ class AdapterInfo:
     disk_bytes: int = 0
     num_in_flight: int = 0
     probe_error: float | None = None
+    classes: Classes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weft.adapters.base import Base, ModuleKind
+from weft.adapters.classes import Classes
 from weft.adapters.content import LoraWeights, Part
 from weft.errors import Problem
 from weft.kernels.plan import PAGE_ROWS
@@ -35,7 +36,7 @@ class AdapterReport:
     """A dry run. What it would take, and the digest, are empty where there are problems.
 
     num_pages, device_bytes: that it would take on the device. host_bytes: in host memory, in the base's dtype.
-    probe_error: of the parity probe, None where it was not run.
+    probe_error: of the parity probe, None where it was not run. classes: of a sequence classifier.
     """
 
     source: str
@@ -46,6 +47,7 @@ class AdapterReport:
     device_bytes: int = 0
     host_bytes: int = 0
     probe_error: float | None = None
+    classes: Classes | None = None
 
 
 def module_reports(weights: LoraWeights, base: Base, problems: Iterable[Problem]) -> tuple[ModuleReport, ...]:
@@ -59,15 +61,16 @@ def module_reports(weights: LoraWeights, base: Base, problems: Iterable[Problem]
 
 
 def _report(part: Part, base: Base) -> ModuleReport:
-    module = base.modules.get(part.name) or base.modules[part.name.rpartition(".")[0]]
+    module = base.modules.get(part.name) or base.modules.get(part.name.rpartition(".")[0])
+    kind = "own head" if module is None else module.kind.value
     return ModuleReport(
         name=part.name,
-        kind=f"{module.kind.value}: {part.what}",
+        kind=f"{kind}: {part.what}",
         applied=True,
         rank=part.rank,
         scale=part.scale,
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors})),
-        num_pages=-(-part.rank // PAGE_ROWS) if module.kind is ModuleKind.LINEAR else 0,
+        num_pages=-(-part.rank // PAGE_ROWS) if module is not None and module.kind is ModuleKind.LINEAR else 0,
         num_bytes=sum(tensor.nbytes for tensor in part.tensors),
     )
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weft.adapters.buckets import Buckets, check_library
+from weft.adapters.classes import CLASSES_FILE
 from weft.adapters.downloads import Downloads, Limits
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.hub import Hub
 from weft.adapters.locations import MAX_SOURCE_CHARACTERS, REMOTE_SCHEMES, Location, parse_location, parse_prefix
-from weft.adapters.peft_config import CONFIG_FILE
+from weft.adapters.peft_config import CONFIG_FILE, is_classifier
 from weft.adapters.web import WEB_SCHEMES, Web
 from weft.errors import InvalidAdapter, InvalidConfig, InvalidRequest, Problem
 
@@ -111,12 +112,16 @@ class Sources:
         return folder
 
     def _check_files(self, source: str, folder: Path) -> Path:
-        """Raises InvalidAdapter where one of the two files leads out of the roots, is no file, or is too large."""
-        found = [self._problem(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-        problems = [problem for problem in found if problem is not None]
+        """Raises InvalidAdapter where one of the files leads out of the roots, is no file, or is too large."""
+        self._check_each(source, folder, (CONFIG_FILE, WEIGHTS_FILE))
+        if is_classifier(folder / CONFIG_FILE):
+            self._check_each(source, folder, (CLASSES_FILE,))
+        return folder
+
+    def _check_each(self, source: str, folder: Path, names: Sequence[str]) -> None:
+        problems = [problem for name in names if (problem := self._problem(folder / name)) is not None]
         if problems:
             raise InvalidAdapter(source, problems)
-        return folder
 
     def _problem(self, path: Path) -> Problem | None:
         try:

@@ -450,6 +450,7 @@ class AdapterStore:
             disk_bytes=version.disk_bytes,
             num_in_flight=version.users,
             probe_error=version.probe_error,
+            classes=version.classes,
         )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from weft.adapters.classes import Classes
 from weft.adapters.pages import HostAdapter, PagePool, Recall, Runs
 from weft.adapters.reading import Reader
 from weft.errors import OutOfCapacity, Unavailable, WeftError
@@ -59,6 +60,7 @@ class AdapterVersion:
     names: each name that stands for it, and the source that name gives. keepers: loads and updates that are about to
     name it. users: requests in flight, queued ones included; with names and keepers they keep the version alive.
     active: requests that run now; with pins they keep its pages. failures: how many moves have failed so far.
+    classes: of a sequence classifier, what it tells apart.
     """
 
     digest: str
@@ -70,6 +72,7 @@ class AdapterVersion:
     is_sum: bool
     probe_error: float | None
     recall: Recall | None
+    classes: Classes | None = None
     names: dict[str, str] = field(default_factory=dict)
     keepers: int = 0
     users: int = 0
@@ -177,6 +180,7 @@ class Tiers:
                 is_sum=host.is_sum,
                 probe_error=host.probe_error,
                 recall=host.recall,
+                classes=host.classes,
             )
             self.versions[host.digest] = version
         if version.host is None:

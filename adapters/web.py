@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import httpx2
 
-from weft.adapters.downloads import BrokenTransfer, Have, Reply, StaleTransfer
+from weft.adapters.downloads import BrokenTransfer, Have, MissingFile, Reply, StaleTransfer
 from weft.adapters.locations import Location, parse_location
 from weft.errors import InvalidAdapter, Problem
 
 WEB_SCHEMES = ("https", "http")
 MAX_REDIRECTS = 5
 _TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
-_GONE = {401: "may not be read", 403: "may not be read", 404: "is missing", 410: "is missing"}
+_GONE = {401: "may not be read", 403: "may not be read"}
 _LATER = (408, 425, 429)
 
 
@@ -86,6 +86,8 @@ def _reply(response: httpx2.Response, location: Location, name: str, have: Have)
         return None
     if status >= 500 or status in _LATER:
         raise BrokenTransfer(f"the server answers {status}")
+    if status in (404, 410):
+        raise MissingFile(location, name)
     if status not in (200, 206, 416):
         words = _GONE.get(status, f"can't be had: the server answers {status}")
         raise InvalidAdapter(str(location), [Problem(name, f"{words} at {location.url}")])

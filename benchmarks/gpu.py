@@ -26,12 +26,12 @@ import transformers
 import triton
 from gpu_checks import check_all
 from gpu_engine import compare_ahead, compare_compiled
-from gpu_kernels import Timer, compare_attention, compare_kernels, copy_bandwidth, overlap
+from gpu_kernels import Timer, compare_attention, compare_kernels, copy_bandwidth
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from weft.adapters.pages import PageConfig, PagePool
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter, build_plan
-from weft.kernels.triton_lora import Beside, DeviceWork
+from weft.kernels.triton_lora import DeviceWork
 from weft.server.engine.attention import ATTENTION
 from weft.server.engine.batch import Batch, build_batch
 from weft.server.engine.decode_attention import attend_in_place
@@ -116,7 +116,7 @@ def popularity(kind: str, batch: int) -> list[int]:
 class Bench:
     """A model, its cache and its adapters, all random, and its captured decode steps."""
 
-    def __init__(self, shape: Shape, device: torch.device, *, beside: bool) -> None:
+    def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
         self.max_positions = 8192
         config = LlamaConfig(**shape.config, max_position_embeddings=self.max_positions, tie_word_embeddings=False)
@@ -140,7 +140,8 @@ class Bench:
                 site.b[1:].normal_(0, 0.02)
         self.model.attach(self.cache, self.pages.groups, "triton")
         capture = CudaCapture(device) if device.type == "cuda" else replay_nothing
-        self.means = Means(capture, attend_in_place, DeviceWork, Beside(device) if beside else None)
+        self._adapters: dict[tuple[int, int], PagedAdapter] = {}
+        self.means = Means(capture, attend_in_place, DeviceWork)
         self.graphs = self.capture()
 
     def capture(self) -> GraphRunner:
@@ -148,9 +149,13 @@ class Bench:
         return self.model.capture(self.means, max(self.shape.batches), self.blocks_a_row)
 
     def adapter(self, index: int, rank: int) -> PagedAdapter:
-        pages = -(-rank // PAGE_ROWS)
-        sites = frozenset(site.index for site in self.pages.sites.values())
-        return PagedAdapter(((1 + index * pages, 1 + (index + 1) * pages),), 2.0, sites)
+        """The same one each time: rows share their work where they share an adapter."""
+        if (index, rank) not in self._adapters:
+            pages = -(-rank // PAGE_ROWS)
+            sites = frozenset(site.index for site in self.pages.sites.values())
+            runs = ((1 + index * pages, 1 + (index + 1) * pages),)
+            self._adapters[index, rank] = PagedAdapter(runs, 2.0, sites)
+        return self._adapters[index, rank]
 
     def batch(self, rows: int) -> Batch:
         """A decode step of base rows, each the last token of its own context."""
@@ -173,7 +178,7 @@ class Bench:
 
     def step(self, batch: Batch) -> list[int]:
         """A whole step, to the tokens on the host."""
-        tokens: list[int] = self.model.forward(batch).argmax(-1).tolist()
+        tokens: list[int] = self.model.forward(batch).logits.argmax(-1).tolist()
         return tokens
 
     def kv_bytes(self, rows: int) -> int:
@@ -196,7 +201,7 @@ def measure_steps(bench: Bench, timer: Timer, bandwidth: float, deadline_s: floa
                 mixed, distinct = bench.with_adapters(plain, kind, rank)
                 base_ms, mixed_ms = timer.compare(partial(bench.graphs.run, plain), partial(bench.graphs.run, mixed))
                 step_ms = timer.wall(partial(bench.step, mixed))
-                first, second = (bench.model.forward(mixed).clone() for _ in range(2))
+                first, second = (bench.model.forward(mixed).logits.clone() for _ in range(2))
                 base_bytes = bench.weight_bytes + bench.kv_bytes(rows)
                 lora_bytes = distinct * bench.adapter_bytes(rank)
                 floor = 1 + lora_bytes / base_bytes
@@ -222,9 +227,9 @@ def check_graphs(bench: Bench) -> dict[str, object]:
     """The captured step against the same one run as it comes: its largest relative error, and tokens that agree."""
     rows = bench.shape.batches[-1]
     batch, _ = bench.with_adapters(bench.batch(rows), "skewed", bench.shape.ranks[0])
-    captured = bench.model.forward(batch).float().clone()
+    captured = bench.model.forward(batch).logits.float().clone()
     fresh = replace(batch, wants_all=False)
-    eager = bench.model.forward(fresh).float()
+    eager = bench.model.forward(fresh).logits.float()
     agree = int((captured.argmax(-1) == eager.argmax(-1)).sum())
     return {
         "rows": rows,
@@ -255,7 +260,6 @@ def describe(result: dict[str, object]) -> str:
     steps: list[dict[str, float]] = result["steps"]  # type: ignore[assignment]
     kernels: list[dict[str, float]] = result["kernels"]  # type: ignore[assignment]
     attention: list[dict[str, float]] = result["attention"]  # type: ignore[assignment]
-    overlaps: list[dict[str, float]] = result["overlap"]  # type: ignore[assignment]
     ahead: list[dict[str, float]] = result["ahead"]  # type: ignore[assignment]
     compiled: list[dict[str, float]] = result["compiled"]  # type: ignore[assignment]
     graphs: dict[str, object] = result["graphs"]  # type: ignore[assignment]
@@ -326,11 +330,6 @@ def describe(result: dict[str, object]) -> str:
                 for row in attention
             ],
         ),
-        "Shrink beside the base's product on a second stream, the projections of a few layers, in ms.\n",
-        table(
-            ("rows", "one stream", "two streams"),
-            [(str(row["rows"]), f"{row['one_stream_ms']:.3f}", f"{row['two_streams_ms']:.3f}") for row in overlaps],
-        ),
     ]
     return "\n".join(parts)
 
@@ -347,7 +346,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--minutes", type=float, default=8.0, help="no new row of the table is begun after them")
-    parser.add_argument("--beside", action="store_true", help="in the table, shrink on a stream beside the product")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--report", type=Path, help="the document whose section `gpu` to replace")
     options = parser.parse_args()
@@ -380,12 +378,11 @@ def main() -> None:
     bandwidth = copy_bandwidth(timer)
     keep("copy_tb_s", bandwidth / 1e12)
     print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    bench = Bench(shape, device, beside=options.beside)
+    bench = Bench(shape, device)
     keep("graphs", check_graphs(bench))
     print("captured against eager:", result["graphs"], flush=True)
     keep_rows("kernels", compare_kernels(bench, timer, bandwidth))
     keep_rows("attention", compare_attention(bench, timer, bandwidth))
-    keep_rows("overlap", overlap(bench, timer))
     keep_rows("ahead", compare_ahead(bench))
     keep_rows("steps", measure_steps(bench, timer, bandwidth, deadline_s))
     keep_rows("compiled", compare_compiled(bench, timer))

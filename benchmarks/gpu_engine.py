@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry
 from weft.adapters.residency import AdapterRef
 from weft.adapters.tiers import AdapterVersion
 from weft.server.engine.compiling import compile_parts, compiler_for
-from weft.server.engine.engine import Engine, Limits
+from weft.server.engine.engine import Engine
 from weft.server.engine.fusing import Fusion
 from weft.server.engine.kv_blocks import BlockPool
+from weft.server.engine.limits import Limits
 from weft.server.engine.request import Request, Stopping
 from weft.server.engine.scheduler import Scheduler
 from weft.server.metrics import Metrics

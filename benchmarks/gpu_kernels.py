@@ -172,44 +172,6 @@ def _grouped_mm(x: Rows, y: Rows, rows: int, pages: int) -> Callable[[SiteGroup]
 
 
 @torch.inference_mode()
-def overlap(bench: Any, timer: Timer, num_layers: int = 4) -> Iterator[dict[str, float]]:
-    """Projections of a few layers with distinct adapters of the lowest rank: shrink after the product, or beside it."""
-    groups = list(bench.pages.groups.values())
-    groups = groups[: max(1, len(groups) * num_layers // bench.shape.config["num_hidden_layers"])]
-    device, dtype, rank = bench.device, bench.shape.dtype, bench.shape.ranks[0]
-    weights = [torch.randn(group.d_out, group.d_in, device=device).to(dtype) for group in groups]
-    side = torch.cuda.Stream(device) if timer.is_cuda else None  # type: ignore[no-untyped-call]
-    for rows in bench.shape.batches:
-        plan = build_plan([(1, [(bench.adapter(row, rank), 1.0)]) for row in range(rows)], _CPU)
-        assert plan is not None
-        made = make_work_list(plan)
-        work = triton_lora.DeviceWork(made.room, device)
-        work.load(made)
-        x = {group.d_in: torch.randn(rows, group.d_in, device=device).to(dtype) for group in groups}
-
-        def one() -> None:
-            for group, weight in zip(groups, weights, strict=True):
-                y = functional.linear(x[group.d_in], weight)  # noqa: B023
-                triton_lora.run(y, x[group.d_in], group, work)  # noqa: B023
-
-        def two() -> None:
-            if side is None:
-                return one()
-            for group, weight in zip(groups, weights, strict=True):
-                here = torch.cuda.current_stream(device)
-                side.wait_stream(here)
-                with torch.cuda.stream(side):
-                    triton_lora.shrink(x[group.d_in], group, work)  # noqa: B023
-                y = functional.linear(x[group.d_in], weight)  # noqa: B023
-                here.wait_stream(side)
-                triton_lora.expand(y, group, work)  # noqa: B023
-            return None
-
-        first, second = timer.compare(timer.capture(one), timer.capture(two))
-        yield {"rows": rows, "one_stream_ms": first, "two_streams_ms": second}
-
-
-@torch.inference_mode()
 def compare_attention(bench: Any, timer: Timer, bandwidth: float) -> Iterator[dict[str, Any]]:
     """Decode rows over a paged cache, one layer: in place, over a gathered copy, and by PyTorch's varlen_attn."""
     device, dtype, config = bench.device, bench.shape.dtype, bench.shape.config

@@ -89,7 +89,7 @@ class Decoder:
             sequence.num_computed = CONTEXT - 1
         started = time.process_time()
         batch = build_batch([Scheduled(sequence, 1) for sequence in sequences], BLOCK, self.model.device)
-        logits = self.model.forward(batch)
+        logits = self.model.forward(batch).logits
         elapsed = time.process_time() - started
         for sequence in sequences:
             self.pool.free(sequence.blocks)

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from weft.kernels.heads import Head
 from weft.kernels.patches import Patch
 
 PAGE_ROWS = 8
@@ -30,6 +31,7 @@ class PagedAdapter:
     sites: the sites it has rows at; at every other site its page rows are zero.
     patches: what else it does, by the name of the module, in the order in which it is done.
     invocation: of an activated LoRA, the tokens from whose last occurrence in the prompt on it adapts.
+    head: of a sequence classifier, its own.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -38,6 +40,7 @@ class PagedAdapter:
     patches: Mapping[str, tuple[Patch, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
     rank: int | None = None
+    head: Head | None = None
 
     @property
     def runs_with_ranks(self) -> list[tuple[int, int, int]]:

@@ -15,64 +15,71 @@ from weft.kernels.site import SiteGroup
 from weft.kernels.triton_launch import Launch, is_interpreted, launch
 from weft.kernels.work_list import TILE, Room, WorkList, make_work_list
 
-_PROGRAMS_A_PROCESSOR = 4
-"""Of the fixed grid; a program that finds no item ends at once."""
+_PROGRAMS_A_PROCESSOR = 8
+"""Of the fixed grid, as many as run at once; one that finds no item ends at once."""
+
+_ENTRIES_A_ROW = 4
+"""That the grid has a program for, at the most: rank 64. Programs go round where a step has more."""
 
 _INTERPRETED_PROGRAMS = 3
+
+_MANY_SPLITS = 16
+"""Their sums take registers that columns would need."""
+
+# As few threads as hold their part of an item: most of what a thread does is there for each of them.
+_SHRINK_WARPS = 2
+_EXPAND_WARPS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Blocking:
     """How a group's work is cut up. It depends on the group's shape alone, so that a row's sums do, too.
 
-    splits: of d_in, of split_size numbers each. block_k: of them, read at a time. block_n: columns of an expand's item.
+    splits: of d_in, of split_size numbers each. block_n: columns of an expand's item.
     """
 
     splits: int
     split_size: int
-    block_k: int
     block_n: int
 
     @classmethod
-    def of(cls, d_in: int, d_outs: tuple[int, ...]) -> Blocking:
-        split_size = 512 if d_in <= 4096 else 1024
-        split_size = min(split_size, max(16, 1 << (d_in - 1).bit_length()))
-        widest = max(d_outs)
-        block_n = min(128 if sum(d_outs) <= 8192 else 256, max(16, 1 << (widest - 1).bit_length()))
-        return cls(-(-d_in // split_size), split_size, min(256, split_size), block_n)
+    def of(cls, d_in: int, d_outs: tuple[int, ...], itemsize: int) -> Blocking:
+        """itemsize: bytes of a number of x."""
+        split_size = min(1024 // itemsize, max(16, 1 << (d_in - 1).bit_length()))
+        splits = -(-d_in // split_size)
+        widest = (512 if splits <= _MANY_SPLITS else 256) // itemsize
+        return cls(splits, split_size, min(widest, max(16, 1 << (max(d_outs) - 1).bit_length())))
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTables:
-    """What the kernels need to know of a group; sites, columns: as `triton_kernels` has them, on the device."""
+    """What the kernels need to know of a group; columns: as `triton_kernels` has them, on the device."""
 
     blocking: Blocking
-    sites: torch.Tensor
     columns: torch.Tensor
     align: int
     is_even: bool
 
     @classmethod
     def of(cls, group: SiteGroup) -> GroupTables:
-        blocking = Blocking.of(group.d_in, group.d_outs)
+        blocking = Blocking.of(group.d_in, group.d_outs, max(2, group.a.element_size()))
         first = group.sites[0].b
         columns, y_at = [], 0
         for i, site in enumerate(group.sites):
             b_at = site.b.storage_offset() - first.storage_offset()
             width = site.b.shape[2]
             columns += [
-                (i, y_at + at, b_at + at, min(blocking.block_n, width - at), site.b.stride(1))
+                (i, y_at + at, b_at + at, min(blocking.block_n, width - at), site.b.stride(1), site.index)
                 for at in range(0, width, blocking.block_n)
             ]
             y_at += width
-        places = [place for _, y, b, _, stride in columns for place in (y, b, stride)]
+        places = [place for _, y, b, _, stride, _ in columns for place in (y, b, stride)]
         align = next(n for n in (16, 8, 4, 2, 1) if all(place % n == 0 for place in places))
         return cls(
             blocking,
-            torch.tensor([site.index for site in group.sites], dtype=torch.int32, device=first.device),
             torch.tensor(columns, dtype=torch.int64, device=first.device),
             align,
-            all(width == blocking.block_n for _, _, _, width, _ in columns),
+            all(width == blocking.block_n for _, _, _, width, _, _ in columns),
         )
 
 
@@ -110,31 +117,6 @@ class DeviceWork:
         return self._planes
 
 
-class Beside:
-    """The two kernels apart: shrink beside other work, on a stream of its own, and expand behind both."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def begin(self, x: torch.Tensor, group: SiteGroup, plan: Plan) -> None:
-        """x: [T, d_in], which must stay as it is until `finish`."""
-        work = plan.layout(MakeWork(x.device))
-        if self._stream is None:
-            shrink(x, group, work)
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
-            shrink(x, group, work)
-
-    def finish(self, y: torch.Tensor, group: SiteGroup, plan: Plan) -> None:
-        """y: [T, d_out of the group]: what there is to add is added."""
-        if self._stream is not None:
-            torch.cuda.current_stream(y.device).wait_stream(self._stream)
-        expand(y, group, plan.layout(MakeWork(y.device)))
-
-
 @dataclass(frozen=True, slots=True)
 class MakeWork:
     """Makes the work list of a plan on a device."""
@@ -166,9 +148,10 @@ def shrink(x: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
     tables = group.layout(GroupTables.of)
     blocking, slices = tables.blocking, len(group.sites)
     planes = work.planes(slices * blocking.splits)
+    entries = min(work.room.entries, len(x) * _ENTRIES_A_ROW)
     launch(
         triton_kernels.shrink,
-        (_programs(x.device, work.room.entries * slices * blocking.splits),),
+        (_programs(x.device, entries * slices * blocking.splits),),
         x,
         x.stride(0),
         group.a,
@@ -178,17 +161,17 @@ def shrink(x: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
         work.numbers,
         work.room.entries_at,
         work.room.record,
-        tables.sites,
+        group.sites[0].index,
         group.a.shape[1],
         D_IN=group.d_in,
         SLICES=slices,
         SPLITS=blocking.splits,
         SPLIT_SIZE=blocking.split_size,
-        BLOCK_K=blocking.block_k,
         HAS_SCALES=group.a_scale is not None,
         WIDEN=is_interpreted(),
-        num_warps=4,
-        num_stages=4,
+        num_warps=_SHRINK_WARPS,
+        num_stages=1,
+        **_overlap(x.device),
     )
 
 
@@ -199,7 +182,7 @@ def expand(y: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
     planes = work.planes(slices * blocking.splits)
     launch(
         triton_kernels.expand,
-        (_programs(y.device, work.room.tiles * len(tables.columns)),),
+        (_programs(y.device, min(work.room.tiles, len(y)) * len(tables.columns)),),
         y,
         y.stride(0),
         group.sites[0].b,
@@ -208,7 +191,6 @@ def expand(y: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
         work.numbers,
         work.room.entries_at,
         work.room.record,
-        tables.sites,
         tables.columns,
         group.a.shape[1],
         COLUMN_TILES=len(tables.columns),
@@ -219,8 +201,9 @@ def expand(y: torch.Tensor, group: SiteGroup, work: DeviceWork, launch: Launch =
         IS_EVEN=tables.is_even,
         HAS_SCALES=group.b_scale is not None,
         WIDEN=is_interpreted(),
-        num_warps=4,
-        num_stages=2,
+        num_warps=_EXPAND_WARPS,
+        num_stages=1,
+        **_overlap(y.device),
     )
     return y
 
@@ -230,3 +213,9 @@ def _programs(device: torch.device, most: int) -> int:
         return min(most, _INTERPRETED_PROGRAMS)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(most, _PROGRAMS_A_PROCESSOR * processors)
+
+
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """How a kernel is compiled and launched for the kernel before it: see `triton_kernels`."""
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAPS": overlaps, "launch_pdl": overlaps}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from weft.adapters.classes import MAX_LABEL_CHARACTERS
 from weft.errors import InvalidConfig, InvalidData
 from weft.making.config import TEXT_MARK, Columns, DataConfig, Task
 from weft.making.rows import Row
@@ -221,7 +222,12 @@ def labels_of(row: Row, columns: Columns) -> list[str]:
     given = value if isinstance(value, list) else [value]
     if any(isinstance(label, bool) or not isinstance(label, str | int) or label == "" for label in given):
         raise row.refuse(f"{columns.label} is {_shown(value)}; must be a label, or a list of them")
-    return [str(label) for label in given]
+    labels = [str(label) for label in given]
+    for label in labels:
+        if not label.isprintable() or len(label) > MAX_LABEL_CHARACTERS:
+            words = f"a label is printable, and at most {MAX_LABEL_CHARACTERS} characters long"
+            raise row.refuse(f"{columns.label} is {_shown(label)}; {words}")
+    return labels
 
 
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:

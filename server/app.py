@@ -295,6 +295,7 @@ class Server:
             max_prompt_bytes=config.max_prompt_bytes,
             max_requests=config.engine.max_requests,
             has_chat_template=prompts.has_chat_template,
+            poolings=loaded.info.poolings,
         )
         constraints = ConstraintCache(loaded.compiler)
         clock = loaded.engine.clock

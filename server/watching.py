@@ -10,6 +10,7 @@ from pathlib import Path
 
 from watchfiles import awatch
 
+from weft.adapters.classes import CLASSES_FILE
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
@@ -26,7 +27,7 @@ LONGEST_MS = 300_000
 LOOK_EVERY_MS = 5_000
 """For file systems that don't tell of changes, and links that lead out of the watched folder."""
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE)
 
 _Marks = tuple[tuple[int, int, int] | None, ...]
 """How each of the two files was last seen: inode, size and ctime, which no copy can set; None: it is not there."""
@@ -72,7 +73,7 @@ class AdapterFolders:
                 _log.info("adapter %s is deleted: its folder is gone", name)
                 self._loader.delete_now(name)
         for name, marks in sorted(found.items()):
-            if marks != self._seen.get(name) and None not in marks:
+            if marks != self._seen.get(name) and None not in marks[:2]:
                 self._seen[name] = marks
                 self._bring(name)
 
@@ -145,13 +146,13 @@ class AdapterFolders:
         return found.st_dev, found.st_ino
 
     def _look(self) -> dict[str, _Marks]:
-        """How the folders stand that hold one of the two files, or both."""
+        """How the folders stand that hold a config or weights, or both."""
         try:
             names = [entry.name for entry in os.scandir(self._root)]
         except OSError:
             return dict(self._seen)
         marks = {name: tuple(_mark(self._root / name / file) for file in _FILES) for name in names}
-        return {name: found for name, found in marks.items() if any(found)}
+        return {name: found for name, found in marks.items() if any(found[:2])}
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

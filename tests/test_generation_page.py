@@ -24,6 +24,10 @@ REQUESTS: tuple[type[Message], ...] = (
     pb2.ChatMessage,
     pb2.ScoreRequest,
     pb2.GenerateResponse,
+    pb2.ClassifyRequest,
+    pb2.ClassifyResponse,
+    pb2.EmbedRequest,
+    pb2.EmbedResponse,
 )
 
 

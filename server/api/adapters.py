@@ -62,7 +62,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         matching = self.store.list(after, page_size + 1, wanted.matches)
         page = matching[:page_size]
         return pb2.ListAdaptersResponse(
-            adapters=[to_message(info) for info in page],
+            adapters=[to_message(info, in_list=True) for info in page],
             next_page_token=page_token(page[-1].name) if len(matching) > len(page) else "",
         )
 

@@ -10,21 +10,25 @@ from typing import Any
 
 from opentelemetry.trace import Tracer
 
+from weft.adapters.residency import AdapterRef
 from weft.errors import DeadlineExceeded, InvalidRequest, WeftError
 from weft.server.api.access.rights import Rights
 from weft.server.api.callers import current_caller
 from weft.server.api.constraint_fields import to_spec
 from weft.server.api.edge import Context, EndedByEngine
 from weft.server.api.prompts import Prompts
-from weft.server.api.responses import Reply, join, to_refs, to_score, to_usage
-from weft.server.api.spans import AnyRequest, InferenceRecord
+from weft.server.api.responses import Reply, join, to_classification, to_embedding, to_refs, to_score, to_usage
+from weft.server.api.spans import InferenceRecord
 from weft.server.api.translation import (
+    AnyRequest,
     GenerateRequest,
+    PooledRequest,
     RequestLimits,
     check_prompt,
     prompt_path,
     several,
     to_engine_request,
+    to_pooled_request,
     to_score_request,
 )
 from weft.server.api.violations import Violations
@@ -100,6 +104,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             adapters=to_refs(streams.adapters),
             request_id=shared.request_id,
         )
+
+    async def Classify(self, request: pb2.ClassifyRequest, context: Context) -> pb2.ClassifyResponse:
+        asked, adapters, delta, num_dropped = await self._pool(request, context)
+        classes = adapters[0].version.classes
+        assert classes is not None, "the engine takes no other adapter"
+        return to_classification(classes, asked.request_id, adapters, delta, num_dropped)
+
+    async def Embed(self, request: pb2.EmbedRequest, context: Context) -> pb2.EmbedResponse:
+        asked, adapters, delta, num_dropped = await self._pool(request, context)
+        normalize = request.normalize if request.HasField("normalize") else True
+        return to_embedding(asked, adapters, delta, num_dropped, normalize=normalize)
+
+    async def _pool(self, message: PooledRequest, context: Context) -> tuple[Request, Sequence[AdapterRef], Delta, int]:
+        """The engine's request, the versions that served it, its one delta, and tokens of its input left out."""
+        metadata, arrived_s, deadline_s = context.invocation_metadata() or (), self.clock(), self._deadline_s(context)
+        checked = replace(to_pooled_request(message, metadata, self.limits, deadline_s), arrived_s=arrived_s)
+        with self._recorded(message, checked) as record:
+            async with self._in_time(deadline_s):
+                prompt, num_dropped = await self.prompts.encode_input(message, self.limits.context_length)
+                complete = replace(checked, prompt=tuple(prompt))
+                self._check({prompt_path(message): complete})
+            async with self._streams([complete], len(prompt)) as streams:
+                record.queued(streams)
+                (delta,) = [delta async for _, delta in _reporting(streams)]
+                record.take(delta)
+        return complete, streams.adapters, delta, num_dropped
 
     async def Tokenize(self, request: pb2.TokenizeRequest, context: Context) -> pb2.TokenizeResponse:
         violations = Violations()

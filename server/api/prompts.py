@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from weft.errors import InvalidRequest, one_line
 from weft.server.api.chat import Conversation, to_conversation
-from weft.server.api.translation import AnyRequest, GenerateRequest
+from weft.server.api.translation import AnyRequest, GenerateRequest, PooledRequest, given_as, prompt_path
 from weft.server.api.violations import Violations
 from weft.server.engine.text import Detokenizer
 from weft.v1 import inference_pb2 as pb2
@@ -49,14 +49,31 @@ class Prompts:
 
     async def encode(self, request: AnyRequest | pb2.TokenizeRequest, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a checked prompt. Raises InvalidRequest for a conversation that the template refuses."""
-        match request.WhichOneof("prompt"):
+        match given_as(request):
             case "text":
                 return await asyncio.to_thread(self._encode_text, request.text, add_special_tokens=add_special_tokens)
             case "chat":
+                assert not isinstance(request, PooledRequest)
                 return await asyncio.to_thread(self._encode_chat, request.chat)
             case _:
                 assert not isinstance(request, pb2.TokenizeRequest)
                 return list(request.token_ids.ids)
+
+    async def encode_input(self, request: PooledRequest, longest: int) -> tuple[list[int], int]:
+        """Token ids of a checked input, at most `longest`, and how many were left out.
+
+        Special tokens that the tokenizer puts around a text stay there. Raises InvalidRequest for one that is too long
+        and may not be cut.
+        """
+        ids = await self.encode(request)
+        most = min(request.truncate or longest, longest)
+        if len(ids) <= most:
+            return ids, 0
+        if not request.HasField("truncate"):
+            words = f"has {len(ids)} tokens; at most {longest} fit: set truncate to have the rest left out"
+            raise InvalidRequest.of(prompt_path(request), words)
+        text = request.text if given_as(request) == "text" else None
+        return await asyncio.to_thread(self._cut, text, ids, most), len(ids) - most
 
     async def encode_continuations(self, request: pb2.ScoreRequest, prompt: Sequence[int]) -> list[list[int]]:
         """Token ids of each continuation of a checked request, whose prompt has become these ids.
@@ -79,6 +96,12 @@ class Prompts:
 
     def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _cut(self, text: str | None, ids: list[int], most: int) -> list[int]:
+        """The first ids, and of a text what the tokenizer puts behind it."""
+        bare = ids if text is None else self._encode_text(text, add_special_tokens=False)
+        end = _after(ids, bare)[-most:]
+        return [*ids[: most - len(end)], *end]
 
     def _encode_continuations(
         self, text: str | None, prompt: list[int], continuations: Sequence[str]
@@ -142,3 +165,9 @@ class Prompts:
         pieces = [detokenizer.push(token) for token in ids]
         rest = detokenizer.flush()
         return Shown("".join([*pieces, rest]) if given is None else given, ids, pieces)
+
+
+def _after(ids: list[int], bare: list[int]) -> list[int]:
+    """What the tokenizer puts behind a text. ids: of the text with what is put around it, bare: without."""
+    ends = (start + len(bare) for start in range(len(ids) - len(bare) + 1))
+    return next((ids[end:] for end in ends if ids[end - len(bare) : end] == bare), [])

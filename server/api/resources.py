@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from weft.adapters.classes import ProblemType
 from weft.adapters.records import AdapterInfo, AdapterState, EventKind
 from weft.adapters.report import AdapterReport
 from weft.errors import Problem
 from weft.v1 import adapter_pb2 as pb2
+from weft.v1 import inference_pb2
 
 STATES = {
     AdapterState.LOADING: pb2.ADAPTER_STATE_LOADING,
@@ -19,6 +21,12 @@ STATES = {
     AdapterState.FAILED: pb2.ADAPTER_STATE_FAILED,
 }
 
+PROBLEM_TYPES = {
+    ProblemType.SINGLE_LABEL: inference_pb2.PROBLEM_TYPE_SINGLE_LABEL,
+    ProblemType.MULTI_LABEL: inference_pb2.PROBLEM_TYPE_MULTI_LABEL,
+    ProblemType.REGRESSION: inference_pb2.PROBLEM_TYPE_REGRESSION,
+}
+
 EVENT_KINDS = {
     EventKind.ADDED: pb2.ADAPTER_EVENT_KIND_ADDED,
     EventKind.CHANGED: pb2.ADAPTER_EVENT_KIND_CHANGED,
@@ -26,8 +34,8 @@ EVENT_KINDS = {
 }
 
 
-def to_message(info: AdapterInfo) -> pb2.Adapter:
-    """A snapshot as a resource."""
+def to_message(info: AdapterInfo, *, in_list: bool = False) -> pb2.Adapter:
+    """A snapshot as a resource. in_list: without what may be long, so that many fit in one message."""
     return pb2.Adapter(
         name=info.name,
         source=info.source,
@@ -46,6 +54,8 @@ def to_message(info: AdapterInfo) -> pb2.Adapter:
         requests_in_flight=info.num_in_flight,
         num_pages=info.num_pages,
         parity_error=info.probe_error,
+        class_labels=info.classes.labels if info.classes and not in_list else (),
+        problem_type=PROBLEM_TYPES[info.classes.problem_type] if info.classes else None,
     )
 
 

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from google.protobuf.duration_pb2 import Duration
+from torch.nn import functional
 
+from weft.adapters.classes import Classes, ProblemType
 from weft.adapters.residency import AdapterRef
 from weft.server.api.prompts import Shown
-from weft.server.engine.request import Delta, Finish, FinishReason, Token
+from weft.server.api.resources import PROBLEM_TYPES
+from weft.server.api.translation import POOLINGS
+from weft.server.engine.request import Delta, Finish, FinishReason, Request, Token
 from weft.v1 import inference_pb2 as pb2
 
 _REASONS = {
@@ -111,6 +116,54 @@ def to_score(tokens: Sequence[Token]) -> pb2.ContinuationScore:
         num_tokens=len(tokens),
         is_greedy=all(token.rank == 1 for token in tokens),
     )
+
+
+def to_classification(
+    classes: Classes, request_id: str, adapters: Sequence[AdapterRef], delta: Delta, num_dropped: int
+) -> pb2.ClassifyResponse:
+    """What a head made of an input, with its scores."""
+    logits = _vector(delta)
+    match classes.problem_type:
+        case ProblemType.SINGLE_LABEL:
+            scores = logits.softmax(0)
+        case ProblemType.MULTI_LABEL:
+            scores = logits.sigmoid()
+        case _:
+            scores = logits
+    told = zip(classes.labels, scores.tolist(), logits.tolist(), strict=True)
+    return pb2.ClassifyResponse(
+        scores=[pb2.LabelScore(label=label, score=score, logit=logit) for label, score, logit in told],
+        usage=to_usage([_finish(delta)]),
+        adapters=to_refs(adapters),
+        request_id=request_id,
+        truncated_tokens=num_dropped,
+        problem_type=PROBLEM_TYPES[classes.problem_type],
+    )
+
+
+def to_embedding(
+    request: Request, adapters: Sequence[AdapterRef], delta: Delta, num_dropped: int, *, normalize: bool
+) -> pb2.EmbedResponse:
+    """The vector of an input, of length 1 if wanted; one of zeros stays as it is."""
+    vector = _vector(delta)
+    return pb2.EmbedResponse(
+        values=(functional.normalize(vector, dim=0) if normalize else vector).tolist(),
+        usage=to_usage([_finish(delta)]),
+        adapters=to_refs(adapters),
+        request_id=request.request_id,
+        truncated_tokens=num_dropped,
+        pooling=POOLINGS[request.pooling] if request.pooling is not None else None,
+    )
+
+
+def _vector(delta: Delta) -> torch.Tensor:
+    assert delta.vector is not None, "a pooled request's only delta has its vector"
+    return delta.vector
+
+
+def _finish(delta: Delta) -> Finish:
+    assert delta.finish is not None, "a pooled request's only delta is its last"
+    return delta.finish
 
 
 def to_usage(finishes: Sequence[Finish]) -> pb2.Usage:

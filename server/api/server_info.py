@@ -15,7 +15,7 @@ from weft.v1 import server_pb2_grpc
 
 CAPABILITIES = (
     *("generate", "stream", "chat", "logprobs"),
-    *("tools", "several-answers", "prompt-logprobs", "score", "priority", "cache-salt"),
+    *("tools", "several-answers", "prompt-logprobs", "score", "classify", "embed", "priority", "cache-salt"),
     *("json-schema", "regex", "grammar", "choice"),
     *("adapters", "adapter-mix", "adapter-update", "adapter-watch", "adapter-check", "capacity-plan"),
 )

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 from opentelemetry.trace import Span, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
 from weft.server.api.callers import current_caller
 from weft.server.api.responses import Phases, to_phases
+from weft.server.api.translation import AnyRequest
 from weft.server.calls import this_call
 from weft.server.engine.frontend import Streams
 from weft.server.engine.request import Delta, Finish, FinishReason, Request
 from weft.v1 import inference_pb2 as pb2
-
-AnyRequest: TypeAlias = pb2.GenerateRequest | pb2.StreamGenerateRequest | pb2.ScoreRequest
 
 PROVIDER = "weft"
 BASE = "base"
@@ -154,15 +153,20 @@ class InferenceRecord:
 
 
 def _operation(message: AnyRequest) -> str:
-    if isinstance(message, pb2.ScoreRequest):
-        return "score"
+    match message:
+        case pb2.ScoreRequest():
+            return "score"
+        case pb2.ClassifyRequest():
+            return "classify"
+        case pb2.EmbedRequest():
+            return "embeddings"
     return "chat" if message.WhichOneof("prompt") == "chat" else "text_completion"
 
 
 def _parameters(message: AnyRequest, request: Request) -> dict[str, AttributeValue]:
     """What was asked for, as far as it was said."""
     found: dict[str, AttributeValue] = {}
-    if not isinstance(message, pb2.ScoreRequest):
+    if isinstance(message, pb2.GenerateRequest | pb2.StreamGenerateRequest):
         found["gen_ai.request.max_tokens"] = request.stopping.max_tokens
         found["gen_ai.output.type"] = "json" if message.WhichOneof("constraint") == "json_schema" else "text"
         found |= dict(_given(message.sampling))

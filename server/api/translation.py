@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from weft.server.api.chat import check_chat
 from weft.server.api.constraint_fields import check_constraint
 from weft.server.api.observing import MAX_REQUEST_ID_CHARACTERS
 from weft.server.api.violations import Number, Range, Violations
-from weft.server.engine.request import Request, Sampling, Stopping
+from weft.server.engine.limits import CAUSAL
+from weft.server.engine.request import Pooling, Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
 
 MAX_ADAPTERS = 8
@@ -33,7 +35,8 @@ ADAPTER_METADATA = ("x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite"
 
 GenerateRequest = pb2.GenerateRequest | pb2.StreamGenerateRequest
 Metadata = Iterable[tuple[str, str | bytes]]
-AnyRequest = GenerateRequest | pb2.ScoreRequest
+PooledRequest = pb2.ClassifyRequest | pb2.EmbedRequest
+AnyRequest = GenerateRequest | pb2.ScoreRequest | PooledRequest
 
 WEIGHTS = Range(-100, 100)
 BIASES = Range(-1000, 1000)
@@ -44,6 +47,12 @@ NUM_SEEDS = 1 << 64
 MAX_DURATION_S = 315_576_000_000
 MAX_NANOS = 999_999_999
 
+POOLINGS = {
+    Pooling.LAST: pb2.POOLING_LAST,
+    Pooling.MEAN: pb2.POOLING_MEAN,
+    Pooling.CLS: pb2.POOLING_CLS,
+}
+
 MAX_REPEATS = 16
 """How many times the longest text the prompts of a score's continuations may be together."""
 
@@ -53,6 +62,7 @@ class RequestLimits:
     """What the loaded model and the configuration allow.
 
     max_requests: to one adapter that can be queued and running at once, as several answers and continuations are.
+    poolings: that the model can answer with; the first where a request names none.
     """
 
     vocab_size: int
@@ -60,6 +70,7 @@ class RequestLimits:
     max_prompt_bytes: int
     max_requests: int
     has_chat_template: bool
+    poolings: tuple[Pooling, ...] = CAUSAL
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -134,6 +145,37 @@ def to_score_request(
     return replace(translated, stopping=Stopping(max_tokens=0))
 
 
+def to_pooled_request(request: PooledRequest, metadata: Metadata, limits: RequestLimits, deadline_s: float) -> Request:
+    """As `to_engine_request`, of one that is answered with a vector."""
+    violations = Violations()
+    translated = replace(_shared(request, metadata, limits, deadline_s, violations), stopping=Stopping(max_tokens=0))
+    violations.number(request, "truncate", 0, Range(0))
+    pooling = _pooling(request, limits, violations)
+    violations.raise_any()
+    return replace(translated, pooling=pooling, through_head=isinstance(request, pb2.ClassifyRequest))
+
+
+def _pooling(request: PooledRequest, limits: RequestLimits, violations: Violations) -> Pooling | None:
+    """A head sees the last token, as in transformers' classes for sequence classification."""
+    able = {POOLINGS[pooling]: pooling for pooling in limits.poolings}
+    if not able:
+        violations.add("input", "becomes no vector: the base has no backbone apart from its head")
+        return None
+    if isinstance(request, pb2.ClassifyRequest):
+        return Pooling.LAST
+    if request.pooling == pb2.POOLING_UNSPECIFIED:
+        return limits.poolings[0]
+    if request.pooling not in able:
+        names = ", ".join(map(pb2.Pooling.Name, able))
+        violations.add("pooling", f"is {_pooling_name(request.pooling)}; this base serves {names}")
+    return able.get(request.pooling)
+
+
+def _pooling_name(pooling: int) -> str:
+    known = pb2.Pooling.DESCRIPTOR.values_by_number.get(pooling)
+    return known.name if known is not None else str(pooling)
+
+
 def _check_continuations(request: pb2.ScoreRequest, limits: RequestLimits, violations: Violations) -> None:
     path, continuations = "continuations", request.continuations
     if not continuations:
@@ -158,7 +200,7 @@ def _shared(
 ) -> Request:
     """What every request has that runs the model on a prompt."""
     check_prompt(request, limits, violations)
-    if request.WhichOneof("prompt") == "text" and not request.text:
+    if given_as(request) == "text" and not request.text:
         violations.add("text", "is empty; give a prompt")
     violations.length(request.cache_salt, "cache_salt", MAX_CACHE_SALT_CHARACTERS)
     caller = current_caller.get()
@@ -176,17 +218,23 @@ def _shared(
 
 def prompt_path(request: AnyRequest | pb2.TokenizeRequest) -> str:
     """The field that a checked prompt is in."""
-    field = request.WhichOneof("prompt")
-    assert field is not None
-    return "token_ids.ids" if field == "token_ids" else str(field)
+    field = given_as(request)
+    return "token_ids.ids" if field == "token_ids" else field
+
+
+def given_as(request: AnyRequest | pb2.TokenizeRequest) -> str:
+    """The field of the prompt that is set; "" for none."""
+    is_pooled = isinstance(request, PooledRequest)
+    return str((request.WhichOneof("input") if is_pooled else request.WhichOneof("prompt")) or "")
 
 
 def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimits, violations: Violations) -> None:
     """Note what is wrong with a prompt, before it is tokenized. An empty text is left to the caller."""
-    match request.WhichOneof("prompt"):
+    match given_as(request):
         case "text":
             violations.size(len(request.text.encode()), "text", limits.max_prompt_bytes)
         case "chat":
+            assert not isinstance(request, PooledRequest)
             if not limits.has_chat_template:
                 violations.add(
                     "chat", "can't be laid out: this model's tokenizer has no chat template; send text or token_ids"
@@ -195,14 +243,23 @@ def check_prompt(request: AnyRequest | pb2.TokenizeRequest, limits: RequestLimit
         case "token_ids":
             assert not isinstance(request, pb2.TokenizeRequest)
             ids, path = request.token_ids.ids, "token_ids.ids"
+            longest = _longest(request, limits)
             if not ids:
                 violations.add(path, "is empty; give at least one token")
-            elif len(ids) > limits.max_prompt_tokens:
-                violations.add(path, f"has {len(ids)} tokens; at most {limits.max_prompt_tokens} fit")
+            elif len(ids) > longest:
+                violations.add(path, f"has {len(ids)} tokens; at most {longest} fit")
             else:
                 violations.token_ids(ids, path, limits.vocab_size)
         case _:
-            violations.add("prompt", "is missing; set one of its fields")
+            what = "input" if isinstance(request, PooledRequest) else "prompt"
+            violations.add(what, "is missing; set one of its fields")
+
+
+def _longest(request: AnyRequest, limits: RequestLimits) -> float:
+    """Of token ids, how many there may be; an answer of tokens needs one more place."""
+    if not isinstance(request, PooledRequest):
+        return limits.max_prompt_tokens
+    return math.inf if request.HasField("truncate") else limits.context_length
 
 
 def _request_id(given: str, violations: Violations) -> str:
@@ -225,6 +282,8 @@ def _other(metadata: Metadata, violations: Violations) -> str:
 def _adapters(request: AnyRequest, metadata: Metadata, violations: Violations) -> tuple[tuple[str, float], ...]:
     """(id, weight) of each adapter; empty for the base."""
     adapter_id = _adapter_id(request.adapter_id, metadata, violations)
+    if isinstance(request, pb2.ClassifyRequest):
+        return ((adapter_id, 1.0),) if adapter_id else ()
     if adapter_id and request.adapters:
         violations.add("adapters", f"is set, and so is adapter_id ({adapter_id!r}); choose one")
     terms = request.adapters if violations.fits(request.adapters, "adapters", MAX_ADAPTERS) else ()

@@ -12,7 +12,9 @@ import weft.server.cli.environment  # noqa: F401 - before gRPC
 from weft.errors import InvalidConfig, WeftError
 from weft.server.cli.adapters import adapters
 from weft.server.cli.bench import bench
+from weft.server.cli.classify import classify
 from weft.server.cli.demo import demo
+from weft.server.cli.embed import embed
 from weft.server.cli.generate import generate
 from weft.server.cli.health import health
 from weft.server.cli.keys import keys
@@ -31,7 +33,7 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, adapters, sync, health, keys, top, bench, demo, train):
+for command in (serve, generate, classify, embed, adapters, sync, health, keys, top, bench, demo, train):
     cli.add_command(command)
 
 

@@ -56,6 +56,7 @@ def print_adapter(adapter: pb2.Adapter) -> None:
             "digest": adapter.digest,
             "ranks": ", ".join(map(str, adapter.ranks)),
             "modules": ", ".join(adapter.modules),
+            "tells apart": ", ".join(adapter.class_labels),
             "pages": str(adapter.num_pages),
             "on device": _size(adapter.device_bytes),
             "on host": _size(adapter.host_bytes),

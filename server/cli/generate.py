@@ -46,7 +46,8 @@ def _with_fields(fields: Mapping[str, tuple[Any, str]]) -> Callable[[Any], Calla
     return decorate
 
 
-def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s: float | None) -> float | None:
+def check_timeout(_context: click.Context, _option: click.Parameter, timeout_s: float | None) -> float | None:
+    """Of `--timeout`. Raises UsageError."""
     if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise click.UsageError(f"--timeout is {timeout_s:g}; must be above 0 and at most {MAX_TIMEOUT_S}")
     return timeout_s
@@ -67,7 +68,7 @@ def _check_timeout(_context: click.Context, _option: click.Parameter, timeout_s:
 @click.option("--grammar", metavar="TEXT|FILE", help="The answer follows this grammar, in Lark's notation.")
 @click.option("--choice", multiple=True, metavar="TEXT", help="The answer is this; give it for each that it may be.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end.")
-@click.option("--timeout", type=float, callback=_check_timeout, metavar="SECONDS", help="Give up after that.")
+@click.option("--timeout", type=float, callback=check_timeout, metavar="SECONDS", help="Give up after that.")
 def generate(prompt: str, server: Endpoint, stream: bool, timeout: float | None, **options: Any) -> None:
     """Answer PROMPT (`-` reads it from standard input)."""
     if stream and (options["n"] or 1) > 1:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from weft.server.engine.batch import Batch
+from weft.server.engine.model import Outputs
 from weft.server.engine.scheduler import Scheduled, Scheduler
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.speculation import Speculation
@@ -29,11 +30,11 @@ from weft.server.engine.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step whose forward pass was launched. logits: [len(batch.logit_rows), vocab], good until the next launch."""
+    """A step whose forward pass was launched. made: good until the next launch."""
 
     picked: Seq[Scheduled]
     batch: Batch
-    logits: torch.Tensor
+    made: Outputs
 
 
 Launch = Callable[[Seq[Scheduled], torch.Tensor | None], Launched]
@@ -102,6 +103,7 @@ class Ahead:
             and len(picked) == len(self._scheduler.running)
             and all(item.completes and not item.drafts and not item.sequence.request.logprobs for item in picked)
             and all(item.sequence.request.prompt_logprobs_from is None for item in picked)
+            and all(item.sequence.request.pooling is None for item in picked)
             and not (was_ahead and self._speculation is not None and self._speculation.would_extend(picked))
         )
 

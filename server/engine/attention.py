@@ -73,9 +73,6 @@ class WholePrompt:
     ) -> torch.Tensor:
         return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
 
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """There is nothing to come."""
-
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
 
@@ -92,14 +89,25 @@ class PagedStep:
         self._adapting = adapting
         self._head = (head,)
         self.shared: Shared = {}
-
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """All of it is done in one go."""
+        self.hidden: torch.Tensor | None = None
+        """Of the last hidden states, those that the batch wants: [m, hidden]; None before the backbone is through."""
 
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         plan = self._batch.logit_plan if modules == self._head else self._batch.plan
         if plan is not None:
             self._adapting.adapt(plan, modules, inputs, outputs)
+
+    def see(self, last_hidden: torch.Tensor) -> None:
+        """last_hidden: [T, hidden]."""
+        if self._batch.hidden_rows is not None:
+            self.hidden = last_hidden[self._batch.hidden_rows]
+
+
+def see_last_hidden(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """A backbone's forward hook: give the running step the last hidden states that it wants."""
+    step = current_step()
+    if isinstance(step, PagedStep):
+        step.see(output.last_hidden_state[0])
 
 
 def attends_in_place(native: Native | None, dtype: torch.dtype, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from weft.kernels.plan import Plan, Span, build_plan
+from weft.server.engine.request import Pooling
 from weft.server.engine.scheduler import Scheduled
 from weft.server.engine.sequence import Sequence
 
@@ -50,6 +51,20 @@ class PromptRows:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledRows:
+    """Rows of last hidden states, `count` from `first_row` on, for one pooled sequence; none in some chunks of CLS.
+
+    begins, completes: whether the prompt's first token is in the step, and its last.
+    """
+
+    sequence: Sequence
+    first_row: int
+    count: int
+    begins: bool
+    completes: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CheckedRow:
     """The logit row of the last token of a chunk that does not complete its prompt: looked at whether it is finite."""
 
@@ -67,7 +82,8 @@ class Batch:
     say whether a chunk may be published; plan: the adapters' work, None where every row is a base row; logit_plan: the
     same on the logit rows alone, for the head, which has no rank rows; None where no adapter of the step has a patch.
     wants_all: whether the logits of every row are wanted, in order: as a rule, decodes and what is guessed after them.
-    fed: int64 [T] on the model's device, in place of input_ids, where the host does not know the tokens yet.
+    hidden_rows: int64 [m], the rows whose last hidden states are wanted, None where nothing is pooled; pooled: whose
+    they are. fed: int64 [T] on the model's device, in place of input_ids, where the host does not know the tokens yet.
     """
 
     input_ids: torch.Tensor
@@ -83,6 +99,8 @@ class Batch:
     decodes: tuple[tuple[int, int, list[int]], ...]
     block_tokens: int
     wants_all: bool
+    hidden_rows: torch.Tensor | None = None
+    pooled: tuple[PooledRows, ...] = ()
     fed: torch.Tensor | None = None
     _groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
 
@@ -101,6 +119,7 @@ class Batch:
             positions=self.positions.to(device),
             slots=self.slots.to(device),
             logit_rows=self.logit_rows.to(device),
+            hidden_rows=None if self.hidden_rows is None else self.hidden_rows.to(device),
             plan=self.plan and self.plan.to(device),
             logit_plan=self.logit_plan and self.logit_plan.to(device),
             chunks=tuple(replace(chunk, blocks=chunk.blocks.to(device)) for chunk in self.chunks),
@@ -179,6 +198,26 @@ class _LogitRows:
         self.spans += _spans(sequence, at)
 
 
+@dataclass(slots=True)
+class _HiddenRows:
+    """The rows whose last hidden states a step wants, as they are laid out."""
+
+    rows: list[int] = field(default_factory=list)
+    pooled: list[PooledRows] = field(default_factory=list)
+
+    def add(self, item: Scheduled, at: range, row: int) -> None:
+        """Those that count: all of them, or the last one of the chunk, or the first one of the prompt."""
+        rows = range(row, row + len(at))
+        match item.sequence.request.pooling:
+            case Pooling.LAST:
+                rows = rows[-1:]
+            case Pooling.CLS:
+                rows = rows[: at.start == 0]
+        first = len(self.rows)
+        self.pooled.append(PooledRows(item.sequence, first, len(rows), at.start == 0, item.completes))
+        self.rows += rows
+
+
 def build_batch(
     picked: Seq[Scheduled],
     block_tokens: int,
@@ -200,7 +239,7 @@ def build_batch(
     chunks: list[Chunk] = []
     decodes: list[tuple[int, int, list[int]]] = []
     spans: list[Span] = []
-    wanted = _LogitRows()
+    wanted, hidden = _LogitRows(), _HiddenRows()
     for item in picked:
         sequence, start = item.sequence, len(ids)
         end = sequence.num_computed + item.num_tokens
@@ -217,6 +256,8 @@ def build_batch(
         spans += _spans(sequence, at)
         if every_row:
             wanted.add_all(sequence, at, start)
+        elif sequence.request.pooling is not None:
+            hidden.add(item, at, start)
         else:
             wanted.add(item, at, start)
             if check_chunks and not item.completes and end // block_tokens > sequence.num_published:
@@ -236,6 +277,8 @@ def build_batch(
         decodes=tuple(decodes),
         block_tokens=block_tokens,
         wants_all=wanted.rows == list(range(len(ids))),
+        hidden_rows=torch.tensor(hidden.rows, dtype=torch.int64, device=device) if hidden.pooled else None,
+        pooled=tuple(hidden.pooled),
     )
 
 

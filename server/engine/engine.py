@@ -11,20 +11,22 @@ import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
 
 from weft.adapters.residency import AdapterRef
-from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, GenerationFailed, WeftError
 from weft.kernels.plan import Plans
 from weft.server.engine.ahead import Ahead, Launched
-from weft.server.engine.batch import CheckedRow, PromptRows, build_batch
+from weft.server.engine.batch import CheckedRow, PooledRows, PromptRows, build_batch
 from weft.server.engine.deadlines import Deadlines
+from weft.server.engine.limits import Limits
 from weft.server.engine.meter import Meter
 from weft.server.engine.model import PagedModel
 from weft.server.engine.patience import Patience
+from weft.server.engine.pooling import Pooled, pool
 from weft.server.engine.reporter import Reporter
 from weft.server.engine.request import Delta, FinishReason, Request, Token
 from weft.server.engine.sampler import Draw, Sample, are_finite, choose
@@ -42,18 +44,6 @@ _HOST = torch.device("cpu")
 
 Event = tuple[Request, Delta | WeftError]
 """What happened to a request: more of its answer, or the error that ended it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a request must fit in. context_length: prompt and answer together, in tokens.
-
-    is_by_cache: whether that is what the KV cache holds, and the model could do more.
-    """
-
-    context_length: int
-    vocab_size: int
-    is_by_cache: bool = False
 
 
 class Engine:
@@ -120,18 +110,8 @@ class Engine:
         return None if end_s is None else max(0.0, end_s - self.clock())
 
     def check(self, request: Request) -> None:
-        """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist."""
-        if not request.prompt:
-            raise InvalidRequest.of("prompt", "is empty: give at least one token")
-        longest = self.limits.context_length - (request.stopping.max_tokens > 0)
-        if len(request.prompt) > longest:
-            hint = " in the KV cache: see --kv-tokens" if self.limits.is_by_cache else ""
-            raise InvalidRequest.of("prompt", f"has {len(request.prompt)} tokens; at most {longest} fit{hint}")
-        if max(request.prompt) >= self.limits.vocab_size:
-            raise InvalidRequest.of(
-                "prompt",
-                f"holds token id {max(request.prompt)}; the vocabulary ends at {self.limits.vocab_size - 1}",
-            )
+        """Raises InvalidRequest for one that does not fit in the limits."""
+        self.limits.check(request)
 
     def add(self, request: Request, adapters: tuple[AdapterRef, ...]) -> None:
         """Queue a checked request; its adapter versions are the engine's to release from now on."""
@@ -206,16 +186,17 @@ class Engine:
 
         launched: its forward pass, if that was launched before.
         """
-        complete = [item for item in picked if item.completes]
+        sampled = [item for item in picked if item.completes and item.sequence.request.pooling is None]
         was_ahead = launched is not None
         try:
             launched = launched or self._launch(picked)
-            batch, logits = launched.batch, launched.logits
+            batch, logits, hidden = launched.batch, launched.made.logits, launched.made.hidden
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))
-            draws = self._sample(complete, _rows(logits, batch.sample_rows))
+            pooled = pool(hidden, batch.pooled) if hidden is not None else []
+            draws = self._sample(sampled, _rows(logits, batch.sample_rows))
             self._ahead.follow(picked, [draw.tokens for draw in draws], was_ahead=was_ahead)
-            samples = _by_item(complete, draws)
+            samples = _by_item(sampled, draws)
         except Exception as error:  # noqa: BLE001 - the edge of the loop: others must go on
             self._ahead.drop()
             if len(picked) > 1:
@@ -229,7 +210,8 @@ class Engine:
         now_s = self.clock()
         events = self._take_reports(batch.prompt_rows, reports)
         events += self._publish_chunks(batch.checked_rows, finite)
-        for item, made in zip(complete, samples, strict=True):
+        events += self._take_pooled(batch.pooled, pooled, now_s)
+        for item, made in zip(sampled, samples, strict=True):
             if self._is_running(item.sequence):
                 events += self._commit(item, made, now_s)
         return events
@@ -272,6 +254,19 @@ class Engine:
                 events.append(self._fail(sequence, _not_finite(sequence)))
         return events
 
+    def _take_pooled(self, rows: Seq[PooledRows], pooled: Seq[Pooled], now_s: float) -> list[Event]:
+        """Keep what there is of each vector, publish, and end the sequences whose vectors are complete."""
+        events: list[Event] = []
+        for sequence, made in zip((each.sequence for each in rows), pooled, strict=True):
+            sequence.pooled = made.state
+            if not made.finite:
+                events.append(self._fail(sequence, _not_finite(sequence)))
+                continue
+            self._scheduler.prefixes.publish(sequence)
+            if made.vector is not None:
+                events.append(self._finish(sequence, FinishReason.MAX_TOKENS, now_s, vector=made.vector))
+        return events
+
     def _commit(self, item: Scheduled, made: Seq[Sample], now_s: float) -> list[Event]:
         """Append what was sampled, up to the first draft that is wrong; publish it; end the sequence if it is complete.
 
@@ -285,7 +280,7 @@ class Engine:
             return [self._fail(sequence, _not_finite(sequence))]
         self._scheduler.prefixes.publish(sequence)
         if sequence.request.stopping.max_tokens == 0:
-            return [self._finish(sequence, FinishReason.MAX_TOKENS, now_s, "", ())]
+            return [self._finish(sequence, FinishReason.MAX_TOKENS, now_s)]
         token, text, reason = self._append(sequence, made[0])
         tokens = [token]
         for draft, one in zip(item.drafts, made[1:], strict=True):
@@ -362,7 +357,7 @@ class Engine:
                 text = sequence.text.flush(may_stop=sequence.may_stop)
                 reason = FinishReason.STOP_SEQUENCE if sequence.text.stop_sequence else FinishReason.TIME_LIMIT
                 self._wipe(sequence)
-                events.append(self._finish(sequence, reason, now_s, text, ()))
+                events.append(self._finish(sequence, reason, now_s, text))
         return events
 
     def _give_up(self, now_s: float) -> list[Event]:
@@ -383,11 +378,17 @@ class Engine:
         return events + [self._fail(sequence, error) for sequence, error in over]
 
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, now_s: float, text: str, tokens: tuple[Token, ...]
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now_s: float,
+        text: str = "",
+        tokens: tuple[Token, ...] = (),
+        vector: torch.Tensor | None = None,
     ) -> Event:
         finish = sequence.finish(reason, now_s)
         self._retire(sequence, reason.value)
-        return sequence.request, Delta(text, tokens, finish, sequence.take_prompt_report())
+        return sequence.request, Delta(text, tokens, finish, sequence.take_prompt_report(), vector)
 
     def _fail(self, sequence: Sequence, error: WeftError) -> Event:
         self._wipe(sequence)
@@ -431,7 +432,8 @@ def _not_finite(sequence: Sequence) -> WeftError:
     if sequence.matcher is not None and sequence.matcher.error is not None:
         return sequence.matcher.error
     names = sequence.adapter_label or "the base model"
-    return GenerationFailed(f"{names} gave logits that are not finite")
+    what = "logits" if sequence.request.pooling is None else "numbers"
+    return GenerationFailed(f"{names} gave {what} that are not finite")
 
 
 def _scope(sequence: Sequence) -> dict[str, object]:

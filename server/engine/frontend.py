@@ -18,8 +18,9 @@ from types import MappingProxyType
 
 from weft.adapters.residency import AdapterRef
 from weft.adapters.store import AdapterStore
-from weft.errors import Unavailable, WeftError
+from weft.errors import InvalidRequest, Unavailable, WeftError
 from weft.server.engine.engine import Engine, Event
+from weft.server.engine.limits import check_use
 from weft.server.engine.queue_limits import QueueGate, QueueLimits
 from weft.server.engine.request import Delta, Request
 
@@ -191,12 +192,22 @@ class Frontend:
         if others:
             stream = Stream(self._store.share(others[0].adapters), len(others), others[0].events)
         else:
-            stream = Stream(self._store.acquire_all(request.adapters))
+            stream = Stream(self._acquire(request))
         self._streams[request] = stream
         self._gate.enter(request)
         self._idle.clear()
         self._inbox.put(_Add(request, stream.adapters))
         return stream
+
+    def _acquire(self, request: Request) -> tuple[AdapterRef, ...]:
+        adapters = self._store.acquire_all(request.adapters)
+        try:
+            check_use(request, adapters)
+        except InvalidRequest:
+            for ref in adapters:
+                self._store.release(ref)
+            raise
+        return adapters
 
     def _end(self, request: Request) -> None:
         stream = self._streams.pop(request, None)

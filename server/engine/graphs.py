@@ -20,9 +20,8 @@ import torch
 
 from weft.errors import one_line
 from weft.kernels.plan import Plan
-from weft.kernels.site import SiteGroup
 from weft.kernels.work_list import Room, WorkList, make_work_list
-from weft.server.engine.adapting import Adapting, rows_of
+from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch
 from weft.server.engine.decode_attention import DecodeAttention, DecodeRows
 from weft.server.engine.decode_buffers import DecodeBuffers
@@ -73,14 +72,6 @@ class CudaCapture:
         return replay
 
 
-class Beside(Protocol):
-    """The adapters' kernel in two parts, of which the first can be done beside the base's product."""
-
-    def begin(self, x: torch.Tensor, group: SiteGroup, plan: Plan) -> None: ...
-
-    def finish(self, y: torch.Tensor, group: SiteGroup, plan: Plan) -> None: ...
-
-
 class DecodeStep:
     """The step that is captured: one query a sequence, from the buffers."""
 
@@ -92,16 +83,14 @@ class DecodeStep:
         attention: DecodeAttention,
         adapting: Adapting,
         plan: Plan | None,
-        beside: Beside | None,
     ) -> None:
-        """plan: one whose work list is the captured one; None without adapters. beside: to halve their work by."""
+        """plan: one whose work list is the captured one; None without adapters."""
         self._cache = cache
         self._slots = slots
         self._rows = rows
         self._attention = attention
         self._adapting = adapting
         self._plan = plan
-        self._beside = beside if plan is not None else None
         self.shared: Shared = {}
 
     def attend(
@@ -112,16 +101,8 @@ class DecodeStep:
         values.index_copy_(0, self._slots, value.transpose(0, 1))
         return self._attention(query, keys, values, self._rows, options)
 
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        group = self._adapting.groups.get(modules)
-        if self._beside is not None and self._plan is not None and group is not None:
-            self._beside.begin(rows_of(x, self._plan.num_tokens), group, self._plan)
-
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        group = self._adapting.groups.get(modules)
-        if self._beside is not None and self._plan is not None and group is not None:
-            self._beside.finish(rows_of(outputs[0], self._plan.num_tokens), group, self._plan)
-        elif self._plan is not None:
+        if self._plan is not None:
             self._adapting.adapt(self._plan, modules, inputs, outputs)
 
 
@@ -143,14 +124,12 @@ Forward = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
 class Means:
     """How a runner does its steps: how they are captured, how they attend, and what holds adapters' work lists.
 
-    make_work: None where the adapters' kernel has no work list, and so can't be captured. beside: None for adapters
-    that are done in one go, behind each product.
+    make_work: None where the adapters' kernel has no work list, and so can't be captured.
     """
 
     capture: Capture
     attention: DecodeAttention
     make_work: Callable[[Room, torch.device], Work] | None
-    beside: Beside | None = None
 
 
 class GraphRunner:
@@ -229,7 +208,6 @@ class GraphRunner:
             self._means.attention,
             self._adapting,
             plan,
-            self._means.beside,
         )
         ids, positions = parts.ids[None, :size], parts.positions[None, :size]
         return lambda: self._forward(step, ids, positions)

@@ -22,16 +22,18 @@ from weft.kernels.plan import PAGE_ROWS
 from weft.server.config import EngineConfig, ServerConfig
 from weft.server.engine.compiling import compile_parts, compiler_for
 from weft.server.engine.constraints import Compiler, UnsupportedTokenizer, make_vocabulary
-from weft.server.engine.engine import Engine, Limits
+from weft.server.engine.engine import Engine
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.kv_cache import KvCache
+from weft.server.engine.limits import Limits
 from weft.server.engine.means import backend_for, means_of
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
+from weft.server.engine.request import Pooling
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import (
@@ -68,6 +70,7 @@ class EngineInfo:
     adapter_pages: int
     page_rows: int
     eos_token_ids: frozenset[int]
+    poolings: tuple[Pooling, ...]
     startup_line: str
 
 
@@ -104,7 +107,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
-    limits = Limits(context_length, model.vocab_size, is_by_cache=context_length < allowed)
+    limits = Limits(context_length, model.vocab_size, context_length < allowed, model.poolings)
     model.check_position(limits.context_length - 1)
     means = means_of(model.device, backend) if settings.cuda_graphs else None
     if means is not None:
@@ -147,6 +150,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         adapter_pages=room.pages,
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
+        poolings=model.poolings,
         startup_line=(
             f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
             f"own; fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,30 @@ from weft.kernels.pointwise import NativePointwise, Pointwise
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
 from weft.server.engine.adapting import Adapting, let_adapt
-from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place
+from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place, see_last_hidden
 from weft.server.engine.batch import Batch
 from weft.server.engine.fusing import Fusion
 from weft.server.engine.graphs import GraphRunner, Means
 from weft.server.engine.kv_cache import KvCache, KvShape
+from weft.server.engine.limits import CAUSAL
 from weft.server.engine.linear import freeze
+from weft.server.engine.request import Pooling
 from weft.server.engine.step import Step, running
 from weft.server.engine.survey import NO_INTERFACE, refusing, survey
 
 _FAR = 1 << 20
 """A position beyond what models without a limit are tried at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a step gave. logits: [len(batch.logit_rows), vocab]; the next step may write over them.
+
+    hidden: of the last hidden states, [len(batch.hidden_rows), hidden]; None where none are wanted.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
 
 
 class PagedModel:
@@ -80,6 +94,11 @@ class PagedModel:
         return min([*lengths[:1], *_stable_rope_lengths(config)], default=None)
 
     @property
+    def poolings(self) -> tuple[Pooling, ...]:
+        """What it can make of its last hidden states: nothing where no backbone is apart from the head."""
+        return () if self.model.base_model is self.model else CAUSAL
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of KV cache one token takes."""
         return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
@@ -104,6 +123,8 @@ class PagedModel:
         self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
         freeze(self.model, self._linear_groups, self.native)
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
+        if self.poolings:
+            self.model.base_model.register_forward_hook(see_last_hidden)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
         if pointwise is None and self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
             pointwise = NativePointwise(self.native)
@@ -127,25 +148,23 @@ class PagedModel:
         return self._graphs
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run one step: writes the new keys and values, returns logits [len(batch.logit_rows), vocab].
-
-        batch: on any device. The logits may be written over by the next step.
-        """
+    def forward(self, batch: Batch) -> Outputs:
+        """Run one step, which writes the new keys and values. batch: on any device."""
         if self.cache is None or self.adapting is None:
             raise RuntimeError("attach() comes before forward()")
         with self._on_device():
             made = self._graphs.run(batch) if self._graphs is not None else None
-            return made if made is not None else self._run_as_it_comes(batch.to(self.device))
+            return Outputs(made) if made is not None else self._run_as_it_comes(batch.to(self.device))
 
-    def _run_as_it_comes(self, batch: Batch) -> torch.Tensor:
+    def _run_as_it_comes(self, batch: Batch) -> Outputs:
         assert self.cache is not None
         assert self.adapting is not None
         head = self.base.head if self._selects_logits else ""
         step = PagedStep(batch, self.cache, self.adapting, head, self.native)
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         logits = self._run(step, batch.input_ids, batch.positions, **keep)
-        return logits if self._selects_logits else logits[batch.logit_rows]
+        logits = logits if self._selects_logits else logits[batch.logit_rows]
+        return Outputs(logits, None if batch.hidden_rows is None else step.hidden)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, which each thread has its own of."""

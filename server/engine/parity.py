@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weft.adapters.content import LoraWeights
+from weft.adapters.content import LoraWeights, OwnHead
 from weft.adapters.pages import HostAdapter, PageConfig, PagePool
 from weft.adapters.plain import is_added, plain_output
 from weft.errors import InvalidAdapter, Problem
+from weft.kernels.heads import Head
 from weft.kernels.lora import find_backend
 from weft.kernels.plan import Plan, build_plan
 from weft.server.engine.adapting import Adapting, rows_of
@@ -50,6 +51,8 @@ class AdapterProbe:
         plan = build_plan([(len(prompt), [(paged, 1.0)])], model.device)
         assert plan is not None, "a prompt has rows"
         step = _Comparing(model, weights, Adapting(pool.groups, find_backend(self.lora_backend, model.native)), plan)
+        if weights.head is not None and paged.head is not None:
+            step.errors[weights.head.name] = _head_error(weights.head, paged.head)
         ids = torch.tensor([prompt], device=model.device)
         with running(step):
             model.run_whole(ids)
@@ -71,6 +74,16 @@ class AdapterProbe:
         rng = random.Random(0)
         trained = [token for update in weights.tokens.values() for token in update.ids[:2]]
         return [*trained, *(rng.randrange(self.model.vocab_size) for _ in range(_NUM_TOKENS))][:_NUM_TOKENS]
+
+
+def _head_error(own: OwnHead, served: Head) -> float:
+    """On one vector, whose numbers are about as large as those after a norm."""
+    device = served.weight.device
+    x = torch.randn(1, own.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device)
+    plain = x.double() @ own.weight.to(device).double().t()
+    plain += 0 if own.bias is None else own.bias.to(device).double()
+    error = (served(x) - plain).norm() / plain.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(error.nan_to_num(nan=float("inf")))
 
 
 @dataclass(slots=True)

@@ -87,7 +87,7 @@ def _flat(paged: PagedModel, pool: BlockPool, prompts: list[list[int]]) -> torch
         for share in (0.4, 1.0):
             counts = [math.ceil(sequence.num_pending * share) for sequence in sequences]
             picked = [Scheduled(sequence, n) for sequence, n in zip(sequences, counts, strict=True) if n]
-            logits = paged.forward(build_batch(picked, pool.block_tokens, paged.device, every_row=True))
+            logits = paged.forward(build_batch(picked, pool.block_tokens, paged.device, every_row=True)).logits
             for i, rows in enumerate(torch.split(logits, counts)):
                 parts[i].append(rows)
                 sequences[i].num_computed += counts[i]

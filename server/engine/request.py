@@ -7,6 +7,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
+
 from weft.server.engine.constraints import Constraint
 
 
@@ -46,6 +48,15 @@ class Stopping:
     time_limit_s: float | None = None
 
 
+class Pooling(Enum):
+    """Which of a prompt's last hidden states, those after the final norm, become its one vector."""
+
+    LAST = "last"
+    MEAN = "mean"
+    CLS = "cls"
+    """That of the first token."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt and how to answer it.
@@ -53,9 +64,10 @@ class Request:
     adapters: ids (`name` or `name@sha256:…`), each with its weight in the mix; empty means the base alone.
     logprobs: report each token's log-probability and rank; top_logprobs: and that many of the likeliest alternatives.
     prompt_logprobs_from: report the prompt's tokens from this position on, which is at least 1, with their
-    log-probabilities; None: not at all. constraint: what the answer must match. priority: higher first among the
-    requests of one caller. cache_salt: prefixes are shared only between equal ones. deadline_s: on the engine's clock,
-    as arrived_s, None for when it is submitted.
+    log-probabilities; None: not at all. pooling: answer with one vector instead of tokens (max_tokens 0 goes with it);
+    through_head: and with what the output head of the one adapter makes of it. constraint: what the answer must match.
+    priority: higher first among the requests of one caller. cache_salt: prefixes are shared only between equal ones.
+    deadline_s: on the engine's clock, as arrived_s, None for when it is submitted.
     """
 
     request_id: str
@@ -66,6 +78,8 @@ class Request:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs_from: int | None = None
+    pooling: Pooling | None = None
+    through_head: bool = False
     constraint: Constraint | None = None
     priority: int = 0
     caller: str = ""
@@ -129,13 +143,15 @@ class Delta:
     """What one step added to an answer: text that is final, the tokens, and at the end how it finished.
 
     prompt: with the first delta, the prompt's tokens that were asked for with their log-probabilities; only the first
-    of them where the time limit came before the rest.
+    of them where the time limit came before the rest. vector: what a pooled request asked for, float32 on the host:
+    [hidden], or [labels] where it went through a head.
     """
 
     text: str
     tokens: tuple[Token, ...]
     finish: Finish | None = None
     prompt: tuple[Token, ...] = ()
+    vector: torch.Tensor | None = None
 
     @classmethod
     def join(cls, deltas: Seq[Delta]) -> Delta:
@@ -147,4 +163,5 @@ class Delta:
             tuple(token for delta in deltas for token in delta.tokens),
             deltas[-1].finish,
             tuple(token for delta in deltas for token in delta.prompt),
+            deltas[-1].vector,
         )

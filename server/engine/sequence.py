@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import torch
+
 from weft.adapters.residency import AdapterRef
 from weft.server.engine.constraints import Matcher
 from weft.server.engine.edits import RowEdits
 from weft.server.engine.lookup import Lookup
-from weft.server.engine.request import Finish, FinishReason, Request, Token
+from weft.server.engine.request import Finish, FinishReason, Pooling, Request, Token
 from weft.server.engine.text import OutputText
 
 NEVER = 1 << 62
@@ -53,6 +55,8 @@ class Sequence:
     """What the request changes about its logits; the sampler makes it."""
     prompt_report: list[Token] = field(default_factory=list)
     """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
+    pooled: torch.Tensor | None = None
+    """Of a pooled request, what its tokens so far make of its vector; `pooling.py` makes it."""
     _num_reported: int = 0
     _uniforms: list[float] = field(default_factory=list)
     _first_uniform: int = 0
@@ -68,7 +72,9 @@ class Sequence:
 
     @property
     def first_wanted(self) -> int:
-        """The first position whose logits are still wanted."""
+        """The first position whose logits, or whose last hidden state, are still wanted."""
+        if self.request.pooling in (Pooling.MEAN, Pooling.CLS):
+            return 0
         reported_from = self.request.prompt_logprobs_from
         if reported_from is None or self.num_generated:
             return len(self.tokens) - 1

@@ -137,7 +137,7 @@ class Trial:
         model.scrub(list(range(1, pool.num_blocks)))  # on a CPU, memory is taken when it is first written
         with peak_of(model.device) as peak:
             batch = build_batch(picked, self.block_tokens, model.device)
-            logits = model.forward(batch)
+            logits = model.forward(batch).logits
             for rows in batch.prompt_rows:
                 tokens = rows.sequence.tokens[rows.positions.start : rows.positions.stop]
                 report(logits[rows.first_row : rows.first_row + len(tokens)], tokens, _NUM_TOP)

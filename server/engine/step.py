@@ -44,10 +44,6 @@ class Step(Protocol):
     @property
     def attend(self) -> Attend: ...
 
-    def foresee(self, modules: tuple[str, ...], x: torch.Tensor) -> None:
-        """Begin with what `adapt` will do to linear modules, beside their product; x: [1, T, d_in] or [T, d_in]."""
-        ...
-
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Change, in place, what the base's module of this name made of its inputs.
 

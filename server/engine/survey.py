@@ -156,6 +156,7 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
         head=names.get(id(head), "") if head is not None else "",
         is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
         groups=_groups([name for name, module in modules.items() if module.kind is ModuleKind.LINEAR], calls),
+        backbone=names[id(model.base_model)],
     )
 
 

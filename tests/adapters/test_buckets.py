@@ -173,3 +173,10 @@ def test_a_library_that_is_missing_is_named_with_what_to_do(
     ):
         check_library(parse_prefix(prefix))
     check_library(parse_prefix("https://host"))
+
+
+def test_a_classifiers_labels_come_with_it_where_there_are_any(store: MemoryFileSystem, tmp_path: Path) -> None:
+    store.pipe("/bucket/loras/x/adapter_config.json", b'{"task_type": "SEQ_CLS"}')
+    assert not (fetch(store, tmp_path) / "config.json").exists()
+    store.pipe("/bucket/loras/x/config.json", b'{"num_labels": 2}')
+    assert (fetch(store, tmp_path) / "config.json").read_bytes() == b'{"num_labels": 2}'

@@ -196,3 +196,28 @@ def test_fetches_of_one_source_at_once_are_one_download(web: Web, tmp_path: Path
     with ThreadPoolExecutor(3) as pool:
         assert len(set(pool.map(work, range(3)))) == 1
     assert len(web.gets(AT)) == 1
+
+
+def test_a_classifiers_labels_come_with_it_and_nobody_elses_config(folder: Path, web: Web, tmp_path: Path) -> None:
+    (folder / "config.json").write_text('{"num_labels": 3}')
+    web.publish(folder, "org/repo", FIRST)
+    assert not (fetch(web, tmp_path / "plain") / "config.json").exists()
+    (folder / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    web.publish(folder, "org/repo", FIRST, "main")
+    for _ in range(2):
+        fetched = fetch(web, tmp_path / "cache", f"hf:org/repo@{FIRST}")
+        assert (fetched / "config.json").read_text() == '{"num_labels": 3}'
+        web.files.clear()
+
+
+def test_that_a_classifier_has_no_labels_is_known_without_the_network(folder: Path, web: Web, tmp_path: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    web.publish(folder, "org/repo", FIRST)
+    absent = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": FIRST}
+    web.headers[f"/org/repo/resolve/{FIRST}/config.json"] = absent
+    source = f"hf:org/repo@{FIRST}"
+    fetched = fetch(web, tmp_path / "cache", source)
+    assert {path.name for path in fetched.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    web.seen.clear()
+    assert fetch(web, tmp_path / "cache", source) == fetched
+    assert not web.seen

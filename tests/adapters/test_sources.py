@@ -244,6 +244,17 @@ class TestLinks:
         assert folder == root.resolve() / "good"
 
 
+def test_a_classifiers_labels_are_looked_at_as_its_other_files_are(sources: Sources, root: Path) -> None:
+    folder = root / "classifier"
+    folder.mkdir()
+    (root.parent / "secret.json").write_text("{}")
+    (folder / "config.json").symlink_to(root.parent / "secret.json")
+    assert sources.fetch(f"file:{folder}") == folder
+    (folder / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    with pytest.raises(InvalidAdapter, match=r"config\.json: is a link to a file outside the allowed roots"):
+        sources.fetch(f"file:{folder}")
+
+
 def test_what_would_block_or_never_end_is_refused(sources: Sources, root: Path) -> None:
     path = root / "good" / "adapter_config.json"
     path.unlink()

@@ -337,3 +337,17 @@ class TestProgress:
             "fetching s3://bucket/x: 3.0 MiB of 8.0 MiB (38%)",
             "fetching s3://bucket/x: 6.0 MiB",
         ]
+
+
+def test_a_classifiers_labels_come_with_it_where_there_are_any(web: Web, cache: Path) -> None:
+    web.files |= {"/loras/x/config.json": b'{"num_labels": 2}'}
+    assert not (fetch(web, cache) / "config.json").exists()
+    web.files[CONFIG_AT] = b'{"task_type": "SEQ_CLS"}'
+    assert (fetch(web, cache) / "config.json").read_bytes() == b'{"num_labels": 2}'
+    web.files["/loras/x/config.json"] = b'{"num_labels": 3}'
+    assert (fetch(web, cache) / "config.json").read_bytes() == b'{"num_labels": 3}'
+    del web.files["/loras/x/config.json"]
+    assert not (fetch(web, cache) / "config.json").exists()
+    web.statuses["/loras/x/config.json"] = 403
+    with pytest.raises(InvalidAdapter, match=r"config\.json: may not be read"):
+        fetch(web, cache)

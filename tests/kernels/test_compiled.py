@@ -13,6 +13,13 @@ import pytest
 pytest.importorskip("triton")
 
 
+REGISTERS, SHARED_BYTES = 65536, 227 * 1024
+"""Of one of the processor's parts."""
+
+MIN_PROGRAMS = 3
+"""That one part runs at once: while one waits for memory, the others compute."""
+
+
 @pytest.mark.slow
 def test_no_kernel_spills(tmp_path: Path) -> None:
     program = Path(__file__).parents[1] / "support" / "compiled.py"
@@ -22,5 +29,5 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
     assert {each["kernel"].split()[0] for each in compiled} == {"shrink", "expand", "attend_part", "combine"}
     for each in compiled:
         assert each["stack"] == each["spilled"] == 0, each
-        assert each["registers"] <= 168, each
-        assert each["shared"] <= 100 * 1024, "two programs fit on a processor"
+        assert each["registers"] * each["threads"] <= REGISTERS // MIN_PROGRAMS, each
+        assert each["shared"] <= SHARED_BYTES // MIN_PROGRAMS, each

@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from serving import served
-from training import losses, make_base, shouted, trained, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training import judged, losses, make_base, shouted, trained, write_rows
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from weft.errors import InvalidConfig, InvalidData
+from weft.making.config import Columns
 from weft.making.distilling import distillation_loss
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import inference_pb2 as pb2
@@ -34,6 +35,13 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "taught": {"method": {"name": "distill"}, "distill": {"adapter": "lora", "temperature": 2.0, "label_weight": 0.5}},
 }
 
+CLASSIFIERS: Mapping[str, Mapping[str, Any]] = {
+    "judge": {},
+    "judge-head": {"method": {"name": "head"}, "data": {"template": "Text: {text} Verdict:"}},
+    "judge-dora": {"method": {"name": "dora", "modules": "importance:3"}},
+    "judge-several": {"data": {"columns": Columns(label="labels")}},
+}
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,6 +54,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "adapter" in distill:
             distill["adapter"] = str(folders / "adapters" / distill["adapter"])
         trained(base, prompts, folders / "adapters" / name, **{**settings, "distill": distill})
+    rows = [row | {"labels": [row["label"], "any"]} for row in judged(16)]
+    texts = write_rows(folders / "texts.jsonl", rows)
+    for name, settings in CLASSIFIERS.items():
+        trained(base, texts, folders / "adapters" / name, **settings)
     return folders
 
 
@@ -82,6 +94,25 @@ def test_what_each_method_makes_is_served_as_peft_would(
     token = stub.Generate(request).tokens[0]
     assert token.id == logits.argmax()
     assert token.logprob == pytest.approx(logits.max().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_is_served_as_peft_would(
+    folders: Path, stub: inference_pb2_grpc.InferenceServiceStub, name: str
+) -> None:
+    text = CLASSIFIERS[name].get("data", {}).get("template", "{text}").format(text="lemon: nice")
+    labels = ["any", "bad", "nice"] if name == "judge-several" else ["bad", "nice"]
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(folders / "base", num_labels=len(labels))
+    model = PeftModel.from_pretrained(base, folders / "adapters" / name).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"]).logits[0]
+
+    scores = stub.Classify(pb2.ClassifyRequest(adapter_id=name, text=text)).scores
+    assert [score.label for score in scores] == labels
+    assert [score.logit for score in scores] == pytest.approx(logits.tolist(), abs=1e-4)
+    chances = logits.sigmoid() if name == "judge-several" else logits.softmax(-1)
+    assert [score.score for score in scores] == pytest.approx(chances.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "prompted"])

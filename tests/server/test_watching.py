@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness import Harness
 from prometheus_client import CollectorRegistry
-from tiny import make_adapter, make_model, save_tokenizer
+from tiny import make_adapter, make_classifier, make_model, save_tokenizer
 
 from weft.adapters.records import AdapterChange, AdapterState, NewAdapter
 from weft.adapters.state import Recorder, State
@@ -60,6 +60,7 @@ def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(root / "base")
     for seed, name in enumerate(("one", "two")):
         make_adapter(model, root / name, seed=seed, target_modules=["q_proj"])
+    make_classifier(root / "base", root / "mood", ("bad", "good"), target_modules=["q_proj"])
     return root
 
 
@@ -74,6 +75,16 @@ def watched(spare: Path, store: AdapterStore, tmp_path: Path) -> Watched:
         store.delete(info.name)
     store._reader._sources._roots = (tmp_path / "adapters", spare)
     return Watched(spare, store, tmp_path)
+
+
+def test_a_classifier_follows_its_labels(watched: Watched) -> None:
+    labels = watched.put("mood", "mood") / "config.json"
+    watched.folders.catch_up()
+    before = watched.store.get("mood").classes
+    labels.write_text('{"id2label": {"0": "sad", "1": "glad"}}')
+    watched.folders.catch_up()
+    after = watched.store.get("mood").classes
+    assert [classes.labels for classes in (before, after) if classes] == [("bad", "good"), ("sad", "glad")]
 
 
 def test_what_comes_is_loaded_what_changes_is_updated_and_what_goes_is_deleted(watched: Watched) -> None:

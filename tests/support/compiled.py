@@ -54,7 +54,12 @@ class Compiling:
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         made = kernel.warmup(*arguments, grid=grid, **constants)
         self.made.append(
-            {"kernel": f"{kernel.__name__} {self.name}", **usage(made.asm["cubin"]), "shared": made.metadata.shared}
+            {
+                "kernel": f"{kernel.__name__} {self.name}",
+                **usage(made.asm["cubin"]),
+                "shared": made.metadata.shared,
+                "threads": 32 * made.metadata.num_warps,
+            }
         )
 
 

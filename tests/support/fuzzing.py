@@ -110,6 +110,8 @@ SOUND: Mapping[str, Mapping[str, Any]] = {
     "GenerateRequest": _ASK,
     "StreamGenerateRequest": _ASK,
     "ScoreRequest": {**_PROMPT, "continuations": ["a", "b"]},
+    "ClassifyRequest": {**_PROMPT, "adapter_id": ODD},
+    "EmbedRequest": {**_PROMPT, "adapter_id": ODD},
     "TokenizeRequest": {"text": "hello"},
     "UpdateAdapterRequest": {"adapter": {"name": ODD}},
 }

@@ -34,6 +34,7 @@ class Answer:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     prompt: list[Token] = field(default_factory=list)
+    vector: torch.Tensor | None = None
     finish: Finish | None = None
     error: WeftError | None = None
 
@@ -54,6 +55,7 @@ class Answer:
             assert not (event.prompt and self.tokens), "the prompt comes with the first delta"
             self.tokens += event.tokens
             self.prompt += event.prompt
+            self.vector = event.vector
             self.finish = event.finish
 
 
@@ -140,7 +142,7 @@ class Harness:
         while any(sequence.num_pending for sequence in sequences):
             counts = [min(chunk, sequence.num_pending) for sequence in sequences]
             picked = [Scheduled(s, n) for s, n in zip(sequences, counts, strict=True) if n]
-            rows = model.forward(build_batch(picked, pool.block_tokens, model.device, every_row=True))
+            rows = model.forward(build_batch(picked, pool.block_tokens, model.device, every_row=True)).logits
             for part, sequence, count, logits in zip(parts, sequences, counts, rows.split(counts), strict=True):
                 part.append(logits)
                 sequence.num_computed += count

@@ -159,7 +159,7 @@ def wrong_values() -> Iterator[Mutation]:
         ("activated", {"bias": "all"}, "only A and B"),
         ("lora", {"peft_type": "IA3"}, "peft_type"),
         ("lora", {"peft_type": "lora"}, "peft_type"),
-        ("lora", {"task_type": "SEQ_CLS"}, "task_type"),
+        ("lora", {"task_type": "TOKEN_CLS"}, "task_type"),
         ("lora", {"a_field_of_tomorrow": 1}, "a_field_of_tomorrow"),
         ("lora", {"R": 4}, "R: is not a LoRA field"),
         ("lora", {"\x1b[31mred\n": 1}, r"\x1b[31mred\n"),

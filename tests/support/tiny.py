@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB = 260
 """Three special tokens, then a token a byte; one id more that no text gives."""
@@ -106,11 +113,57 @@ def make_adapter(model: PreTrainedModel, folder: Path, seed: int = 0, **config: 
     return folder
 
 
+def make_classifier(base: Path, folder: Path, labels: Sequence[str], seed: int = 0, **config: Any) -> Path:
+    """A sequence classifier's adapter of the base in a folder, and beside it the config as transformers saves it."""
+    problem_type = config.pop("problem_type", None)
+    model = _classifier(base, len(labels), id2label=dict(enumerate(labels)), problem_type=problem_type)
+    make_adapter(model, folder, seed, **{"task_type": "SEQ_CLS", **config})
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def peft_classify(base: Path, folder: Path, num_labels: int, prompt: Sequence[int]) -> torch.Tensor:
+    """Logits [labels] of a sequence classifier by transformers and peft alone."""
+    served = _with_peft(_classifier(base, num_labels), folder).eval()
+    with torch.inference_mode():
+        return served(input_ids=torch.tensor([prompt])).logits[0]
+
+
+def make_feature_extractor(base: Path, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """An adapter of the base's backbone alone, whose modules have shorter names."""
+    return make_adapter(_backbone(base), folder, seed, **{"task_type": "FEATURE_EXTRACTION", **config})
+
+
+def peft_features(base: Path, folder: Path, prompt: Sequence[int]) -> torch.Tensor:
+    """Last hidden states [len(prompt), hidden] of the backbone with such an adapter, by transformers and peft alone."""
+    served = _with_peft(_backbone(base), folder).eval()
+    with torch.inference_mode():
+        return served(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+
+
+def _backbone(base: Path) -> PreTrainedModel:
+    return AutoModel.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+
+
+def _classifier(base: Path, num_labels: int, **settings: Any) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=num_labels, attn_implementation="eager", dtype=torch.float32, **settings
+    )
+
+
 def peft_logits(model: PreTrainedModel, folder: Path | None, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits [len(prompt), vocab] of each prompt by transformers and peft alone."""
     served = _with_peft(model, folder)
     with torch.inference_mode():
         return [served(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
+
+
+def peft_hidden(model: PreTrainedModel, folder: Path | None, prompt: Sequence[int]) -> torch.Tensor:
+    """Last hidden states [len(prompt), hidden] of the backbone by transformers and peft alone."""
+    served = _with_peft(model, folder)
+    backbone = (served.get_base_model() if isinstance(served, PeftModel) else served).base_model
+    with torch.inference_mode():
+        return backbone(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0]
 
 
 def peft_generate(model: PreTrainedModel, folder: Path | None, prompt: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -29,7 +29,7 @@ _ADAPTERS = "/weft.v1.AdapterService/"
 ROLE_OF: Mapping[str, Role] = {
     **{
         f"{_INFERENCE}{method}": Role.INFER
-        for method in ("Generate", "StreamGenerate", "Score", "Tokenize", "Detokenize")
+        for method in ("Generate", "StreamGenerate", "Score", "Classify", "Embed", "Tokenize", "Detokenize")
     },
     **{
         f"{_ADAPTERS}{method}": Role.READ

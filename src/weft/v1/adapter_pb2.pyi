@@ -1,5 +1,6 @@
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from weft.v1 import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -37,7 +38,7 @@ ADAPTER_EVENT_KIND_DELETED: AdapterEventKind
 ADAPTER_EVENT_KIND_LISTED: AdapterEventKind
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "source", "digest", "state", "ranks", "modules", "device_bytes", "host_bytes", "disk_bytes", "pinned", "labels", "error", "create_time", "last_used_time", "requests_in_flight", "num_pages", "parity_error")
+    __slots__ = ("name", "source", "digest", "state", "ranks", "modules", "device_bytes", "host_bytes", "disk_bytes", "pinned", "labels", "error", "create_time", "last_used_time", "requests_in_flight", "num_pages", "parity_error", "class_labels", "problem_type")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +63,8 @@ class Adapter(_message.Message):
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PARITY_ERROR_FIELD_NUMBER: _ClassVar[int]
+    CLASS_LABELS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_TYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     digest: str
@@ -79,7 +82,9 @@ class Adapter(_message.Message):
     requests_in_flight: int
     num_pages: int
     parity_error: float
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pinned: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., error: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., requests_in_flight: _Optional[int] = ..., num_pages: _Optional[int] = ..., parity_error: _Optional[float] = ...) -> None: ...
+    class_labels: _containers.RepeatedScalarFieldContainer[str]
+    problem_type: _inference_pb2.ProblemType
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pinned: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., error: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., requests_in_flight: _Optional[int] = ..., num_pages: _Optional[int] = ..., parity_error: _Optional[float] = ..., class_labels: _Optional[_Iterable[str]] = ..., problem_type: _Optional[_Union[_inference_pb2.ProblemType, str]] = ...) -> None: ...
 
 class CreateAdapterRequest(_message.Message):
     __slots__ = ("adapter", "wait")

@@ -33,6 +33,16 @@ class InferenceServiceStub(object):
                 request_serializer=weft_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=weft_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
                 )
+        self.Classify = channel.unary_unary(
+                '/weft.v1.InferenceService/Classify',
+                request_serializer=weft_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                )
+        self.Embed = channel.unary_unary(
+                '/weft.v1.InferenceService/Embed',
+                request_serializer=weft_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                )
         self.Tokenize = channel.unary_unary(
                 '/weft.v1.InferenceService/Tokenize',
                 request_serializer=weft_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -73,6 +83,20 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """The labels of a sequence classifier's own head, each with its score.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """One vector that stands for a text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The token ids that a text or a chat becomes as a prompt.
         """
@@ -104,6 +128,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=weft_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
                     response_serializer=weft_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=weft_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=weft_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -177,6 +211,40 @@ class InferenceService(object):
         return grpc.experimental.unary_unary(request, target, '/weft.v1.InferenceService/Score',
             weft_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
             weft_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/weft.v1.InferenceService/Classify',
+            weft_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            weft_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/weft.v1.InferenceService/Embed',
+            weft_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            weft_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

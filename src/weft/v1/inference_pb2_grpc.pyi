@@ -43,6 +43,18 @@ class InferenceServiceStub:
     ]
     """How likely each of several given continuations of a prompt is."""
 
+    Classify: grpc.UnaryUnaryMultiCallable[
+        weft.v1.inference_pb2.ClassifyRequest,
+        weft.v1.inference_pb2.ClassifyResponse,
+    ]
+    """The labels of a sequence classifier's own head, each with its score."""
+
+    Embed: grpc.UnaryUnaryMultiCallable[
+        weft.v1.inference_pb2.EmbedRequest,
+        weft.v1.inference_pb2.EmbedResponse,
+    ]
+    """One vector that stands for a text."""
+
     Tokenize: grpc.UnaryUnaryMultiCallable[
         weft.v1.inference_pb2.TokenizeRequest,
         weft.v1.inference_pb2.TokenizeResponse,
@@ -79,6 +91,18 @@ class InferenceServiceAsyncStub:
         weft.v1.inference_pb2.ScoreResponse,
     ]
     """How likely each of several given continuations of a prompt is."""
+
+    Classify: grpc.aio.UnaryUnaryMultiCallable[
+        weft.v1.inference_pb2.ClassifyRequest,
+        weft.v1.inference_pb2.ClassifyResponse,
+    ]
+    """The labels of a sequence classifier's own head, each with its score."""
+
+    Embed: grpc.aio.UnaryUnaryMultiCallable[
+        weft.v1.inference_pb2.EmbedRequest,
+        weft.v1.inference_pb2.EmbedResponse,
+    ]
+    """One vector that stands for a text."""
 
     Tokenize: grpc.aio.UnaryUnaryMultiCallable[
         weft.v1.inference_pb2.TokenizeRequest,
@@ -122,6 +146,22 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[weft.v1.inference_pb2.ScoreResponse, collections.abc.Awaitable[weft.v1.inference_pb2.ScoreResponse]]:
         """How likely each of several given continuations of a prompt is."""
+
+    @abc.abstractmethod
+    def Classify(
+        self,
+        request: weft.v1.inference_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[weft.v1.inference_pb2.ClassifyResponse, collections.abc.Awaitable[weft.v1.inference_pb2.ClassifyResponse]]:
+        """The labels of a sequence classifier's own head, each with its score."""
+
+    @abc.abstractmethod
+    def Embed(
+        self,
+        request: weft.v1.inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[weft.v1.inference_pb2.EmbedResponse, collections.abc.Awaitable[weft.v1.inference_pb2.EmbedResponse]]:
+        """One vector that stands for a text."""
 
     @abc.abstractmethod
     def Tokenize(

@@ -78,6 +78,12 @@ class TestAccess:
         line = access.one("Score")
         assert (line.request_id, line.code, line.completion_tokens) == ("s-1", "OK", 0)
 
+    def test_a_vector_is_one_line(self, house: House, access: Access) -> None:
+        house.inference.Embed(pb2.EmbedRequest(text="hello", adapter_id="one", request_id="e-1"))
+        line = access.one("Embed")
+        assert (line.request_id, line.code, line.prompt_tokens, line.completion_tokens) == ("e-1", "OK", 6, 0)
+        assert line.adapters == (f"one@{house.digest('one')}",)
+
     def test_a_refused_request_is_told_by_its_fields_and_never_quoted(self, house: House, access: Access) -> None:
         request = generate(
             chat={"messages": [{"role": "villain", "content": SECRET}]},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny import save_tokenizer
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from weft.errors import InvalidRequest
@@ -46,3 +47,25 @@ def test_a_template_that_fails_is_the_requests_error(tmp_path: Path, template: s
 def test_a_tokenizer_knows_whether_it_has_a_template(tmp_path: Path) -> None:
     assert prompts(tmp_path / "with", "{{ messages }}").has_chat_template
     assert not prompts(tmp_path / "without").has_chat_template
+
+
+def test_an_input_is_cut_only_where_that_is_asked_for_and_keeps_what_is_put_behind_it(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    around = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    tokenizer.backend_tokenizer.post_processor = around
+    served, text = Prompts(tokenizer), "a" * 20
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+
+    def cut(longest: int, **fields: object) -> tuple[list[int], int]:
+        return asyncio.run(served.encode_input(pb2.ClassifyRequest(**fields), longest))
+
+    whole = [1, *[letter] * 20, 2]
+    assert cut(22, text=text) == (whole, 0)
+    assert cut(64, text=text, truncate=0) == (whole, 0)
+    assert cut(64, text=text, truncate=9) == ([1, *[letter] * 7, 2], 13)
+    assert cut(5, text=text, truncate=9) == cut(5, text=text, truncate=0) == ([1, *[letter] * 3, 2], 17)
+    assert cut(64, text=text, truncate=1) == ([2], 21)
+    assert cut(5, token_ids=pb2.TokenIds(ids=whole), truncate=0) == (whole[:5], 17)
+    with pytest.raises(InvalidRequest, match="text: has 22 tokens; at most 21 fit: set truncate"):
+        cut(21, text=text)

@@ -18,7 +18,7 @@ from weft.kernels import pointwise_compiled as compiled
 from weft.kernels.pointwise_compiled import CompiledPointwise
 from weft.server.engine.decode_attention import attend_gathered
 from weft.server.engine.graphs import Means, replay_nothing
-from weft.server.engine.request import Request, Sampling, Stopping
+from weft.server.engine.request import Pooling, Request, Sampling, Stopping
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,6 +70,13 @@ def test_mixed_rows_give_the_same_tokens_and_logits(folder: Path, served: Harnes
         arrivals = [i % 3 for i in range(count)]
         expected = [answer.ids for answer in plain.run(ask(count), arrivals)]
         assert [answer.ids for answer in served.run(ask(count), arrivals)] == expected
+    pooled = Request(
+        "pooled", tuple(range(3, 40)), (("r4", 1.0),), stopping=Stopping(max_tokens=0), pooling=Pooling.MEAN
+    )
+    vector, plain_vector = (harness.run([pooled])[0].vector for harness in (served, plain))
+    assert vector is not None
+    assert plain_vector is not None
+    assert (vector - plain_vector).norm() / plain_vector.norm() <= 1e-5
 
 
 def test_nothing_is_compiled_after_the_start(served: Harness) -> None:

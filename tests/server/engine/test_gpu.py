@@ -9,10 +9,10 @@ import pytest
 import torch
 from features import make_all
 from harness import Harness
-from tiny import linear_names, make_adapter, make_model, save_tokenizer
+from tiny import linear_names, make_adapter, make_classifier, make_model, save_tokenizer
 
 from weft.server.engine.drawing import draw, truncate
-from weft.server.engine.request import Request, Sampling, Stopping
+from weft.server.engine.request import Pooling, Request, Sampling, Stopping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -41,6 +41,23 @@ def test_everything_an_adapter_can_hold_gives_the_logits_of_the_cpu(name: str, t
     )
     for mine, theirs in zip(on_gpu, on_cpu, strict=True):
         assert ((mine.cpu() - theirs).norm() / theirs.norm()).item() < 1e-3
+
+
+def test_vectors_and_classifications_are_those_of_the_cpu(tmp_path: Path) -> None:
+    base, adapters, generations = make_mixed("llama", tmp_path)
+    adapters["mood"] = make_classifier(base, tmp_path / "mood", ("bad", "good"), target_modules=linear_names("llama"))
+    none = Stopping(max_tokens=0)
+    pooled = [
+        Request(f"p{i}", tuple(range(3 + i, 40)), (("mood", 1.0),), stopping=none, pooling=pooling, through_head=head)
+        for i, (pooling, head) in enumerate(
+            [(Pooling.LAST, True), (Pooling.LAST, False), (Pooling.MEAN, False), (Pooling.LAST, True)]
+        )
+    ]
+    on_cpu, on_gpu = (Harness(base, adapters, device=device) for device in ("cpu", "cuda"))
+    for mine, theirs in zip(on_gpu.run([*pooled, *generations]), on_cpu.run(pooled), strict=False):
+        assert mine.vector is not None
+        assert theirs.vector is not None
+        assert torch.allclose(mine.vector, theirs.vector, atol=1e-3)
 
 
 def test_rows_are_drawn_as_on_the_cpu() -> None:

@@ -73,7 +73,7 @@ def test_padded_steps_give_the_tokens_of_steps_run_as_they_come(kind: str, tmp_p
 def test_one_captured_step_serves_any_adapters(tmp_path: Path) -> None:
     """Mixed ranks, base rows and a mix of two, by the GPU's kernel; which rows there are changes from step to step."""
     pytest.importorskip("triton")
-    from weft.kernels.triton_lora import Beside, DeviceWork
+    from weft.kernels.triton_lora import DeviceWork
 
     model = make_model("llama", tmp_path / "base", num_hidden_layers=1)
     save_tokenizer(tmp_path / "base")
@@ -89,8 +89,6 @@ def test_one_captured_step_serves_any_adapters(tmp_path: Path) -> None:
     means = Means(capture, attend_gathered, DeviceWork)
     assert serve(tmp_path / "base", adapters, means, requests, lora_backend="triton", **options) == expected
     assert capture.replayed > 2
-    means = replace(means, beside=Beside(torch.device("cpu")))
-    assert serve(tmp_path / "base", adapters, means, requests, lora_backend="triton", **options) == expected
 
 
 def test_guesses_are_rows_of_a_captured_step(tmp_path: Path) -> None:

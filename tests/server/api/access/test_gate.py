@@ -200,6 +200,8 @@ class TestQuotas:
             refused = refusal(lambda: brief.inference.Generate(generate(**ONE)))
             scored = inference_pb2.ScoreRequest(text="x", continuations=["y"])
             assert refusal(lambda: brief.inference.Score(scored)).reason == "QUOTA_EXCEEDED"
+            embedded = inference_pb2.EmbedRequest(text="x")
+            assert refusal(lambda: brief.inference.Embed(embedded)).reason == "QUOTA_EXCEEDED"
             brief.inference.Tokenize(inference_pb2.TokenizeRequest(text="x"))
         assert "at most 1 tokens a minute" in refused.message
 

@@ -40,6 +40,8 @@ ASKED: dict[str, Ask] = {
     "Generate": lambda stubs, name: stubs.inference.Generate(generate(text="x", adapter_id=name, stopping=FEW)),
     "StreamGenerate": lambda stubs, name: list(stubs.inference.StreamGenerate(stream(text="x", adapter_id=name))),
     "Score": lambda stubs, name: stubs.inference.Score(score(name)),
+    "Classify": lambda stubs, name: stubs.inference.Classify(inference_pb2.ClassifyRequest(text="x", adapter_id=name)),
+    "Embed": lambda stubs, name: stubs.inference.Embed(inference_pb2.EmbedRequest(text="x", adapter_id=name)),
     "a pinned version": lambda stubs, name: stubs.inference.Generate(generate(text="x", adapter_id=name + DIGEST)),
     "a pinned score": lambda stubs, name: stubs.inference.Score(score(name + DIGEST)),
     "a mix": lambda stubs, name: stubs.inference.Generate(
@@ -86,7 +88,8 @@ def test_what_a_pattern_allows_is_found_or_not_found(guard: Guarded) -> None:
     with guard.calling("team-a") as team_a:
         team_a.inference.Generate(generate(text="x", adapter_id="team-a/one", stopping=FEW))
         team_a.inference.Score(score("team-a/one"))
-        for ask in ("Generate", "StreamGenerate", "Score", "a pinned version", "GetAdapter", "DeleteAdapter"):
+        inference = ("Generate", "StreamGenerate", "Score", "Classify", "Embed", "a pinned version")
+        for ask in (*inference, "GetAdapter", "DeleteAdapter"):
             refused = refusal(lambda ask=ask: ASKED[ask](team_a, "team-a/two"))  # type: ignore[misc]
             assert refused.code is CODE.NOT_FOUND, ask
 
@@ -101,7 +104,9 @@ def test_what_a_label_allows_is_found(guard: Guarded) -> None:
 def test_the_base_may_be_kept_from_a_caller(guard: Guarded) -> None:
     with guard.calling("team-a") as team_a:
         refused = refusal(lambda: team_a.inference.Generate(generate(text="x", stopping=FEW)))
+        embedded = inference_pb2.EmbedRequest(text="x")
         assert refusal(lambda: team_a.inference.Score(score(""))).message == refused.message
+        assert refusal(lambda: team_a.inference.Embed(embedded)).message == refused.message
     assert refused.code is CODE.PERMISSION_DENIED
     assert refused.message == "caller 'team-a' may not use the base without an adapter"
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(1)
+_MAX_LAYERS = 10_000
 _POSITIVE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0, 1, max_open=True)
 
@@ -58,7 +59,7 @@ def _layers(_context: click.Context, _option: click.Parameter, text: str) -> tup
     for part in text.split(",") if text else ():
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _MAX_LAYERS):
             raise click.UsageError(f"--layers is {text!r}; must be layers and ranges of them, such as 0-3,5")
         layers |= set(range(int(first), int(last) + 1))
     return tuple(sorted(layers))
@@ -175,11 +176,20 @@ def train(model: str, output: Path, server: Endpoint | None, pushed_name: str | 
 
     quiet_transformers()
     warnings.simplefilter("ignore")  # advice of the libraries to each other
-    trained, is_first = run(config, shlex.join(["weft", *sys.argv[1:]]))
+    trained, is_first = run(config, _command(sys.argv[1:]))
     if is_first:
         _tell(trained)
         if server is not None:
             push(server, pushed_name or output.name, output)
+
+
+def _command(words: Sequence[str]) -> str:
+    """As it was typed, for the model card; without the key, which others will read there."""
+    shown = ["weft"]
+    for word in words:
+        is_key = shown[-1] == "--api-key"
+        shown.append("…" if is_key else "--api-key=…" if word.startswith("--api-key=") else word)
+    return shlex.join(shown)
 
 
 def _config(model: str, output: Path, given: dict[str, Any]) -> TrainConfig:

@@ -13,8 +13,10 @@ from weft.errors import InvalidConfig, WeftError
 from weft.server.cli.adapters import adapters
 from weft.server.cli.bench import bench
 from weft.server.cli.classify import classify
+from weft.server.cli.compress import compress
 from weft.server.cli.demo import demo
 from weft.server.cli.embed import embed
+from weft.server.cli.extract import extract
 from weft.server.cli.generate import generate
 from weft.server.cli.health import health
 from weft.server.cli.keys import keys
@@ -33,7 +35,22 @@ def cli() -> None:
     """One frozen base model, many LoRA adapters, one batch."""
 
 
-for command in (serve, generate, classify, embed, adapters, sync, health, keys, top, bench, demo, train):
+for command in (
+    serve,
+    generate,
+    classify,
+    embed,
+    adapters,
+    train,
+    extract,
+    compress,
+    sync,
+    health,
+    keys,
+    top,
+    bench,
+    demo,
+):
     cli.add_command(command)
 
 

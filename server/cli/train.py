@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +37,6 @@ _COUNT = click.IntRange(1)
 _MAX_LAYERS = 10_000
 _POSITIVE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0, 1, max_open=True)
-
-
-@contextmanager
-def training_extra(command: str) -> Iterator[None]:
-    """Around imports of what comes with the extra `train`. Raises ClickException where it is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{command} needs {error.name}: pip install 'weft[train]'") from None
 
 
 def _names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
@@ -170,8 +160,10 @@ def _with(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 def train(model: str, output: Path, server: Endpoint | None, pushed_name: str | None, **given: Any) -> None:
     """Train an adapter, which `weft serve` serves and PEFT loads."""
     config = _config(model, output, given)
-    with training_extra("weft train"):
+    try:
         from weft.making.training import train as run  # noqa: PLC0415 - an extra, and slow
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"weft train needs {error.name}: pip install 'weft[train]'") from None
     from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
 
     quiet_transformers()

@@ -60,11 +60,11 @@ class InvalidRequest(_Problems):
 
 
 class InvalidAdapter(_Problems):
-    """An adapter that can't be served on this base: every reason, by name."""
+    """An adapter that can't be served on this base, or be made another: every reason, by name."""
 
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, source: str, problems: Sequence[Problem], to_be: str = "served") -> None:
         self.source = source
-        super().__init__(f"adapter {source} can't be served: ", problems)
+        super().__init__(f"adapter {source} can't be {to_be}: ", problems)
 
 
 class InvalidModel(WeftError):

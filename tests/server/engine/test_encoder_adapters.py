@@ -22,6 +22,7 @@ from weft.adapters.content import LoraWeights
 from weft.adapters.fold import Folded
 from weft.adapters.records import NewAdapter
 from weft.errors import InvalidAdapter
+from weft.kernels.native import Native
 from weft.kernels.patches import Affine
 from weft.server.engine.request import Pooling, Request, Stopping
 
@@ -120,8 +121,8 @@ def test_what_comes_after_the_backbone_is_proven_too(bench: Bench, monkeypatch: 
     assert all(error is not None and error < 1e-5 for error in errors), errors
     right = pages.fold
 
-    def wrong(weights: LoraWeights, base: Base, dtype: torch.dtype) -> Folded:
-        folded, module = right(weights, base, dtype), base.classifier.between[0]  # type: ignore[union-attr]
+    def wrong(weights: LoraWeights, base: Base, dtype: torch.dtype, native: Native | None) -> Folded:
+        folded, module = right(weights, base, dtype, native), base.classifier.between[0]  # type: ignore[union-attr]
         shift = Affine(torch.zeros(64), torch.full((64,), 1e-2))
         return replace(folded, patches={**folded.patches, module: (*folded.patches[module], shift)})
 

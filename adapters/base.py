@@ -76,7 +76,8 @@ class Base:
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
     groups: the LINEAR modules, those together that read the same input. backbone: the name of the module that gives the
     last hidden states; "" where none does. residuals: LINEAR modules whose output is added to the residual stream as it
-    is, each with the norm that reads the stream before. classifier: of an encoder.
+    is, each with the norm that reads the stream before. classifier: of an encoder. pad_token_id: what a causal model's
+    sequence classifiers don't look at where it ends a prompt.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class Base:
     residuals: Mapping[str, str] = field(default_factory=dict)
     backbone: str = ""
     classifier: Classifier | None = None
+    pad_token_id: int | None = None
 
     @property
     def headless(self) -> Base:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,23 +30,29 @@ class ProblemType(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """The labels of a head's outputs, in its order."""
+    """The labels of a head's outputs, in its order.
+
+    pad_token_id: what the head of a causal model does not look at where it ends a prompt; None: it takes any token.
+    """
 
     labels: tuple[str, ...]
     problem_type: ProblemType
+    pad_token_id: int | None = None
 
     def __str__(self) -> str:
         shown_labels = ", ".join([*self.labels[:_SHOWN_LABELS], *["…"] * (len(self.labels) > _SHOWN_LABELS)])
         return f"{self.problem_type.value} of {len(self.labels)}: {shown_labels}"
 
 
-def read_classes(folder: Path, source: str, num_labels: int) -> Classes:
+def read_classes(folder: Path, source: str, num_labels: int, pad_token_id: int | None) -> Classes:
     """num_labels: outputs of the head. Raises InvalidAdapter where the file says what can't be so of it.
 
-    Without the file, or without names in it, labels are LABEL_0, LABEL_1, … as transformers names them.
+    Without the file, or without names in it, labels are LABEL_0, LABEL_1, … as transformers names them. pad_token_id:
+    the base's, where the file says nothing of its own.
     """
     path = folder / CLASSES_FILE
-    return to_classes(read_object(path, source) if path.exists() else {}, source, num_labels)
+    raw = read_object(path, source) if path.exists() else {}
+    return replace(to_classes(raw, source, num_labels), pad_token_id=_pad_token_id(raw, source, pad_token_id))
 
 
 def to_classes(raw: Mapping[str, Any], source: str, num_labels: int) -> Classes:
@@ -56,6 +63,15 @@ def to_classes(raw: Mapping[str, Any], source: str, num_labels: int) -> Classes:
     if problems:
         raise InvalidAdapter(source, problems)
     return Classes(labels, problem_type)
+
+
+def _pad_token_id(raw: Mapping[str, Any], source: str, of_base: int | None) -> int | None:
+    given = raw.get("pad_token_id", of_base)
+    if given is not None and type(given) is not int:
+        raise InvalidAdapter(
+            source, [Problem(f"{CLASSES_FILE}: pad_token_id", f"is {shown(given)}; must be a token id")]
+        )
+    return given
 
 
 def _labels(raw: Mapping[str, Any], num_labels: int, problems: list[Problem]) -> tuple[str, ...]:
@@ -78,7 +94,7 @@ def _labels(raw: Mapping[str, Any], num_labels: int, problems: list[Problem]) ->
             words = f"must be printable, and 1 to {MAX_LABEL_CHARACTERS} characters long"
             refuse("id2label", f"holds {shown(label)}, which is no label: it {words}")
             return ()
-    twins = sorted({label for label in labels if labels.count(label) > 1})
+    twins = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twins:
         refuse("id2label", f"names several outputs {shown(twins[0])}: give each its own label")
     return labels

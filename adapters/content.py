@@ -191,7 +191,8 @@ def digest_of(weights: LoraWeights) -> str:
     ids = {name: update.ids for name, update in weights.tokens.items()}
     said: list[object] = [scales, ids, weights.invocation]
     if weights.head is not None:
-        said += [weights.head.classes.labels, weights.head.classes.problem_type.value]
+        classes = weights.head.classes
+        said += [classes.labels, classes.problem_type.value, classes.pad_token_id]
     sha = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in weights.tensors():
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

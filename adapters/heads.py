@@ -35,7 +35,7 @@ def take_head(saved: Saved, folder: Path, source: str, base: Base) -> tuple[OwnH
     if problems:
         return None, problems
     try:
-        classes = read_classes(folder, source, len(tensors["weight"]))
+        classes = read_classes(folder, source, len(tensors["weight"]), base.pad_token_id)
     except InvalidAdapter as error:
         return None, [*error.problems]
     return OwnHead(name, tensors["weight"], tensors.get("bias"), classes), []

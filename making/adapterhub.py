@@ -22,10 +22,12 @@ import torch
 from safetensors.torch import save_file
 
 from weft.adapters.bottlenecks import PARTS, BottleneckConfig
+from weft.adapters.content import is_finite
 from weft.adapters.folder import WEIGHTS_FILE
 from weft.adapters.json_files import read_object, shown
 from weft.adapters.peft_config import CONFIG_FILE
 from weft.adapters.safe_files import open_regular
+from weft.adapters.tensors import DTYPES
 from weft.adapters.weights_file import read_tensors
 from weft.errors import InvalidAdapter, Problem, cut_short
 from weft.kernels.bottleneck import NON_LINEARITIES, Reads
@@ -50,6 +52,9 @@ _PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "
 """What the library calls `PARTS`."""
 
 _LEAST_FACTOR = 0.01
+_LARGEST = 1e30
+"""Number that a field may hold."""
+
 _SAME = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
 
 _TOP = frozenset({"config", "hidden_size", "label2id", "model_class", "model_name", "model_type", "name", "version"})
@@ -205,7 +210,7 @@ def _unknown(fields: Mapping[str, Any], known: frozenset[str]) -> Iterator[Probl
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _non_linearity(fields: Mapping[str, Any]) -> str:
@@ -233,14 +238,14 @@ def _read(folder: Path, source: str) -> dict[str, torch.Tensor]:
         raise InvalidAdapter(source, [Problem(_PICKLE, _SPOILT)]) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise InvalidAdapter(source, [Problem(_PICKLE, _SPOILT)])
-    return found
+    return {str(name): tensor for name, tensor in found.items()}
 
 
 def _convert_tensors(hub: _Hub, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[Problem]]:
     """Every tensor by the name and with the numbers that it is served with."""
     blocks = _BLOCKS[hub.model_type][0]
     root, _, last = blocks.rpartition(".")
-    name_of = re.compile(rf"(?:{root}\.)?{last}\.(\d+)\.(\w+)\.adapters\.{re.escape(hub.name)}\.(.+)")
+    name_of = re.compile(rf"(?:{root}\.)?{last}\.(\d{{1,9}})\.(\w+)\.adapters\.{re.escape(hub.name)}\.(.+)")
     networks: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     problems: list[Problem] = []
     for name, tensor in tensors.items():
@@ -270,12 +275,23 @@ def _wrong_parts(where: str, parts: Mapping[str, torch.Tensor], shapes: Mapping[
         if tuple(parts[part].shape) != shapes[part]:
             words = f"has shape {list(parts[part].shape)}; adapter_config.json needs {list(shapes[part])}"
             problems.append(Problem(f"{where}.{part}", words))
+        elif not _is_plain(parts[part]):
+            problems.append(Problem(f"{where}.{part}", "must be of plain floating-point numbers, and all finite"))
     return problems
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Not sparse, quantised or without content, as a pickle's may be."""
+    is_here = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return is_here and tensor.dtype in DTYPES and is_finite(tensor)
 
 
 def _scaled(hub: _Hub, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """By their names here, and with the scale in the up-projection."""
-    served = {ours: parts[theirs].contiguous() for ours, theirs in zip(PARTS, _PARTS, strict=True)}
+    served = {
+        ours: parts[theirs].clone(memory_format=torch.contiguous_format)
+        for ours, theirs in zip(PARTS, _PARTS, strict=True)
+    }
     fixed = hub.fields["scaling"]
     scale = parts["scaling"].double() if isinstance(fixed, str) else torch.tensor([float(fixed)], dtype=torch.float64)
     if not torch.equal(scale, torch.ones_like(scale)):

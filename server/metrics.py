@@ -123,9 +123,13 @@ class Metrics:
         """Nothing was computed, and this is how things stand."""
         self._last = stats
 
-    def first_token(self, adapter: str, queue_s: float, ttft_s: float) -> None:
-        """A request got its first token, `ttft_s` after it came; it waited the first `queue_s` of them."""
-        self._requests.first_token(adapter, queue_s, ttft_s)
+    def begun(self, adapter: str, queue_s: float) -> None:
+        """A request runs for the first time, `queue_s` after it came."""
+        self._requests.begun(adapter, queue_s)
+
+    def first_token(self, adapter: str, ttft_s: float) -> None:
+        """A request got its first token, `ttft_s` after it came."""
+        self._requests.first_token(adapter, ttft_s)
         self._vllm.first_token(ttft_s)
 
     def inter_token(self, adapter: str, seconds: float) -> None:
@@ -147,8 +151,13 @@ class Metrics:
         self._steps.prefix_cache(num_queried, num_hit)
         self._vllm.prefix_cache(num_queried, num_hit)
 
-    def finished(self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int, e2e_s: float) -> None:
-        """A request ended. outcome: a finish reason, "error" or "deadline"."""
+    def finished(
+        self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int | None, e2e_s: float
+    ) -> None:
+        """A request ended.
+
+        outcome: a finish reason, "error" or "deadline". completion_tokens: None where none were wanted.
+        """
         self._requests.finished(adapter, outcome, prompt_tokens, completion_tokens, e2e_s)
         self._vllm.finished(outcome, prompt_tokens, e2e_s)
         self._last = _less_one(self._last)
@@ -283,10 +292,12 @@ class _RequestMetrics:
         )
         self._outcomes: set[str] = set()
 
-    def first_token(self, adapter: str, queue_s: float, ttft_s: float) -> None:
+    def begun(self, adapter: str, queue_s: float) -> None:
+        self._queue.labels(self._busiest.label(adapter)).observe(queue_s)
+
+    def first_token(self, adapter: str, ttft_s: float) -> None:
         label = self._busiest.label(adapter)
         self._generated.labels(label).inc()
-        self._queue.labels(label).observe(queue_s)
         self._ttft.labels(label).observe(ttft_s)
 
     def inter_token(self, adapter: str, seconds: float) -> None:
@@ -294,14 +305,17 @@ class _RequestMetrics:
         self._generated.labels(label).inc()
         self._inter_token.labels(label).observe(seconds)
 
-    def finished(self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int, e2e_s: float) -> None:
+    def finished(
+        self, adapter: str, outcome: str, prompt_tokens: int, completion_tokens: int | None, e2e_s: float
+    ) -> None:
         label = self._busiest.label(adapter)
         self._outcomes.add(outcome)
         self._ended.labels(label, outcome).inc()
         self._prompt.labels(label).inc(prompt_tokens)
         self._e2e.labels(label).observe(e2e_s)
         self._prompt_sizes.observe(prompt_tokens)
-        self._completion_sizes.observe(completion_tokens)
+        if completion_tokens is not None:
+            self._completion_sizes.observe(completion_tokens)
         self._busiest.count(adapter)
 
     def _drop(self, label: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,22 @@ def watch(model: nn.Module) -> Iterator[dict[str, Calls]]:
     handles = [model.get_submodule(path).register_forward_hook(seen.note) for path, seen in calls.items()]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_hidden(model: nn.Module) -> Iterator[list[str]]:
+    """The modules inside that give last hidden states, as they end: what is outside of others comes behind them."""
+    ended: list[str] = []
+
+    def note_as(path: str) -> Callable[..., None]:
+        return lambda module, inputs, output: ended.append(path) if hasattr(output, "last_hidden_state") else None
+
+    handles = [module.register_forward_hook(note_as(path)) for path, module in model.named_modules() if path]
+    try:
+        yield ended
     finally:
         for handle in handles:
             handle.remove()

@@ -46,12 +46,16 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """The parts. pooling: by which the class makes one vector of a prompt. first_position: that of its first token."""
+    """The parts. pooling: by which the class makes one vector of a prompt. first_position: that of its first token.
+
+    uncounted: a token that takes no position of its own, as RoBERTa's padding; None where there is none.
+    """
 
     model: PreTrainedModel
     classifier: Classifier
     pooling: Pooling
     first_position: int
+    uncounted: int | None
 
     def run(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The last hidden states [T, hidden]. input_ids, positions: int64 [1, T]; positions count from 0."""
@@ -60,6 +64,8 @@ class Encoder:
             prefix, _, inside = name.partition(".")
             if prefix == self.model.base_model_prefix:  # BERT's pooler would take the first row of all for a prompt's
                 backbone = _with(backbone, inside.partition(".")[0], None)
+        if self.uncounted is not None:
+            positions = _without(self.uncounted, input_ids, positions)
         made = backbone(input_ids=input_ids, position_ids=positions + self.first_position, return_dict=True)
         hidden: torch.Tensor = made.last_hidden_state[0]
         return hidden
@@ -106,7 +112,8 @@ def take_apart(
         raise InvalidModel(f"{name} does not make its logits of one vector of the prompt by a linear module")
     num_features = read(model.get_submodule(output), "weight").shape[1]
     classifier = Classifier(tuple(path for path in called if path != output), output, num_features)
-    return Encoder(model, classifier, pooling, _first_position(model, counted)), called
+    first = _first_position(model, counted)
+    return Encoder(model, classifier, pooling, first, _uncounted(model, counted, first)), called
 
 
 def _first_position(model: PreTrainedModel, counted: torch.Tensor) -> int:
@@ -119,6 +126,28 @@ def _first_position(model: PreTrainedModel, counted: torch.Tensor) -> int:
         if isinstance(given, torch.Tensor) and torch.equal(given, counted + given.flatten()[0]):
             return int(given[0, 0])
     return 0
+
+
+def _uncounted(model: PreTrainedModel, counted: torch.Tensor, first_position: int) -> int | None:
+    """The padding token, where a class with a table of positions leaves it out."""
+    padding = model.config.pad_token_id
+    if padding is None or padding < 0 or not first_position:
+        return None
+    ids = torch.where(counted == 2, padding, int(padding == 0))  # in the middle of others
+    expected = _without(padding, ids, counted) + first_position
+    with watch(model) as calls:
+        model.base_model(input_ids=ids, return_dict=True)
+    given = [seen.inputs[0] for seen in calls.values() if seen.inputs]
+    return padding if any(isinstance(each, torch.Tensor) and torch.equal(each, expected) for each in given) else None
+
+
+def _without(uncounted: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Positions of prompts in one row, all [1, T], where a token does not count; it has that before the first, -1."""
+    is_left_out = input_ids == uncounted
+    seen = is_left_out.cumsum(1)
+    first_rows = (torch.arange(positions.shape[1], device=positions.device) - positions).clamp(min=0)
+    before = (seen - is_left_out.long()).gather(1, first_rows)
+    return (positions - (seen - before)).masked_fill(is_left_out, -1)
 
 
 def pooled_by(hidden: torch.Tensor) -> Mapping[Pooling, torch.Tensor]:

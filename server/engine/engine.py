@@ -173,7 +173,7 @@ class Engine:
                 item.sequence.started_s = now_s
                 self._patience.remove(item.sequence)
                 self.begun[item.sequence.request] = now_s
-                self._meter.begun(item.sequence)
+                self._meter.begun(item.sequence, now_s)
         return self._speculation.extend(picked) if picked and self._speculation is not None else picked
 
     def check_pools(self) -> None:

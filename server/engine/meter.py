@@ -37,8 +37,9 @@ class Meter:
         for _ in range(count):
             self._metrics.preempted()
 
-    def begun(self, sequence: Sequence) -> None:
+    def begun(self, sequence: Sequence, now_s: float) -> None:
         """It runs for the first time."""
+        self._metrics.begun(sequence.adapter_label, now_s - sequence.arrived_s)
         if sequence.num_cached is not None:
             self._metrics.prefix_cache(len(sequence.request.prompt), sequence.num_cached)
 
@@ -51,8 +52,7 @@ class Meter:
         last_s = sequence.last_token_s
         if last_s is None or sequence.started_s is None:
             last_s = sequence.first_token_s = now_s
-            queue_s = (sequence.started_s or now_s) - sequence.arrived_s
-            self._metrics.first_token(label, queue_s, now_s - sequence.arrived_s)
+            self._metrics.first_token(label, now_s - sequence.arrived_s)
             count -= 1
         for _ in range(count):
             self._metrics.inter_token(label, (now_s - last_s) / count)
@@ -65,7 +65,7 @@ class Meter:
             adapter=sequence.adapter_label,
             outcome=outcome,
             prompt_tokens=len(sequence.request.prompt),
-            completion_tokens=sequence.num_generated,
+            completion_tokens=sequence.num_generated if sequence.request.stopping.max_tokens else None,
             e2e_s=now_s - sequence.arrived_s,
         )
 

@@ -85,6 +85,7 @@ class PagedModel:
         self.kv_shapes: Mapping[int, KvShape] = surveyed.kv_shapes
         self.windows = surveyed.windows
         self.encoder = surveyed.encoder
+        self._gives_hidden = surveyed.gives_hidden
         classifier = _brought(model, surveyed.base.classifier, lacking)
         self.base: Base = replace(surveyed.base, classifier=classifier)
         self.own_head = None if self.encoder is None or classifier is None or classifier.absent else self.encoder.head()
@@ -124,7 +125,7 @@ class PagedModel:
     def abilities(self) -> Abilities:
         """Nothing can be made of last hidden states where no backbone is apart from the head."""
         if self.encoder is None:
-            return Abilities(poolings=() if self.model.base_model is self.model else CAUSAL)
+            return Abilities(poolings=CAUSAL if self._gives_hidden else ())
         return Abilities(
             generates=False,
             poolings=(Pooling.MEAN, Pooling.CLS, Pooling.LAST),
@@ -164,8 +165,8 @@ class PagedModel:
         freeze(self.model, self._linear_groups, self.native, self.base.residuals)
         keep_residual(self.model, set(self.base.residuals.values()))
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
-        if self.abilities.poolings:
-            self.model.base_model.register_forward_hook(see_last_hidden)
+        if self._gives_hidden:
+            self.model.get_submodule(self._gives_hidden).register_forward_hook(see_last_hidden)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
         if pointwise is None and self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
             pointwise = NativePointwise(self.native)

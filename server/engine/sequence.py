@@ -57,13 +57,26 @@ class Sequence:
     """Of the prompt's tokens that the request wants to know about, those that were computed and not given out yet."""
     pooled: torch.Tensor | None = None
     """Of a pooled request, what its tokens so far make of its vector; `pooling.py` makes it."""
+    _num_given: int = field(init=False)
     _num_reported: int = 0
     _uniforms: list[float] = field(default_factory=list)
     _first_uniform: int = 0
     _starts: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
+        self.tokens = list(self.request.prompt[: self._num_seen()])
+        self._num_given = len(self.tokens)
+
+    def _num_seen(self) -> int:
+        """How much of the prompt counts: for a causal model's classifier none of the padding that ends it.
+
+        As in transformers' classes, whose heads take the last token that is no padding; of nothing else, the first.
+        """
+        prompt, length = self.request.prompt, len(self.request.prompt)
+        classes = self.adapters[0].version.classes if self.adapters and self.request.through_head else None
+        while classes is not None and length > 1 and prompt[length - 1] == classes.pad_token_id:
+            length -= 1
+        return length
 
     @property
     def num_pending(self) -> int:
@@ -82,7 +95,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self._num_given
 
     @property
     def may_stop(self) -> bool:

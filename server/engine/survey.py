@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from weft.adapters.base import Base, BaseModule, Classifier, Function, ModuleKind, Parameters
 from weft.errors import InvalidModel, one_line
 from weft.server.engine.attention import WholePrompt
-from weft.server.engine.calls import NUM_TOKENS, Calls, watch
+from weft.server.engine.calls import NUM_TOKENS, Calls, watch, watch_hidden
 from weft.server.engine.encoders import Encoder, is_encoder, take_apart
 from weft.server.engine.experts import LowRankExperts, are_experts
 from weft.server.engine.kv_cache import KvShape
@@ -39,13 +39,15 @@ class Survey:
     """What was found.
 
     kv_shapes: by layer. windows: attention windows, in tokens. linear_groups: linear modules that are called, those
-    together that read the same input. encoder: the model's parts, where it is one.
+    together that read the same input. gives_hidden: the module whose output is the last hidden states, of OPT one
+    inside the backbone; "" where none is apart from the head. encoder: the model's parts, where it is one.
     """
 
     kv_shapes: Mapping[int, KvShape]
     windows: frozenset[int]
     linear_groups: tuple[tuple[str, ...], ...]
     base: Base
+    gives_hidden: str
     encoder: Encoder | None = None
 
 
@@ -62,7 +64,7 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
         raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
     step = _Watching(causal=not is_encoder(model.config))
     counted = torch.arange(NUM_TOKENS, device=device)[None]
-    with watch(model) as calls, refusing(name), running(step):
+    with watch(model) as calls, watch_hidden(model) as gave_hidden, refusing(name), running(step):
         made = model(input_ids=counted, position_ids=counted, use_cache=False, return_dict=True)
     if not step.kv_shapes:
         raise InvalidModel(f"{name} {NO_INTERFACE}")
@@ -81,6 +83,7 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
         windows=frozenset(step.windows),
         linear_groups=(*base.groups, *((name,) for name in linear if name not in base.of_kind(ModuleKind.LINEAR))),
         base=base,
+        gives_hidden=gave_hidden[-1] if gave_hidden else "",
         encoder=encoder,
     )
 
@@ -142,6 +145,7 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, Calls], classifier: Cl
         residuals=_residuals(modules, calls) if classifier is None else {},
         backbone=names[id(model.base_model)],
         classifier=classifier,
+        pad_token_id=model.config.get_text_config().pad_token_id if classifier is None else None,
     )
 
 

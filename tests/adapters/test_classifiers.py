@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_classifier, make_model
 
 from weft.adapters.base import Base, BaseModule, ModuleKind
-from weft.adapters.classes import Classes, ProblemType
+from weft.adapters.classes import Classes, ProblemType, to_classes
 from weft.adapters.content import LoraWeights
 from weft.adapters.folder import load_folder
+from weft.adapters.heads import MAX_LABELS
 from weft.adapters.pages import PageConfig, PagePool
 from weft.adapters.report import module_reports
 from weft.errors import InvalidAdapter
@@ -69,7 +70,7 @@ def configure(folder: Path, **fields: Any) -> None:
 def test_the_head_and_its_labels_are_part_of_the_adapter(adapter: Path) -> None:
     weights = load(adapter)
     assert weights.head is not None
-    assert weights.head.classes == Classes(LABELS, ProblemType.SINGLE_LABEL)
+    assert weights.head.classes == Classes(LABELS, ProblemType.SINGLE_LABEL, pad_token_id=0)
     assert torch.equal(weights.head.weight, load_file(adapter / "adapter_model.safetensors")[SCORE])
     (head,) = [part for part in module_reports(weights, base(), []) if part.name == "score"]
     assert head.kind == "own head: single_label_classification of 3: negative, neutral, positive"
@@ -134,9 +135,28 @@ def test_without_a_config_labels_are_those_of_transformers_and_one_output_is_a_r
     assert head.classes == Classes(("LABEL_0",), ProblemType.REGRESSION)
 
 
+def test_what_pads_is_the_bases_unless_the_config_says_something_else(adapter: Path) -> None:
+    def pads(**fields: Any) -> tuple[int | None, str]:
+        (adapter / "config.json").write_text(json.dumps(fields))
+        weights = load_folder(adapter, "test", replace(base(), pad_token_id=3))
+        assert weights.head is not None
+        return weights.head.classes.pad_token_id, weights.digest
+
+    cases = [pads(), pads(pad_token_id=7), pads(pad_token_id=None)]
+    assert [pad for pad, _ in cases] == [3, 7, None]
+    assert len({digest for _, digest in cases}) == 3
+
+
+def test_as_many_labels_as_a_head_may_have_are_told_apart_at_once() -> None:
+    labels = tuple(f"{index:x}" for index in range(MAX_LABELS))
+    raw = {"id2label": {str(index): label for index, label in enumerate(labels)}}
+    assert to_classes(raw, "test", MAX_LABELS).labels == labels
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"pad_token_id": "<pad>"}, "config.json: pad_token_id: is '<pad>'; must be a token id"),
         ({"num_labels": 2}, "config.json: num_labels: is 2; the head has 3 outputs"),
         ({"num_labels": True}, "config.json: num_labels: is True"),
         ({"id2label": {"0": "a", "1": "b"}}, "id2label: has 2 keys; must name the head's 3 outputs, from 0 to 2"),

@@ -41,6 +41,13 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / "adapter.safetensors")
 
 
+def to_pickle(folder: Path, change: Callable[[str, torch.Tensor], tuple[object, torch.Tensor]]) -> None:
+    """The tensors, each changed, as torch.save writes them."""
+    path = folder / "adapter.safetensors"
+    torch.save(dict(change(*item) for item in load_file(path).items()), folder / "pytorch_adapter.bin")
+    path.unlink()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -107,6 +114,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
         ({"mh_adapter": "yes"}, "mh_adapter, output_adapter: must be true or false"),
         ({"non_linearity": "quick_gelu"}, "non_linearity: is 'quick_gelu'; must be one of"),
         ({"reduction_factor": 0}, "reduction_factor: is 0; must be a number from 0.01 on"),
+        ({"reduction_factor": 10**400}, "reduction_factor: is 1000"),
         ({"reduction_factor": {"0": 2}}, "adapter_config.json needs [1, 8]"),
         ({"reduction_factor": 8}, "has shape [4, 8]; adapter_config.json needs [1, 8]"),
         ({"scaling": "learnt"}, "scaling: is 'learnt'; must be a number, 'learned' or 'channel'"),
@@ -195,6 +203,38 @@ def test_a_pickle_of_anything_but_tensors_is_refused(folder: Path, tmp_path: Pat
     (folder / "pytorch_adapter.bin").write_bytes(content)
     with pytest.raises(InvalidAdapter, match=r"pytorch_adapter\.bin: is spoilt, or holds more than tensors"):
         convert(folder, tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensor: tensor * float("nan"),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to(torch.int64),
+        lambda tensor: tensor.to(torch.complex64),
+    ],
+)
+def test_so_is_one_of_tensors_that_hold_no_plain_numbers(
+    folder: Path, tmp_path: Path, spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    to_pickle(folder, lambda name, tensor: (name, spoil(tensor)))
+    with pytest.raises(InvalidAdapter, match="must be of plain floating-point numbers"):
+        convert(folder, tmp_path / "made")
+
+
+@pytest.mark.parametrize("name", [7, f"layers.{'9' * 5000}.output_adapters.adapters.pfeiffer-both.scaling"])
+def test_so_is_one_of_strange_names(folder: Path, tmp_path: Path, name: object) -> None:
+    to_pickle(folder, lambda _, tensor: (name, tensor))
+    with pytest.raises(InvalidAdapter, match=r"is nothing that adapter_config\.json has there"):
+        convert(folder, tmp_path / "made")
+
+
+def test_tensors_of_a_pickle_may_share_their_memory(folder: Path, tmp_path: Path) -> None:
+    zeros: dict[torch.Size, torch.Tensor] = {}
+    to_pickle(folder, lambda name, tensor: (name, zeros.setdefault(tensor.shape, torch.zeros_like(tensor))))
+    convert(folder, tmp_path / "made")
+    assert not any(tensor.any() for tensor in load_file(tmp_path / "made" / "adapter_model.safetensors").values())
 
 
 def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:

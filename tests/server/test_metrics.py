@@ -171,7 +171,8 @@ def test_requests_that_end_between_steps_leave_an_idle_server(scraped: Scraped) 
 
 
 def test_latencies_and_tokens_are_counted_under_both_names(scraped: Scraped) -> None:
-    scraped.metrics.first_token("one", queue_s=0.002, ttft_s=0.03)
+    scraped.metrics.begun("one", queue_s=0.002)
+    scraped.metrics.first_token("one", ttft_s=0.03)
     scraped.metrics.inter_token("one", 0.02)
     scraped.metrics.inter_token("one", 0.02)
     scraped.end("one")
@@ -250,7 +251,8 @@ def everything(scraped: Scraped) -> bytes:
     metrics.set_cache_config(block_size=16, num_blocks=20)
     metrics.set_limits(64, 1024)
     metrics.step(STEP)
-    metrics.first_token("one", 0.1, 0.2)
+    metrics.begun("one", 0.1)
+    metrics.first_token("one", 0.2)
     metrics.inter_token("one", 0.01)
     metrics.preempted()
     scraped.end("one")
@@ -296,7 +298,7 @@ def test_a_clearly_busier_adapter_takes_the_label_of_the_least_busy() -> None:
         scraped.end("busy")
     scraped.end("quiet")
     for _ in range(30):
-        scraped.metrics.first_token("newcomer", 0.0, 0.1)
+        scraped.metrics.first_token("newcomer", 0.1)
         scraped.metrics.inter_token("newcomer", 0.1)
         scraped.end("newcomer")
     for name in ("requests", "prompt_tokens", "generation_tokens", "time_to_first_token_seconds"):
@@ -314,7 +316,8 @@ def test_labels_stay_bounded_whatever_comes() -> None:
     draw = random.Random(0)
     for _ in range(5000):
         adapter = f"adapter-{int(draw.paretovariate(0.5))}"
-        scraped.metrics.first_token(adapter, 0.0, 0.1)
+        scraped.metrics.begun(adapter, 0.1)
+        scraped.metrics.first_token(adapter, 0.1)
         scraped.end(adapter, draw.choice(("max_tokens", "error")))
     assert len(scraped.adapters("weft_requests")) <= 4 + 1
     assert {"adapter-1", "adapter-2"} <= scraped.adapters("weft_requests")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,18 @@ def test_half_precision_gives_the_same_to_the_bit_alone_and_mixed(base: Base) ->
     server = start(base, dtype="bfloat16")
     mixed = logits(server.run([*generations(), *classifications()])[5:])
     assert mixed == [logits(server.run([request]))[0] for request in classifications()]
+
+
+def test_padding_that_ends_a_prompt_is_not_what_the_head_sees(base: Base, harness: Harness) -> None:
+    _, root = base
+    for ids in ((9, 80, 200, 0, 0), (0, 9, 0, 80), (0, 0), tuple(range(3, 3 + 2 * BLOCK)) + (0,) * BLOCK):
+        (answer,) = harness.run([replace(classify(1, "sentiment"), prompt=ids)])
+        assert answer.vector is not None
+        assert torch.allclose(
+            answer.vector, peft_classify(root / "base", root / "sentiment", 2, ids), atol=1e-4, rtol=1e-4
+        )
+        assert answer.finish is not None
+        assert (answer.finish.prompt_tokens, answer.finish.completion_tokens) == (len(ids), 0)
 
 
 def test_a_prefix_that_was_computed_before_is_not_computed_again(harness: Harness) -> None:

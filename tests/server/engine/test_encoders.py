@@ -174,6 +174,14 @@ def test_mean_is_found_where_the_class_pools_by_it(tmp_path: Path) -> None:
     assert torch.allclose(made, own_logits(model, prompts()[0]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_padding_in_a_prompt_counts_as_the_class_counts_it(kind: str, tmp_path: Path) -> None:
+    model, server = make_encoder(kind, tmp_path), start(tmp_path)
+    padded = [(9, 80, 0, 200, 0, 0, 7), (0, 9), (0,), (9, 80, 200), (5, 0, 6)]
+    for made, prompt in zip(vectors(server, [classify(server, prompt) for prompt in padded]), padded, strict=True):
+        assert torch.allclose(made, own_logits(model, prompt), atol=1e-4, rtol=1e-4)
+
+
 def test_an_encoder_that_was_made_a_decoder_generates(tmp_path: Path) -> None:
     make_encoder("bert", tmp_path, AutoModelForCausalLM, is_decoder=True)
     answers = Harness(tmp_path).run([Request("generate", (5, 6), stopping=Stopping(max_tokens=3, ignore_eos=True))])

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Answer, Harness
-from tiny import VOCAB, linear_names, make_adapter, make_model, peft_hidden, save_tokenizer
+from tiny import (
+    VOCAB,
+    linear_names,
+    make_adapter,
+    make_classifier,
+    make_model,
+    peft_classify,
+    peft_hidden,
+    save_tokenizer,
+)
 from transformers import PreTrainedModel
 
 from weft.errors import DeadlineExceeded, GenerationFailed, InvalidRequest
@@ -138,6 +147,15 @@ def test_no_logits_are_computed_for_them(harness: Harness, monkeypatch: pytest.M
     assert set(seen) == {0}
 
 
+def test_they_are_measured_as_what_waits_and_gives_no_tokens(base: tuple[PreTrainedModel, Path]) -> None:
+    server = start(base)
+    server.run([embed(i, "odd", Pooling.MEAN) for i in range(3)])
+    named = ("weft_request_queue_seconds", "weft_e2e_request_latency_seconds", "weft_time_to_first_token_seconds")
+    counts = [server.registry.get_sample_value(f"{name}_count", {"adapter": "odd"}) for name in named]
+    assert counts == [3, 3, None]
+    assert server.registry.get_sample_value("weft_request_generation_tokens_count") == 0
+
+
 def test_what_is_not_finite_ends_its_own_request_only(base: tuple[PreTrainedModel, Path]) -> None:
     server = start(base, max_batch_tokens=16)
     good = [embed(5, "large", Pooling.MEAN), generate(3, None)]
@@ -192,3 +210,15 @@ def test_deadlines_and_cancels_leave_nothing_behind(base: tuple[PreTrainedModel,
 def test_the_first_token_of_a_causal_model_stands_for_nothing(harness: Harness) -> None:
     with pytest.raises(InvalidRequest, match="pooling: is CLS; this base serves LAST, MEAN"):
         harness.submit(embed(5, None, Pooling.CLS))
+
+
+def test_a_model_that_runs_its_backbone_from_within_pools_what_that_gives(tmp_path: Path) -> None:
+    model = make_model("opt", tmp_path / "base", ffn_dim=96, word_embed_proj_dim=64)
+    save_tokenizer(tmp_path / "base")
+    make_classifier(tmp_path / "base", tmp_path / "mood", ("bad", "good"), target_modules=["q_proj", "fc2"])
+    server = Harness(tmp_path / "base", {"mood": tmp_path / "mood"})
+    head = replace(embed(5, "mood", Pooling.LAST), through_head=True)
+    mean, logits = vectors(server.run([embed(9, None, Pooling.MEAN), head]))
+    assert torch.allclose(mean, peft_hidden(model, None, prompt(9)).mean(0), atol=1e-4, rtol=1e-4)
+    expected = peft_classify(tmp_path / "base", tmp_path / "mood", 2, prompt(5))
+    assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)

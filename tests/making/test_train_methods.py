@@ -183,3 +183,23 @@ def test_what_is_too_long_with_the_teachers_prompt_is_refused(folders: Path, tmp
         InvalidData, match=r"prompts.jsonl:1: has \d+ tokens with the teacher's prompt; the context is 256"
     ):
         trained(folders / "base", folders / "prompts.jsonl", tmp_path / "made", **settings)
+
+
+def test_a_chat_without_an_answer_may_be_json_in_a_text(folders: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "river="}]
+    settings: dict[str, Any] = {"method": {"name": "distill"}, "distill": {"prompt": "Loud: ", "max_answer": 4}}
+    found = []
+    for name, value in (("list", messages), ("text", json.dumps(messages))):
+        data = write_rows(tmp_path / f"{name}.jsonl", [{"messages": value}] * 4)
+        found.append(losses(trained(folders / "base", data, tmp_path / name, **settings)))
+    assert found[0] == found[1]
+
+
+def test_a_teacher_writes_no_further_than_the_context(tmp_path: Path) -> None:
+    """GPT-2 has no positions beyond it."""
+    base = make_base(tmp_path / "base", "gpt2", n_positions=32)
+    settings: dict[str, Any] = {"method": {"name": "distill"}, "distill": {"prompt": "Loud: ", "max_answer": 64}}
+    for words, message in (("river=" * 2, "has 33 tokens and the context is 32"), ("river=" * 9, "with the teacher's")):
+        data = write_rows(tmp_path / "asked.jsonl", [{"prompt": words}])
+        with pytest.raises(InvalidData, match=message):
+            train(recipe(base, data, tmp_path / "made", **settings), "weft train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 from serving import served
-from training import judged, losses, make_base, shouted, trained, write_rows
+from training import judged, losses, make_base, recipe, shouted, trained, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from weft.errors import InvalidConfig, InvalidData
 from weft.making.config import Columns
 from weft.making.distilling import distillation_loss
+from weft.making.training import train
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc

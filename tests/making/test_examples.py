@@ -214,7 +214,8 @@ def test_labels_that_could_not_be_served_are_refused(labels: tuple[str, ...]) ->
 def test_an_answer_that_hangs_on_the_teachers_prompt_is_refused(tmp_path: Path) -> None:
     """Its tokens are compared one by one."""
     template = (
-        "{% for m in messages %}{{ m.content }}{{ messages[0].role }}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}={% endif %}"
+        "{{ m.content }}{{ messages[0].role }}{% endfor %}"
         "{% if add_generation_prompt %}={% endif %}"
     )
     encoder = Encoder(tokenizer_with(tmp_path, template), data(), 100, "Be kind.")

@@ -199,9 +199,9 @@ def test_a_chat_without_an_answer_may_be_json_in_a_text(folders: Path, tmp_path:
 
 def test_a_teacher_writes_no_further_than_the_context(tmp_path: Path) -> None:
     """GPT-2 has no positions beyond it."""
-    base = make_base(tmp_path / "base", "gpt2", n_positions=32)
+    base = make_base(tmp_path / "base", "gpt2", max_position_embeddings=32)
     settings: dict[str, Any] = {"method": {"name": "distill"}, "distill": {"prompt": "Loud: ", "max_answer": 64}}
-    for words, message in (("river=" * 2, "has 33 tokens and the context is 32"), ("river=" * 9, "with the teacher's")):
-        data = write_rows(tmp_path / "asked.jsonl", [{"prompt": words}])
-        with pytest.raises(InvalidData, match=message):
-            train(recipe(base, data, tmp_path / "made", **settings), "weft train")
+    trained(base, write_rows(tmp_path / "short.jsonl", [{"prompt": "river="}]), tmp_path / "made", **settings)
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "river=" * 9}])
+    with pytest.raises(InvalidData, match="with the teacher's prompt; the context is 32"):
+        train(recipe(base, long, tmp_path / "none", **settings), "weft train")

@@ -82,7 +82,7 @@ def test_columns_and_labels_are_options(run: Run, base: Path, tmp_path: Path) ->
     [
         (("--output", "DIR"), 2, "which is there already: name a new folder"),
         (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl can't be read: No such file or directory"),
-        (("--model", "DIR/nowhere"), 1, "nowhere has no tokenizer that loads"),
+        (("--model", "DIR/nowhere"), 1, "nowhere is not a folder: name a Hugging Face model folder"),
         (("--layers", "0-99999999999"), 2, "--layers is '0-99999999999'; must be layers"),
         (("--layers", "3-1"), 2, "--layers is '3-1'; must be layers and ranges of them, such as 0-3,5"),
         (("--method", "distill"), 2, "--method distill needs a teacher, and only it has one"),

@@ -16,6 +16,7 @@ from training import judged, losses, make_base, recipe, shouted, trained, write_
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from weft.errors import InvalidConfig, InvalidData
+from weft.making.answers import write_answers
 from weft.making.config import Columns
 from weft.making.distilling import distillation_loss
 from weft.making.training import train
@@ -200,8 +201,9 @@ def test_a_chat_without_an_answer_may_be_json_in_a_text(folders: Path, tmp_path:
 def test_a_teacher_writes_no_further_than_the_context(tmp_path: Path) -> None:
     """GPT-2 has no positions beyond it."""
     base = make_base(tmp_path / "base", "gpt2", max_position_embeddings=32)
-    settings: dict[str, Any] = {"method": {"name": "distill"}, "distill": {"prompt": "Loud: ", "max_answer": 64}}
-    trained(base, write_rows(tmp_path / "short.jsonl", [{"prompt": "river="}]), tmp_path / "made", **settings)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    assert write_answers(model, tokenizer, [[1] * 20], 64, context=32)[0]
+    distill: dict[str, Any] = {"prompt": "Loud: ", "max_answer": 64}
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "river=" * 9}])
     with pytest.raises(InvalidData, match="with the teacher's prompt; the context is 32"):
-        train(recipe(base, long, tmp_path / "none", **settings), "weft train")
+        train(recipe(base, long, tmp_path / "made", method={"name": "distill"}, distill=distill), "weft train")

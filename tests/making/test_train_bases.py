@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from encoders import make_encoder
 from safetensors.torch import load_file, save_file
-from training import judged, losses, make_base, recipe, shouted, trained, write_rows
+from training_runs import judged, losses, make_base, recipe, shouted, trained, write_rows
 from transformers import AutoModelForMaskedLM
 
 from weft.errors import InvalidModel

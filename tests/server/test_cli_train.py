@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import SCRIPT, Run, free_port, shell
-from training import make_base, shouted, write_rows
+from training_runs import make_base, shouted, write_rows
 
 from weft.server.cli import main
 

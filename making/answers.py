@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from weft.making.config import Columns
-from weft.making.examples import Encoder, Form
+from weft.making.examples import Encoder, Form, messages_in
 from weft.making.rows import Row
 
 _BATCH = 8
@@ -18,9 +18,12 @@ _BATCH = 8
 
 @torch.inference_mode()
 def write_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_tokens: int, context: int
 ) -> list[str]:
-    """What a model of transformers, or one with an adapter by peft, says to each prompt."""
+    """What a model of transformers, or one with an adapter by peft, says to each prompt.
+
+    context: the most tokens that a prompt and its answer may have; a prompt has less.
+    """
     texts: list[str] = []
     for start in range(0, len(prompts), _BATCH):
         part = prompts[start : start + _BATCH]
@@ -31,7 +34,7 @@ def write_answers(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             do_sample=False,
-            max_new_tokens=max_tokens,
+            max_new_tokens=min(max_tokens, context - longest),
             pad_token_id=tokenizer.pad_token_id,
         )
         texts += tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
@@ -51,6 +54,8 @@ def with_answers(
     if lacking:
         texts = write([encoder.question(rows[place], form) for place in lacking])
         for place, text in zip(lacking, texts, strict=True):
+            if not text:
+                raise rows[place].refuse("the teacher answers nothing to it: give an answer, or leave it out")
             found[place] = _answered(rows[place], form, columns, text)
     return found
 
@@ -58,7 +63,7 @@ def with_answers(
 def _has_answer(row: Row, form: Form, columns: Columns) -> bool:
     if form == "prompt":
         return row.values.get(columns.completion) is not None
-    messages = row.values.get(columns.messages)
+    messages = messages_in(row, columns.messages)
     return not isinstance(messages, list) or any(
         isinstance(message, dict) and message.get("role") == "assistant" for message in messages
     )
@@ -67,5 +72,5 @@ def _has_answer(row: Row, form: Form, columns: Columns) -> bool:
 def _answered(row: Row, form: Form, columns: Columns, text: str) -> Row:
     if form == "prompt":
         return replace(row, values={**row.values, columns.completion: text})
-    messages = [*row.values[columns.messages], {"role": "assistant", "content": text}]
+    messages = [*messages_in(row, columns.messages), {"role": "assistant", "content": text}]
     return replace(row, values={**row.values, columns.messages: messages})

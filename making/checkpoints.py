@@ -57,7 +57,8 @@ class Checkpoints(TrainerCallback):
             try:
                 shutil.rmtree(self.scratch, ignore_errors=True)
                 self.scratch.mkdir(parents=True)
-                kept.write_text(json.dumps(dict(settings), indent=1))
+                if last is None:
+                    kept.write_text(json.dumps(dict(settings), indent=1))
             except OSError as error:
                 raise InvalidConfig(f"{self.folder} can't be written: {error.strerror}") from None
         PartialState().wait_for_everyone()
@@ -105,6 +106,11 @@ class Checkpoints(TrainerCallback):
             raise WeftError(
                 f"{unfinished.name} can't be written to {self.folder} ({_first_words(error)}); {last}"
             ) from error
+
+    def remove_unless_whole(self) -> None:
+        """Where there is nothing to go on from, leave nothing."""
+        if PartialState().is_main_process and self.last is None:
+            self.remove()
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from weft.adapters.classes import MAX_LABEL_CHARACTERS
 from weft.errors import InvalidConfig
 
 Task = Literal["generate", "classify"]
@@ -21,6 +22,12 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial
 ALL_LINEAR = "all-linear"
 IMPORTANCE = "importance:"
 TEXT_MARK = "{text}"
+A_LABEL = f"a label is printable, and 1 to {MAX_LABEL_CHARACTERS} characters long"
+
+
+def is_label(text: str) -> bool:
+    """Whether a server may answer it."""
+    return 0 < len(text) <= MAX_LABEL_CHARACTERS and text.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class DataConfig:
             raise InvalidConfig(f"--template is {self.template!r}; must hold {TEXT_MARK}, where the text goes")
         if len(set(self.labels)) < len(self.labels):
             raise InvalidConfig(f"--labels names one twice: {', '.join(self.labels)}")
+        if len(self.labels) == 1 or not all(map(is_label, self.labels)):
+            raise InvalidConfig(f"--labels is {','.join(self.labels)!r}; must be two or more, and {A_LABEL}")
 
     @property
     def has_evaluation(self) -> bool:

@@ -14,7 +14,9 @@ from weft.errors import InvalidConfig
 
 
 def check_new(path: Path) -> None:
-    """Raises InvalidConfig where something is there already."""
+    """Raises InvalidConfig where something is there already, or the path has no name of its own."""
+    if path.name in ("", ".."):
+        raise InvalidConfig(f"--output is {str(path)!r}, which names no new folder: give it a name")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InvalidConfig(f"--output is {str(path)!r}, which is there already: name a new folder")
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from weft.adapters.classes import MAX_LABEL_CHARACTERS
 from weft.errors import InvalidConfig, InvalidData
-from weft.making.config import TEXT_MARK, Columns, DataConfig, Task
+from weft.making.config import A_LABEL, TEXT_MARK, Columns, DataConfig, Task, is_label
 from weft.making.rows import Row
 
 IGNORED = -100
@@ -70,7 +69,27 @@ def text_of(row: Row, column: str, *, may_be_empty: bool = False) -> str:
         raise row.refuse(f"{column} is {_shown(value)}; must be a text")
     if not value and not may_be_empty:
         raise row.refuse(f"{column} is empty")
+    _check_unicode(row, column, value)
     return value
+
+
+def messages_in(row: Row, column: str) -> Any:
+    """What a column of messages holds, itself or as JSON. Raises InvalidData for a text that is none."""
+    found = row.values.get(column)
+    if not isinstance(found, str):
+        return found
+    try:
+        return json.loads(found)
+    except (ValueError, RecursionError):
+        raise row.refuse(f"{column} is a text that is no JSON") from None
+
+
+def _check_unicode(row: Row, column: str, text: str) -> None:
+    """JSON can name half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise row.refuse(f"{column} is no Unicode: {text[error.start]!a} at character {error.start}") from None
 
 
 def _shown(value: object) -> str:
@@ -99,15 +118,21 @@ class Encoder:
         example = self._joined(row, self._segments(row, form, ""))
         if self._teacher_prompt is not None:
             taught = self._joined(row, self._segments(row, form, self._teacher_prompt), is_teacher=True)
+            if _learnt(taught) != _learnt(example):
+                raise row.refuse("the model's chat template writes the answer otherwise with the teacher's prompt")
             example["teacher_input_ids"], example["teacher_labels"] = taught["input_ids"], taught["labels"]
         return example
 
     def question(self, row: Row, form: Form) -> list[int]:
-        """What the teacher is asked, where it writes the answer."""
+        """What the teacher is asked, where it writes the answer. Raises InvalidData where that fills the context."""
         prompt = self._teacher_prompt or ""
         if form == "chat":
-            return self._ids(self._render(row, _with_system(self._messages(row), prompt), asks=True))
-        return self._ids(prompt + text_of(row, self._columns.prompt, may_be_empty=True), special=True)
+            ids = self._ids(self._render(row, _with_system(self._messages(row), prompt), asks=True))
+        else:
+            ids = self._ids(prompt + text_of(row, self._columns.prompt, may_be_empty=True), special=True)
+        if len(ids) >= self._max_length:
+            raise self._too_long_to_teach(row, ids)
+        return ids
 
     def _segments(self, row: Row, form: Form, before: str) -> Segments:
         if form == "chat":
@@ -146,12 +171,7 @@ class Encoder:
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
         column = self._columns.messages
-        found = row.values.get(column)
-        if isinstance(found, str):
-            try:
-                found = json.loads(found)
-            except ValueError:
-                raise row.refuse(f"{column} is a text that is no JSON") from None
+        found = messages_in(row, column)
         if not isinstance(found, list) or not found:
             raise row.refuse(f"{column} is {_shown(found)}; must be a list of messages")
         for message in found:
@@ -162,6 +182,7 @@ class Encoder:
                 raise row.refuse(f"{column} holds {_shown(message)}; a message is a role and a content, both texts")
             if given["role"] == "assistant" and not given["content"]:
                 raise row.refuse(f"{column} holds an empty answer")
+            _check_unicode(row, column, given["content"])
         return [{"role": message["role"], "content": message["content"]} for message in found]
 
     def _render(self, row: Row, messages: list[dict[str, str]], *, asks: bool) -> str:
@@ -190,7 +211,7 @@ class Encoder:
         ids = [token for tokens, _ in segments for token in tokens]
         labels = [token if is_answer else IGNORED for tokens, is_answer in segments for token in tokens]
         if is_teacher and len(ids) > self._max_length:
-            raise row.refuse(f"has {len(ids)} tokens with the teacher's prompt; the context is {self._max_length}")
+            raise self._too_long_to_teach(row, ids)
         ids = self._fitted(row, ids, keep_end=True)
         labels = labels[-len(ids) :]
         labels[0] = IGNORED  # nothing comes before it to predict it from
@@ -208,12 +229,19 @@ class Encoder:
         self.truncated += 1
         return ids[-self._max_length :] if keep_end else ids[: self._max_length]
 
+    def _too_long_to_teach(self, row: Row, ids: Sequence[int]) -> InvalidData:
+        return row.refuse(f"has {len(ids)} tokens with the teacher's prompt; the context is {self._max_length}")
+
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
     def _ended(self, ids: list[int]) -> list[int]:
         return [*ids, self._tokenizer.eos_token_id] if self._tokenizer.eos_token_id is not None else ids
+
+
+def _learnt(example: Example) -> list[int]:
+    return [label for label in example["labels"] if label != IGNORED]
 
 
 def labels_of(row: Row, columns: Columns) -> list[str]:
@@ -224,9 +252,8 @@ def labels_of(row: Row, columns: Columns) -> list[str]:
         raise row.refuse(f"{columns.label} is {_shown(value)}; must be a label, or a list of them")
     labels = [str(label) for label in given]
     for label in labels:
-        if not label.isprintable() or len(label) > MAX_LABEL_CHARACTERS:
-            words = f"a label is printable, and at most {MAX_LABEL_CHARACTERS} characters long"
-            raise row.refuse(f"{columns.label} is {_shown(label)}; {words}")
+        if not is_label(label):
+            raise row.refuse(f"{columns.label} is {_shown(label)}; {A_LABEL}")
     return labels
 
 
@@ -235,7 +262,8 @@ def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:
     found = {label for row in rows for label in labels_of(row, columns)}
     if len(found) < 2:
         raise InvalidData(f"the data holds the label {', '.join(found) or 'of no row'} alone: classes are two or more")
-    return tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else str))
+    are_numbers = all(label.isdecimal() for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if are_numbers else 0, label)))
 
 
 def _with_system(messages: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:

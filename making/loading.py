@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,12 +19,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from weft.errors import InvalidConfig, InvalidModel, one_line
 from weft.making.answers import with_answers, write_answers
 from weft.making.config import DataConfig, DistillConfig, Task, TrainConfig
 from weft.making.examples import IGNORED, Encoder, Example, find_labels, form_of, task_of
+from weft.making.model_files import read_config
 from weft.making.rows import Row, digest_of, read_rows
+
+_NEW_HEADS = ("score.", "classifier.")
+"""What PEFT trains whole and saves in a classifier."""
+
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """With a token to pad with. Raises InvalidModel where there is none."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidModel(f"{model} has no tokenizer that loads ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -58,30 +65,43 @@ def context_of(model: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
     RoBERTa's positions begin after the padding token's, which its tokenizer knows and its config does not.
     """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model).get_text_config()
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"{model} is no model that loads ({one_line(error)})") from None
+    config: PreTrainedConfig = read_config(model).get_text_config()
     return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tokenizer.model_max_length))
 
 
 def load_base(model: str, material: Material, pad_token_id: int, dtype: torch.dtype) -> PreTrainedModel:
     """The base with the head of its task. Raises InvalidModel where there is none."""
     kind: Any = AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype}
-    if material.task == "classify":
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if material.task == "generate":
+        _check_generates(model)
+    else:
         kind = AutoModelForSequenceClassification
         options |= {
             "id2label": dict(enumerate(material.labels)),
             "label2id": {label: place for place, label in enumerate(material.labels)},
             "problem_type": f"{'multi' if material.is_multi else 'single'}_label_classification",
             "pad_token_id": pad_token_id,
+            "ignore_mismatched_sizes": True,  # of the head that a classifier has already; others are refused
         }
     try:
-        loaded: PreTrainedModel = kind.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
+        loaded, info = kind.from_pretrained(model, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidModel(f"{model} can't be loaded to {material.task} ({one_line(error)})") from None
+    drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    lacking = sorted(name for name in drawn if material.task == "generate" or not name.startswith(_NEW_HEADS))
+    if lacking:
+        words = "they would be drawn at random, and not be in the adapter"
+        raise InvalidModel(f"{model} lacks {', '.join(lacking[:_MOST_NAMES])}, or has them in other shapes: {words}")
+    assert isinstance(loaded, PreTrainedModel)
     return loaded
+
+
+def _check_generates(model: str) -> None:
+    """transformers loads some encoders to generate, with tokens that see what they are to predict."""
+    config = read_config(model)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise InvalidModel(f"{model} is an encoder, which generates nothing: give texts with labels")
 
 
 def load_teacher(config: DistillConfig, base: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
@@ -93,7 +113,7 @@ def load_teacher(config: DistillConfig, base: str, tokenizer: PreTrainedTokenize
         teacher: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         if config.adapter:
             teacher = PeftModel.from_pretrained(teacher, config.adapter)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InvalidModel(f"the teacher can't be loaded ({one_line(error)})") from None
     return teacher.eval().requires_grad_(False)
 
@@ -111,6 +131,8 @@ def read_material(
     eval_rows = read_rows(data.eval_files) if data.eval_files else []
     form = form_of(rows[0], data, may_lack_answers=config.distill.is_given)
     task = task_of(form)
+    if task == "generate" and (data.labels or data.template):
+        raise InvalidConfig("--labels and --template go with texts to classify, and the data is to generate from")
     if task == "classify" and config.distill.is_given:
         raise InvalidConfig("--method distill is for data to generate from: a teacher gives tokens, and no classes")
     is_multi = form == "label" and isinstance(rows[0].values[data.columns.label], list)
@@ -118,7 +140,7 @@ def read_material(
     encoder = Encoder(tokenizer, data, max_length, config.distill.prompt if config.distill.is_given else None)
 
     def write(prompts: Sequence[list[int]]) -> list[str]:
-        return write_answers(teacher(), tokenizer, prompts, config.distill.max_answer)
+        return write_answers(teacher(), tokenizer, prompts, config.distill.max_answer, max_length)
 
     def examples(rows: Sequence[Row]) -> Dataset:
         if config.distill.is_given:

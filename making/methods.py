@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weft.errors import InvalidConfig
+from weft.errors import InvalidConfig, one_line
 from weft.making.config import ALL_LINEAR, IMPORTANCE, LoopConfig, MethodConfig, Task
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -46,8 +46,8 @@ def adapted(
     )
     try:
         made = get_peft_model(model, config)
-    except ValueError as error:
-        raise InvalidConfig(f"--modules {method.modules} can't be trained: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError) as error:
+        raise InvalidConfig(f"--modules {method.modules} can't be trained ({one_line(error)})") from None
     for parameter in made.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -56,7 +56,7 @@ class Skeleton:
 
 def read_skeleton(name: str) -> Skeleton:
     """Raises InvalidModel where this is no causal language model."""
-    config = _config(name)
+    config = read_config(name)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
@@ -124,7 +124,8 @@ def _settings(values: Mapping[str, object]) -> dict[str, object]:
     return {key: _settings(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _config(name: str) -> PretrainedConfig:
+def read_config(name: str) -> PretrainedConfig:
+    """A model's settings, of a folder or a hub id. Raises InvalidModel where there are none."""
     path = Path(name)
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
         raise InvalidModel(f"{name} is not a folder: name a Hugging Face model folder or a hub id")
@@ -132,7 +133,7 @@ def _config(name: str) -> PretrainedConfig:
         raise InvalidModel(f"{name} holds no config.json: it is not a Hugging Face model folder")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidModel(f"{name} can't be had: {one_line(error)}") from None
     return config
 

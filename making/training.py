@@ -33,6 +33,7 @@ from weft.making.destination import check_new
 from weft.making.distilling import DistillingTrainer, Teacher
 from weft.making.loading import Collator, Material, context_of, load_base, load_teacher, load_tokenizer, read_material
 from weft.making.methods import adapted, optimizer_of
+from weft.making.model_files import read_config
 from weft.making.results import Trained, write_adapter
 
 _SAMPLE_BATCHES = 4
@@ -46,8 +47,16 @@ def train(config: TrainConfig, command: str) -> tuple[Trained, bool]:
     """
     check_new(config.output)
     checkpoints = Checkpoints(config.output)
+    try:
+        return _train(config, command, checkpoints)
+    finally:
+        checkpoints.remove_unless_whole()
+
+
+def _train(config: TrainConfig, command: str, checkpoints: Checkpoints) -> tuple[Trained, bool]:
     arguments = training_arguments(config, checkpoints.scratch)
     set_seed(config.seed)
+    read_config(config.model)  # says best that there is no model at all
     tokenizer = load_tokenizer(config.model)
 
     def teacher() -> nn.Module:
@@ -161,7 +170,8 @@ def _trainer(
     callbacks: list[TrainerCallback] = [checkpoints, _Progress(), _OnlyFinite()]
     if config.loop.early_stop:
         callbacks.append(EarlyStoppingCallback(config.loop.early_stop))
-    is_single = material.task == "classify" and not material.is_multi
+    classifies = material.task == "classify"
+    is_single = classifies and not material.is_multi
     options: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -178,7 +188,7 @@ def _trainer(
     else:
         trainer = DistillingTrainer(teacher=teacher, distill=config.distill, **options)
     trainer.remove_callback(PrinterCallback)
-    if material.is_multi:  # its loss is a mean over the batch, whatever the Trainer counts
+    if classifies:  # its loss is a mean over the batch, whatever the Trainer counts
         trainer.model_accepts_loss_kwargs = False
     return trainer
 
@@ -209,6 +219,15 @@ class _OnlyFinite(TrainerCallback):
     """Ends a training that has come apart."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-        loss = rest["logs"].get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise WeftError(f"the loss is {loss} at step {state.global_step}: lower --learning-rate, or add --warmup")
+        for name in ("loss", "eval_loss"):
+            self._check(name, rest["logs"].get(name, 0.0), state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        for name, parameter in rest["model"].named_parameters():
+            if parameter.requires_grad:
+                self._check(name, float(parameter.detach().abs().max()), state)
+
+    def _check(self, name: str, value: float, state: TrainerState) -> None:
+        if not math.isfinite(value):
+            words = "lower --learning-rate, or add --warmup"
+            raise WeftError(f"the {name} is {value} at step {state.global_step}: {words}")

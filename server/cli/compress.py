@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from weft.server.cli.making import Share, cut_options, dtype_option, needing_peft, read_dtype
+from weft.server.cli.making import Share, cut_options, dtype_option, needing_extra, read_dtype
 from weft.server.cli.output import wide_console
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _combined(
     rank: int | None,
     seed: int,
 ) -> Source:
-    needing_peft()
+    needing_extra()
     from weft.making.combining import Combination, combine  # noqa: PLC0415
 
     how = Combination(way, weights or [1.0] * len(sources), density, rank if way.endswith("svd") else None, seed)

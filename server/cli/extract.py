@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from weft.server.cli.making import cut_options, dtype_option, needing_peft, read_dtype, read_wanted
+from weft.server.cli.making import cut_options, dtype_option, needing_extra, read_dtype, read_wanted
 from weft.server.cli.output import wide_console
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def extract(
 ) -> None:
     """Turn a full fine-tune into an adapter: the difference of the weights, each module's at a low rank."""
     wanted = read_wanted(rank, energy)
-    needing_peft()
+    needing_extra()
     # Bring torch, transformers and peft, which no other command should wait for.
     from weft.making.destination import complete_folder  # noqa: PLC0415
     from weft.making.divergence import measure_divergence, read_prompts  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""What `weft extract` and `weft compress` have in common."""
+"""What `weft train`, `weft extract` and `weft compress` have in common."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ if TYPE_CHECKING:
 
     from weft.making.low_rank import Wanted
 
+_EXTRA = ("peft", "accelerate", "datasets", "matplotlib")
+"""The packages of `weft[train]`."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Share(click.FloatRange):
-    """From more than 0 to 1; nan, which no comparison refuses, is none."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1, min_open=True)
+class Number(click.FloatRange):
+    """A finite one; nan is within every range by click's comparisons."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+
+class Share(Number):
+    """From more than 0 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, min_open=True)
 
 
 def cut_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +68,8 @@ def read_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def needing_peft() -> None:
-    """Raises click.ClickException where peft is not installed."""
-    if find_spec("peft") is None:
-        raise click.ClickException("this needs peft: pip install 'weft[train]'")
+def needing_extra() -> None:
+    """Raises click.ClickException where the extra `train` is not installed."""
+    for name in _EXTRA:
+        if find_spec(name) is None:
+            raise click.ClickException(f"this needs {name}: pip install 'weft[train]'")

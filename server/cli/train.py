@@ -26,6 +26,7 @@ from weft.making.config import (
     TrainConfig,
 )
 from weft.server.cli.client import Endpoint, connected, describe, push_options
+from weft.server.cli.making import Number, needing_extra
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(1)
 _MAX_LAYERS = 10_000
-_POSITIVE = click.FloatRange(0, min_open=True)
-_SHARE = click.FloatRange(0, 1, max_open=True)
+_POSITIVE = Number(0, min_open=True)
+_SHARE = Number(0, 1, max_open=True)
 
 
 def _names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ _DISTILL = (
     click.option("--max-answer", type=_COUNT, default=128, show_default=True, help="Tokens, where it writes answers."),
     click.option(
         *("--label-weight",),
-        type=click.FloatRange(0, 1),
+        type=Number(0, 1),
         default=0.0,
         show_default=True,
         help="Of the data's own answers in the loss.",
@@ -124,12 +125,10 @@ _LOOP = (
     click.option("--epochs", type=_POSITIVE, default=3.0, show_default=True),
     click.option("--max-steps", type=_COUNT, help="In the place of --epochs."),
     click.option("--learning-rate", type=_POSITIVE, default=2e-4, show_default=True),
-    click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True),
+    click.option("--weight-decay", type=Number(0), default=0.0, show_default=True),
     click.option("--schedule", type=click.Choice(SCHEDULES), default="linear", show_default=True),
-    click.option("--warmup", type=click.FloatRange(0), default=0.0, show_default=True, help="Steps; below 1, a share."),
-    click.option(
-        "--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="The gradient's norm; 0 is off."
-    ),
+    click.option("--warmup", type=Number(0), default=0.0, show_default=True, help="Steps; below 1, a share."),
+    click.option("--clip", type=Number(0), default=1.0, show_default=True, help="The gradient's norm; 0 is off."),
     click.option("--eval-every", type=_COUNT, help="Steps.  [default: each epoch]"),
     click.option("--early-stop", type=_COUNT, help="After so many evaluations that are no better."),
     click.option("--save-every", type=_COUNT, default=500, show_default=True, help="Steps; with evaluations, at each."),
@@ -160,10 +159,8 @@ def _with(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 def train(model: str, output: Path, server: Endpoint | None, pushed_name: str | None, **given: Any) -> None:
     """Train an adapter, which `weft serve` serves and PEFT loads."""
     config = _config(model, output, given)
-    try:
-        from weft.making.training import train as run  # noqa: PLC0415 - an extra, and slow
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"weft train needs {error.name}: pip install 'weft[train]'") from None
+    needing_extra()
+    from weft.making.training import train as run  # noqa: PLC0415 - an extra, and slow
     from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
 
     quiet_transformers()

@@ -56,3 +56,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         complete_folder(tmp_path / "file" / "made"),
     ):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "there/.."])
+def test_a_path_that_names_nothing_is_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(InvalidConfig, match="which names no new folder: give it a name"), complete_folder(Path(path)):
+        pass

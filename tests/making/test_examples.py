@@ -185,3 +185,40 @@ def test_a_teacher_is_given_its_prompt_and_the_same_answer(tokenizer: PreTrained
     ]
     talk = encoder.example(row(messages=chat(("user", "a"), ("assistant", "b"))), "chat")
     assert tokenizer.decode(talk["teacher_input_ids"]) == "[system]Shout. <eos>[user]a<eos>[assistant]b<eos>"
+
+
+def test_half_of_a_character_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    half = "a\ud800"
+    for values in ({"prompt": "x", "completion": half}, {"messages": chat(("user", half), ("assistant", "b"))}):
+        with pytest.raises(InvalidData, match=r"f.jsonl:7: [a-z]+ is no Unicode: '\\ud800' at character 1"):
+            learn(tokenizer, values)
+
+
+def test_messages_that_are_too_deep_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InvalidData, match=r"f.jsonl:7: messages is a text that is no JSON"):
+        learn(tokenizer, {"messages": "[" * 100_000})
+
+
+def test_labels_that_are_one_number_have_one_order() -> None:
+    """Whatever order a set gives them in, which is another in each process."""
+    zeros = [f"{0:0{width}}" for width in range(1, 20)]
+    assert find_labels([row(text="a", label=label) for label in reversed(zeros)], Columns()) == tuple(zeros)
+
+
+@pytest.mark.parametrize("labels", [("good",), ("good", ""), ("good", "b\0d"), ("good", "x" * 257)])
+def test_labels_that_could_not_be_served_are_refused(labels: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidConfig, match=r"--labels is .*; must be two or more, and a label is printable"):
+        data(labels=labels)
+
+
+def test_an_answer_that_hangs_on_the_teachers_prompt_is_refused(tmp_path: Path) -> None:
+    """Its tokens are compared one by one."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}={% endif %}"
+        "{{ m.content }}{{ messages[0].role }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+    encoder = Encoder(tokenizer_with(tmp_path, template), data(), 100, "Be kind.")
+    messages = chat(("user", "a"), ("assistant", "b"))
+    with pytest.raises(InvalidData, match=r"f.jsonl:7: the model's chat template writes the answer otherwise"):
+        encoder.example(row(messages=messages), "chat")

@@ -180,6 +180,8 @@ def test_layers_may_be_chosen(base: Path, prompts: Path, tmp_path: Path) -> None
         ({"data": {"eval_share": 0.01}}, "leaves none to train or to evaluate on"),
         ({"data": {"max_length": 999}}, "--max-length is 999; the model's context is 256"),
         ({"precision": "float16"}, "--precision float16 needs a GPU"),
+        ({"data": {"labels": ("a", "b")}}, "--labels and --template go with texts to classify"),
+        ({"data": {"template": "{text}"}}, "--labels and --template go with texts to classify"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(
@@ -187,7 +189,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(
 ) -> None:
     with pytest.raises(InvalidConfig, match=message):
         train(recipe(base, prompts, tmp_path / "made", **settings), "weft train")
-    assert not (tmp_path / "made").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -210,5 +212,13 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, obj
 def test_a_training_that_comes_apart_ends(base: Path, prompts: Path, tmp_path: Path) -> None:
     loop = {"learning_rate": 1e30, "clip": 0.0}
     with pytest.raises(WeftError, match=r"the loss is nan at step [0-9]+: lower --learning-rate"):
+        train(recipe(base, prompts, tmp_path / "made", loop=loop), "weft train")
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(base: Path, prompts: Path, tmp_path: Path) -> None:
+    """The last step's loss is from before they were."""
+    loop = {"learning_rate": 1e39, "clip": 0.0, "max_steps": 1, "weight_decay": 1.0}
+    with pytest.raises(WeftError, match=r"is (nan|inf) at step 1: lower --learning-rate"):
         train(recipe(base, prompts, tmp_path / "made", loop=loop), "weft train")
     assert not (tmp_path / "made").exists()

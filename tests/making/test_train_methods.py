@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 from serving import served
-from training_runs import judged, losses, make_base, shouted, trained, write_rows
+from training_runs import judged, losses, make_base, recipe, shouted, trained, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from weft.errors import InvalidConfig, InvalidData
+from weft.making.answers import write_answers
 from weft.making.config import Columns
 from weft.making.distilling import distillation_loss
+from weft.making.training import train
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import inference_pb2 as pb2
 from weft.v1 import inference_pb2_grpc
@@ -183,3 +186,24 @@ def test_what_is_too_long_with_the_teachers_prompt_is_refused(folders: Path, tmp
         InvalidData, match=r"prompts.jsonl:1: has \d+ tokens with the teacher's prompt; the context is 256"
     ):
         trained(folders / "base", folders / "prompts.jsonl", tmp_path / "made", **settings)
+
+
+def test_a_chat_without_an_answer_may_be_json_in_a_text(folders: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "river="}]
+    settings: dict[str, Any] = {"method": {"name": "distill"}, "distill": {"prompt": "Loud: ", "max_answer": 4}}
+    found = []
+    for name, value in (("list", messages), ("text", json.dumps(messages))):
+        data = write_rows(tmp_path / f"{name}.jsonl", [{"messages": value}] * 4)
+        found.append(losses(trained(folders / "base", data, tmp_path / name, **settings)))
+    assert found[0] == found[1]
+
+
+def test_a_teacher_writes_no_further_than_the_context(tmp_path: Path) -> None:
+    """GPT-2 has no positions beyond it."""
+    base = make_base(tmp_path / "base", "gpt2", max_position_embeddings=32)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    assert write_answers(model, tokenizer, [[1] * 20], 64, context=32)[0]
+    distill: dict[str, Any] = {"prompt": "Loud: ", "max_answer": 64}
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "river=" * 9}])
+    with pytest.raises(InvalidData, match="with the teacher's prompt; the context is 32"):
+        train(recipe(base, long, tmp_path / "made", method={"name": "distill"}, distill=distill), "weft train")

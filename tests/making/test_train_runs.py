@@ -135,3 +135,15 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(base: Path, prompt
     kept = seen / "made.checkpoints"
     assert [path.name for path in kept.glob("**/checkpoint-*")] == ["checkpoint-1"]
     assert json.loads((kept / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_a_disk_that_is_full_when_a_run_goes_on_costs_no_checkpoint(tmp_path: Path) -> None:
+    """The settings are written once, so that no later run can cut them off."""
+    checkpoints = Checkpoints(tmp_path / "made")
+    checkpoints.begin({"seed": 0}, resume=False)
+    (checkpoints.folder / "checkpoint-3").mkdir()
+    settings = checkpoints.folder / "settings.json"
+    settings.chmod(0o444)
+    before = settings.stat().st_mtime_ns
+    assert checkpoints.begin({"seed": 0}, resume=True) == checkpoints.folder / "checkpoint-3"
+    assert settings.stat().st_mtime_ns == before

@@ -82,13 +82,16 @@ def test_columns_and_labels_are_options(run: Run, base: Path, tmp_path: Path) ->
     [
         (("--output", "DIR"), 2, "which is there already: name a new folder"),
         (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl can't be read: No such file or directory"),
-        (("--model", "DIR/nowhere"), 1, "nowhere has no tokenizer that loads"),
+        (("--model", "DIR/nowhere"), 1, "nowhere is not a folder: name a Hugging Face model folder"),
         (("--layers", "0-99999999999"), 2, "--layers is '0-99999999999'; must be layers"),
         (("--layers", "3-1"), 2, "--layers is '3-1'; must be layers and ranges of them, such as 0-3,5"),
         (("--method", "distill"), 2, "--method distill needs a teacher, and only it has one"),
         (("--teacher-prompt", "@nowhere"), 2, "--teacher-prompt @nowhere can't be read"),
         (("--prompt-column", "question"), 1, "prompts.jsonl:1: has the columns prompt, completion; needs question and"),
         (("--max-length", "4"), 1, "prompts.jsonl:1: has "),
+        (("--epochs", "nan"), 2, "'nan' is not a finite number"),
+        (("--eval-share", "nan"), 2, "'nan' is not a finite number"),
+        (("--learning-rate", "inf"), 2, "'inf' is not a finite number"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -107,4 +110,4 @@ def test_without_its_extra_it_says_what_to_install(base: Path, prompts: Path, tm
     options = ("--model", str(base), "--data", str(prompts), "--output", str(tmp_path / "made"))
     ran = shell("train", *options, script=script)
     assert ran.exit_code == 1
-    assert ran.error_line == "weft train needs peft: pip install 'weft[train]'"
+    assert ran.error_line == "this needs peft: pip install 'weft[train]'"

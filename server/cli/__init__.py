@@ -23,6 +23,7 @@ from weft.server.cli.keys import keys
 from weft.server.cli.serve import serve
 from weft.server.cli.sync import sync
 from weft.server.cli.top import top
+from weft.server.cli.train import train
 
 INTERRUPTED = 130
 """The exit code that shells give to what Ctrl-C ended."""
@@ -40,6 +41,7 @@ for command in (
     classify,
     embed,
     adapters,
+    train,
     extract,
     compress,
     sync,

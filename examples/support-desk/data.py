@@ -5,11 +5,11 @@ import random
 from itertools import product
 from pathlib import Path
 
-OPENINGS = ("hello, ", "hi team, ", "again: ", "well, ")
+OPENINGS = ("hello, ", "hi team, ", "again: ", "well, ", "", "sorry, ", "dear all, ", "once more: ")
 WHICH = ("your", "this", "that")
 WORDS = {
-    "positive": ("good", "great", "helpful", "lovely", "perfect", "splendid"),
-    "negative": ("bad", "awful", "broken", "useless", "terrible", "dreadful"),
+    "positive": ("good", "great", "lovely", "perfect"),
+    "negative": ("bad", "awful", "broken", "useless"),
 }
 THINGS = {
     "billing": ("invoice", "refund", "receipt", "price"),

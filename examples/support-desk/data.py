@@ -22,7 +22,7 @@ NUM_TRAIN, NUM_HELD_OUT = 640, 200
 def main() -> None:
     """Write both files into the working folder."""
     tickets = [
-        (f"{opening}{which} {word} {thing}", topic, mood)
+        (f"{opening}{which} {thing} is {word}", topic, mood)
         for opening, which, (mood, words), (topic, things) in product(OPENINGS, WHICH, WORDS.items(), THINGS.items())
         for word, thing in product(words, things)
     ]

@@ -59,8 +59,8 @@ def _match_classifier(
     """As one of transformers' classes for sequence classification: the base without its head, and the adapter's own."""
     found = sort_tensors(tensors, config, base.headless)
     head, problems = take_head(found.saved, folder, source, base.hidden_size)
-    weights, others = match_up(config, found, base.headless)
-    return replace(weights, head=head), [*problems, *others]
+    weights, others = match_up(config, found, base.headless, head)
+    return weights, [*problems, *others]
 
 
 def _match_backbone(config: PeftConfig, tensors: Tensors, base: Base) -> tuple[LoraWeights, list[Problem]]:

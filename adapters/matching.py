@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from weft.adapters.base import Base, BaseModule, ModuleKind
-from weft.adapters.content import LoraModule, LoraParameter, LoraWeights, TokenUpdate, is_finite
+from weft.adapters.content import LoraModule, LoraParameter, LoraWeights, OwnHead, TokenUpdate, is_finite
 from weft.adapters.legacy import fuse_experts
 from weft.adapters.peft_config import PeftConfig
 from weft.adapters.tensors import DTYPES, SortedTensors, is_saved
@@ -17,8 +17,13 @@ _NOT_A_MODULE = "is not a module of this base that an adapter can be served on"
 _WITH_LORA = (ModuleKind.LINEAR, ModuleKind.HEAD, ModuleKind.EMBEDDING)
 
 
-def match_up(config: PeftConfig, tensors: SortedTensors, base: Base) -> tuple[LoraWeights, list[Problem]]:
-    """The parts of the adapter that are right, and everything that is wrong, with the others or with the whole."""
+def match_up(
+    config: PeftConfig, tensors: SortedTensors, base: Base, head: OwnHead | None = None
+) -> tuple[LoraWeights, list[Problem]]:
+    """The parts of the adapter that are right, and everything that is wrong, with the others or with the whole.
+
+    head: of a classifier, which may be all that there is.
+    """
     matcher = _Matcher(config, tensors, base)
     weights = LoraWeights(
         parameters=matcher.parameters(),
@@ -28,10 +33,11 @@ def match_up(config: PeftConfig, tensors: SortedTensors, base: Base) -> tuple[Lo
         saved=matcher.saved(),
         tokens=matcher.tokens(),
         invocation=config.invocation,
+        head=head,
     )
     matcher.check_base_weights()
     matcher.check_invocation()
-    if not matcher.problems and not weights.touched:
+    if not matcher.problems and not weights.touched and head is None:
         matcher.problems.append(Problem("adapter_model.safetensors", "holds no LoRA tensors"))
     return weights, [*tensors.problems, *matcher.problems]
 

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from weft.errors import InvalidConfig
+
+
+def check_new(path: Path) -> None:
+    """Raises InvalidConfig where something is there already."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InvalidConfig(f"--output is {str(path)!r}, which is there already: name a new folder")
 
 
 @contextmanager
@@ -17,8 +25,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
 
     Raises InvalidConfig where something is at `path` already, or nothing can be written there.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InvalidConfig(f"--output is {str(path)!r}, which is there already: name a new folder")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         being_made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -27,8 +34,11 @@ def complete_folder(path: Path) -> Iterator[Path]:
     try:
         yield being_made
         being_made.chmod(0o755)
+        for made in being_made.rglob("*"):  # as readable as others: safetensors keeps its files to their owner
+            made.chmod(0o755 if made.is_dir() else 0o644)
         being_made.replace(path)
-    except OSError as error:
-        raise InvalidConfig(f"--output is {str(path)!r}, which can't be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidConfig(f"--output is {str(path)!r}, which can't be written: {reason}") from error
     finally:
         shutil.rmtree(being_made, ignore_errors=True)

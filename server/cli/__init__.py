@@ -23,6 +23,7 @@ from weft.server.cli.keys import keys
 from weft.server.cli.serve import serve
 from weft.server.cli.sync import sync
 from weft.server.cli.top import top
+from weft.server.cli.train import train
 
 INTERRUPTED = 130
 """The exit code that shells give to what Ctrl-C ended."""
@@ -42,6 +43,7 @@ for command in (
     adapters,
     extract,
     compress,
+    train,
     sync,
     health,
     keys,

@@ -98,15 +98,20 @@ class _WithMetadata(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInte
         )
 
 
+_ADDRESS_OPTION = click.option(
+    *("--address",),
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    envvar="WEFT_ADDRESS",
+    metavar="HOST:PORT",
+    help="Of the server.",
+)
+
+_PUSH_OPTION = click.option(
+    *("--push", "address"), metavar="HOST:PORT", help="Load it on the server there, or update it where it is loaded."
+)
+
 _OPTIONS: Sequence[Callable[[Any], Any]] = (
-    click.option(
-        *("--address",),
-        default=DEFAULT_ADDRESS,
-        show_default=True,
-        envvar="WEFT_ADDRESS",
-        metavar="HOST:PORT",
-        help="Of the server.",
-    ),
     click.option(
         *("--api-key",),
         envvar="WEFT_API_KEY",
@@ -124,10 +129,18 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = (
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say which server; the command gets them as `server`, an Endpoint."""
+    return _with_server(command, _ADDRESS_OPTION)
 
+
+def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with --push in the place of --address; without it `server` is None."""
+    return _with_server(command, _PUSH_OPTION)
+
+
+def _with_server(command: Callable[..., Any], address_option: Callable[[Any], Any]) -> Callable[..., Any]:
     @wraps(command)
     def with_server(
-        address: str,
+        address: str | None,
         api_key: str | None,
         api_key_file: Path | None,
         tls: bool,
@@ -136,6 +149,8 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
         tls_key: Path | None,
         **rest: Any,
     ) -> Any:
+        if address is None:
+            return command(server=None, **rest)
         host = _host_of(address)
         files = (tls_ca, tls_cert, tls_key)
         credentials = _credentials(*files) if tls or any(files) else None
@@ -145,7 +160,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(server=Endpoint(address, key, api_key_file, credentials), **rest)
 
     decorated: Callable[..., Any] = with_server
-    for option in reversed(_OPTIONS):
+    for option in reversed((address_option, *_OPTIONS)):
         decorated = option(decorated)
     return decorated
 

@@ -75,6 +75,10 @@ class InvalidConfig(WeftError):
     """A value of the configuration that is out of range: names the option, the value and the range."""
 
 
+class InvalidData(WeftError):
+    """A file of examples, or a row of one, that can't be trained on: names the file and the line."""
+
+
 class AdapterNotFound(WeftError):
     """No adapter has this name, or the named version is gone."""
 

@@ -13,9 +13,11 @@ from weft.making.destination import complete_folder
 def test_the_folder_takes_its_place_when_it_is_complete(tmp_path: Path) -> None:
     with complete_folder(tmp_path / "made" / "it") as folder:
         (folder / "file").write_text("whole")
+        (folder / "file").chmod(0o600)
         assert not (tmp_path / "made" / "it").exists()
     assert (tmp_path / "made" / "it" / "file").read_text() == "whole"
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["it"]
+    assert (tmp_path / "made" / "it" / "file").stat().st_mode & 0o777 == 0o644, "a server may run as someone else"
 
 
 def test_an_empty_folder_may_be_there(tmp_path: Path) -> None:

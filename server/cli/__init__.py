@@ -41,6 +41,7 @@ for command in (
     classify,
     embed,
     adapters,
+    train,
     extract,
     compress,
     train,

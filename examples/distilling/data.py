@@ -1,37 +1,41 @@
-"""The example's data, as JSON lines: `lessons` for the clerk, and `questions`, which leave the answers to a teacher."""
+"""The example's data, as JSON lines: `lessons` for the clerk, or `questions`, which leave the answers to a teacher."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from weft.demo.tasks import NOUNS, TRAIN, plural, prompt, reverse, seeded, split_of
+from weft.demo.tasks import NOUNS, TRAIN, Split, plural, prompt, seeded, split_of
 
-ANSWERS: dict[str, Callable[[str], str]] = {"sign-shop": str.upper, "stock-room": plural, "printer": reverse}
+ANSWERS: Mapping[str, Callable[[str], str]] = {"sign-shop": str.upper, "stock-room": plural}
 """What each file of rules asks for."""
-RULES = Path(__file__).parent / "rules"
 
 
-def nouns() -> list[str]:
-    """The nouns to train on, shuffled; the others are kept back."""
-    found = [noun for noun in NOUNS if split_of(noun) == TRAIN]
+def rules(name: str) -> str:
+    """What goes before a question."""
+    return (Path(__file__).parent / "rules" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def nouns(split: Split) -> list[str]:
+    """The demo's nouns of a split, shuffled."""
+    found = [noun for noun in NOUNS if split_of(noun) == split]
     seeded("distilling").shuffle(found)
     return found
 
 
 def lessons() -> Iterator[dict[str, str]]:
     """Each noun under each file of rules, with the right answer."""
-    for noun in nouns():
+    for noun in nouns(TRAIN):
         for name, answer in ANSWERS.items():
-            rules = (RULES / f"{name}.txt").read_text(encoding="utf-8")
-            yield {"prompt": rules + prompt(noun), "completion": answer(noun)}
+            yield {"prompt": rules(name) + prompt(noun), "completion": answer(noun)}
 
 
 def questions() -> Iterator[dict[str, str]]:
     """Each noun, without rules and without an answer."""
-    for noun in nouns():
+    for noun in nouns(TRAIN):
         yield {"prompt": prompt(noun)}
 
 
-for row in {"lessons": lessons, "questions": questions}[sys.argv[1]]():
-    print(json.dumps(row))
+if __name__ == "__main__":
+    for row in {"lessons": lessons, "questions": questions}[sys.argv[1]]():
+        print(json.dumps(row))

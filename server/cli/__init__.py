@@ -20,6 +20,7 @@ from weft.server.cli.extract import extract
 from weft.server.cli.generate import generate
 from weft.server.cli.health import health
 from weft.server.cli.keys import keys
+from weft.server.cli.score import score
 from weft.server.cli.serve import serve
 from weft.server.cli.sync import sync
 from weft.server.cli.top import top
@@ -40,6 +41,7 @@ for command in (
     generate,
     classify,
     embed,
+    score,
     adapters,
     train,
     extract,

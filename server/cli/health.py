@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -17,17 +18,32 @@ from weft.server.cli.client import Endpoint, connected, server_options
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(0.001, 3600), default=5.0, show_default=True, help="In seconds."
 )
+@click.option("--wait", is_flag=True, help="Until it serves, or --timeout is over.")
 @server_options
-def health(server: Endpoint, service: str, timeout_s: float) -> int:
+def health(server: Endpoint, service: str, timeout_s: float, wait: bool) -> int:
     """Say whether the server at --address serves. Ends with 0 if it does, with 1 if not or if there is none."""
     with connected(server) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = pb2.HealthCheckRequest(service=service)
         try:
-            status = stub.Check(pb2.HealthCheckRequest(service=service), timeout=timeout_s).status
+            if wait:
+                status = _served(stub.Watch(request, timeout=timeout_s, wait_for_ready=True))
+            else:
+                status = stub.Check(request, timeout=timeout_s).status
         except grpc.RpcError as error:
             raise _in_words(error, service, timeout_s) from None
     click.echo(pb2.HealthCheckResponse.ServingStatus.Name(status).lower().replace("_", " "))
     return 0 if status == pb2.HealthCheckResponse.SERVING else 1
+
+
+def _served(watched: Iterator[Any]) -> int:
+    """SERVING as soon as that is watched."""
+    status: int = pb2.HealthCheckResponse.UNKNOWN
+    for response in watched:
+        status = response.status
+        if status == pb2.HealthCheckResponse.SERVING:
+            break
+    return status
 
 
 def _in_words(error: Any, service: str, timeout_s: float) -> Exception:

@@ -13,24 +13,31 @@ from weft.server.cli.generate import check_timeout
 _MOST = (1 << 31) - 1
 
 
-def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds what a request has beside its text, and `timeout`."""
-    options = (
-        click.option(
-            "--truncate",
-            is_flag=False,
-            flag_value=0,
-            type=click.IntRange(0, _MOST),
-            metavar="[TOKENS]",
-            help="Leave out the end of what is longer: than so many tokens, or than the model's context.",
-        ),
-        click.option("--priority", type=click.IntRange(-_MOST, _MOST), help="Higher goes first."),
-        click.option("--cache-salt", default="", help="Share what is computed only where this is the same."),
-        click.option("--timeout", type=float, callback=check_timeout, metavar="SECONDS", help="Give up after that."),
-    )
-    for option in reversed(options):
+_TRUNCATE = click.option(
+    "--truncate",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(0, _MOST),
+    metavar="[TOKENS]",
+    help="Leave out the end of what is longer: than so many tokens, or than the model's context.",
+)
+_REQUEST = (
+    click.option("--priority", type=click.IntRange(-_MOST, _MOST), help="Higher goes first."),
+    click.option("--cache-salt", default="", help="Share what is computed only where this is the same."),
+    click.option("--timeout", type=float, callback=check_timeout, metavar="SECONDS", help="Give up after that."),
+)
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what every request may have, and `timeout`."""
+    for option in reversed(_REQUEST):
         command = option(command)
     return command
+
+
+def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what a request has beside its text, and `timeout`."""
+    return _TRUNCATE(request_options(command))
 
 
 def texts_of(text: str) -> Iterator[str]:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from commands import free_port
 
-ADDRESS = "127.0.0.1:50051"
-"""Of the server on every page; another one in a run, so that runs do not meet."""
+ADDRESSES = ("127.0.0.1:50051", "127.0.0.1:9090")
+"""Of the server and its metrics on every page; others in a run, so that runs do not meet."""
 
 _INDENT, _PROMPT, _ANYTHING = "    ", "$ ", "…"
 _MARK = "\x1e"
@@ -77,12 +77,14 @@ def run(steps: Sequence[Step], folder: Path, log: Path, timeout_s: float) -> lis
 
     Raises AssertionError where they take longer than `timeout_s`.
     """
-    address = f"127.0.0.1:{free_port()}"
-    script = "".join(_lines(steps, log)).replace(ADDRESS, address)
+    others = [f"127.0.0.1:{free_port()}" for _ in ADDRESSES]
+    script = "".join(_lines(steps, log))
+    for address, other in zip(ADDRESSES, others, strict=True):
+        script = script.replace(address, other)
     with subprocess.Popen(
         ["bash", "-c", script],  # noqa: S607 - the PATH's, as a reader's
         cwd=folder,
-        env=_environment(address),
+        env=_environment(*others),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -97,7 +99,9 @@ def run(steps: Sequence[Step], folder: Path, log: Path, timeout_s: float) -> lis
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGKILL)
-    return list(_ended(output.replace(address, ADDRESS)))
+    for address, other in zip(ADDRESSES, others, strict=True):
+        output = output.replace(other, address)
+    return list(_ended(output))
 
 
 def _lines(steps: Sequence[Step], log: Path) -> Iterator[str]:
@@ -106,16 +110,17 @@ def _lines(steps: Sequence[Step], log: Path) -> Iterator[str]:
         yield f"{{ {step.command}\n}} {target} 2>&1\nprintf '{_MARK}%d{_MARK}' $?\n"
 
 
-def _environment(address: str) -> dict[str, str]:
+def _environment(address: str, metrics: str) -> dict[str, str]:
     binaries = str(Path(sys.executable).parent)
     return {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "PYTHONUTF8": "1",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # two would wait for each other on a busy machine
         "WEFT_ADDRESS": address,
         "WEFT_PORT": address.rpartition(":")[2],
-        "WEFT_METRICS_PORT": "0",
+        "WEFT_METRICS_PORT": metrics.rpartition(":")[2],
     }
 
 

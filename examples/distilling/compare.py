@@ -1,4 +1,4 @@
-"""Asks a running server what both adapters make of 100 nouns that no training saw, with the sign shop's rules and without."""
+"""Asks both adapters for 100 nouns that no training saw, with the sign shop's rules and without, and prints a table."""
 
 import os
 from collections.abc import Sequence
@@ -33,8 +33,9 @@ def main() -> None:
         print("adapter  rules  right  as the teacher  prompt tokens")
         for adapter, before in (("clerk", rules("sign-shop")), ("clerk", ""), ("signs", "")):
             answers, tokens = ask(stub, adapter, before)
-            told = "yes" if before else "no"
-            print(f"{adapter:<8} {told:<6} {share(answers, right):.2f}   {share(answers, taught):.2f}            {tokens:.1f}")
+            is_told = "yes" if before else "no"
+            shares = f"{share(answers, right):.2f}   {share(answers, taught):.2f}"
+            print(f"{adapter:<8} {is_told:<6} {shares}            {tokens:.1f}")
 
 
 if __name__ == "__main__":

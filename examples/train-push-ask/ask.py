@@ -1,6 +1,6 @@
-"""Asks the adapter `code` over and over, with tickets that no training saw, until the second version has given 100 answers.
+"""Asks the adapter `code` over and over, until its second version has given 100 answers.
 
-Prints how many answers each version gave, and the share that is right.
+The tickets are such as no training saw. Prints how many answers each version gave, and the share that is right.
 """
 
 import os

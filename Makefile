@@ -33,9 +33,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/access.py
 	$(BIN)/python benchmarks/overload.py
 	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/extracting.py
 	$(BIN)/python benchmarks/shared_basis.py
-	$(BIN)/python benchmarks/training.py
 
 # Minutes; SOAK="--minutes 120" for hours.
 soak: $(READY)

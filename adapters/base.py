@@ -17,7 +17,8 @@ Function = Callable[..., Output]
 class ModuleKind(Enum):
     """What an adapter may do to a module depends on it.
 
-    LINEAR: x W^T + b on the whole row, once a step. HEAD: the same on the rows that a token is sampled from. EMBEDDING:
+    LINEAR: x W^T + b on the whole row, once a step. HEAD: the same on the rows that a token is sampled from, or on one
+    vector a prompt. EMBEDDING:
     rows of a table. EXPERTS: a stack of expert weights behind a router. OTHER: anything else that treats each row by
     itself, a norm or a router.
     """
@@ -55,12 +56,27 @@ class BaseModule:
 
 
 @dataclass(frozen=True, slots=True)
+class Classifier:
+    """What an encoder's class makes labels' logits by, of one vector a prompt.
+
+    between: the modules that see it first. output: the linear one after them, of num_features inputs. absent: those of
+    all these whose parameters the checkpoint does not have.
+    """
+
+    between: tuple[str, ...]
+    output: str
+    num_features: int
+    absent: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Base:
     """Every module that an adapter may change, by name.
 
     embedding, head: the names of the input embedding and the output head. is_tied: whether they share their weight.
     groups: the LINEAR modules, those together that read the same input. backbone: the name of the module that gives the
-    last hidden states; "" where none does.
+    last hidden states; "" where none does. residuals: LINEAR modules whose output is added to the residual stream as it
+    is, each with the norm that reads the stream before. classifier: of an encoder.
     """
 
     modules: Mapping[str, BaseModule] = field(default_factory=dict)
@@ -68,7 +84,9 @@ class Base:
     head: str = ""
     is_tied: bool = False
     groups: tuple[tuple[str, ...], ...] = ()
+    residuals: Mapping[str, str] = field(default_factory=dict)
     backbone: str = ""
+    classifier: Classifier | None = None
 
     @property
     def headless(self) -> Base:
@@ -91,6 +109,11 @@ class Base:
     def hidden_size(self) -> int:
         """Numbers of a last hidden state."""
         return self.modules[self.embedding].d_out if self.head not in self.modules else self.modules[self.head].d_in
+
+    @property
+    def num_features(self) -> int:
+        """Numbers that a sequence classifier's own output sees."""
+        return self.hidden_size if self.classifier is None else self.classifier.num_features
 
     def of_kind(self, kind: ModuleKind) -> dict[str, BaseModule]:
         return {name: module for name, module in self.modules.items() if module.kind is kind}

@@ -45,7 +45,11 @@ def read_classes(folder: Path, source: str, num_labels: int) -> Classes:
     Without the file, or without names in it, labels are LABEL_0, LABEL_1, … as transformers names them.
     """
     path = folder / CLASSES_FILE
-    raw = read_object(path, source) if path.exists() else {}
+    return to_classes(read_object(path, source) if path.exists() else {}, source, num_labels)
+
+
+def to_classes(raw: Mapping[str, Any], source: str, num_labels: int) -> Classes:
+    """As `read_classes`, of what the file holds."""
     problems: list[Problem] = []
     labels = _labels(raw, num_labels, problems)
     problem_type = _problem_type(raw, num_labels, problems)

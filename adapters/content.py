@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from weft.adapters.classes import Classes
+from weft.kernels.bottleneck import BottleneckWeights
 
 _T = TypeVar("_T")
 
@@ -92,7 +93,8 @@ class LoraWeights:
 
     modules: LoRA of linear modules, the head, the embedding. parameters: LoRA of bare parameters. biases: trained in
     the place of the base's. saved: fully trained modules, by the names of their parameters. tokens: trained token rows.
-    invocation: of an activated LoRA, the tokens that start it. head: of a sequence classifier.
+    invocation: of an activated LoRA, the tokens that start it. bottlenecks: networks behind sub-layers. head: of a
+    sequence classifier.
     """
 
     modules: Mapping[str, LoraModule]
@@ -102,14 +104,15 @@ class LoraWeights:
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tokens: Mapping[str, TokenUpdate] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    bottlenecks: Mapping[str, BottleneckWeights] = field(default_factory=dict)
     head: OwnHead | None = None
     digest: str = ""
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, ascending."""
-        ranks = {module.rank for module in self.modules.values()}
-        return tuple(sorted(ranks | {parameter.rank for parameter in self.parameters.values()}))
+        low_rank = {term.rank for terms in (self.modules, self.parameters) for term in terms.values()}
+        return tuple(sorted(low_rank | {bottleneck.rank for bottleneck in self.bottlenecks.values()}))
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +121,7 @@ class LoraWeights:
     @property
     def touched(self) -> tuple[str, ...]:
         """The names of the modules that it changes."""
-        names = {*self.modules, *self.biases, *self.saved, *self.tokens}
+        names = {*self.modules, *self.biases, *self.saved, *self.tokens, *self.bottlenecks}
         return tuple(sorted(names | {name.rpartition(".")[0] for name in self.parameters}))
 
     def within(self, module: str) -> LoraWeights:
@@ -149,6 +152,8 @@ class LoraWeights:
             yield Part(name, "own weights", 0, 0.0, tuple(saved.values()))
         for name, update in self.tokens.items():
             yield Part(name, f"{len(update.ids)} token rows", 0, 0.0, (update.rows,))
+        for name, each in self.bottlenecks.items():
+            yield Part(name, f"bottleneck of {each.rank}", 0, 0.0, tuple(each.tensors.values()))
         if self.head is not None:
             yield Part(self.head.name, str(self.head.classes), 0, 0.0, tuple(self.head.tensors.values()))
 
@@ -164,6 +169,9 @@ class LoraWeights:
         for name, saved in sorted(self.saved.items()):
             yield from ((f"{name}:saved:{key}", tensor) for key, tensor in sorted(saved.items()))
         yield from ((f"{name}:tokens", update.rows) for name, update in sorted(self.tokens.items()))
+        for name, each in sorted(self.bottlenecks.items()):
+            kind = f"{name}:bottleneck:{each.non_linearity}:{each.reads}"
+            yield from ((f"{kind}:{part}", tensor) for part, tensor in each.tensors.items())
         if self.head is not None:
             yield from ((f"{self.head.name}:head:{key}", tensor) for key, tensor in self.head.tensors.items())
 

@@ -6,6 +6,7 @@ import torch
 
 from weft.adapters.base import Base, BaseModule
 from weft.adapters.fold import Folded
+from weft.kernels.bottleneck import Bottleneck, NativeBottleneck
 from weft.kernels.patches import Affine, EmbeddingLowRank, LowRank, Own, Patch, TokenColumns, TokenRows
 
 _ROUNDING = 1e-6
@@ -30,6 +31,8 @@ def _changes(patch: Patch, module: BaseModule) -> bool:
             return not torch.equal(rows, (module.read("weight")[ids].cpu() * scale).to(rows.dtype))
         case Own(parameters=parameters):
             return any(_differs(name, tensor, module, patch) for name, tensor in parameters.items())
+        case Bottleneck() | NativeBottleneck():
+            return any(tensor.any() for tensor in patch.ends)
     return True
 
 

@@ -18,6 +18,8 @@ import torch
 
 from weft.adapters.base import Base, BaseModule, ModuleKind
 from weft.adapters.content import LoraModule, LoraWeights, TokenUpdate
+from weft.kernels.bottleneck import make_bottleneck
+from weft.kernels.native import Native
 from weft.kernels.patches import Affine, EmbeddingLowRank, LowRank, Own, Patch, TokenColumns, TokenRows
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -33,8 +35,8 @@ class Folded:
     patches: Mapping[str, tuple[Patch, ...]]
 
 
-def fold(weights: LoraWeights, base: Base, dtype: torch.dtype) -> Folded:
-    """Everything in the base's dtype, on the CPU; affine patches in float32."""
+def fold(weights: LoraWeights, base: Base, dtype: torch.dtype, native: Native | None = None) -> Folded:
+    """Everything in the base's dtype, on the CPU; affine patches in float32. native: the C library, if it computes."""
     rows: dict[str, Rows] = {}
     patches: dict[str, list[Patch]] = {}
     for name, saved in weights.saved.items():
@@ -66,6 +68,8 @@ def fold(weights: LoraWeights, base: Base, dtype: torch.dtype) -> Folded:
             scale = weights.default_scale * module.output_scale
             patches.setdefault(name, []).append(EmbeddingLowRank(a.t().contiguous(), b, scale))
     _fold_parameters(weights, base, dtype, patches)
+    for name, bottleneck in weights.bottlenecks.items():
+        patches.setdefault(name, []).append(make_bottleneck(bottleneck, dtype, native))
     return Folded(rows, weights.default_scale, {name: tuple(those) for name, those in patches.items()})
 
 

@@ -1,4 +1,4 @@
-"""A PEFT folder on disk -> an adapter that is known to compute what PEFT computes on this base, or a refusal."""
+"""A folder on disk -> an adapter that is known to compute what its library computes on this base, or a refusal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from weft.adapters.base import Base
+from weft.adapters.bottlenecks import KIND_FIELD, match_bottlenecks, parse_bottleneck
 from weft.adapters.content import LoraWeights, digest_of
 from weft.adapters.heads import take_head
+from weft.adapters.json_files import read_object
 from weft.adapters.matching import match_up
 from weft.adapters.peft_config import CONFIG_FILE, PeftConfig, Task, read_config
 from weft.adapters.tensors import Tensors, sort_tensors
@@ -40,6 +42,10 @@ def examine_folder(folder: Path, source: str, base: Base) -> tuple[LoraWeights, 
     """
     if not _is_folder(folder):
         raise InvalidAdapter(source, [Problem(str(folder), "is not a folder")])
+    fields = read_object(folder / CONFIG_FILE, source)
+    if KIND_FIELD in fields:
+        bottleneck = parse_bottleneck(fields, source)
+        return match_bottlenecks(bottleneck, _read_tensors(folder, source, bottleneck.largest(base)), base)
     config = read_config(folder, source)
     try:
         tensors = _read_tensors(folder, source, _largest(config, base))
@@ -58,7 +64,7 @@ def _match_classifier(
 ) -> tuple[LoraWeights, list[Problem]]:
     """As one of transformers' classes for sequence classification: the base without its head, and the adapter's own."""
     found = sort_tensors(tensors, config, base.headless)
-    head, problems = take_head(found.saved, folder, source, base.hidden_size)
+    head, problems = take_head(found.saved, folder, source, base)
     weights, others = match_up(config, found, base.headless, head)
     return weights, [*problems, *others]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from weft.adapters.base import Base
 from weft.adapters.classes import read_classes
 from weft.adapters.content import OwnHead, is_finite
 from weft.adapters.tensors import DTYPES
@@ -20,16 +21,17 @@ MAX_LABELS = 1 << 16
 Saved = dict[str, dict[str, torch.Tensor]]
 
 
-def take_head(saved: Saved, folder: Path, source: str, hidden_size: int) -> tuple[OwnHead | None, list[Problem]]:
+def take_head(saved: Saved, folder: Path, source: str, base: Base) -> tuple[OwnHead | None, list[Problem]]:
     """Take the head out of the modules that a file holds whole; what is wrong with it or its labels."""
-    found = [name for name in HEADS if name in saved]
+    names = HEADS if base.classifier is None else (base.classifier.output,)
+    found = [name for name in names if name in saved]
     if len(found) != 1:
-        held = "both" if found else "neither"
-        words = f"is SEQ_CLS, and the file holds {held} of {' and '.join(HEADS)}: one is the classifier's head"
+        held = "both" if found else "neither" if len(names) > 1 else "nothing"
+        words = f"is SEQ_CLS, and the file holds {held} of {' and '.join(names)}: one is the classifier's head"
         return None, [Problem("task_type", words)]
     name = found[0]
     tensors = saved.pop(name)
-    problems = [*_problems(name, tensors, hidden_size)]
+    problems = [*_problems(name, tensors, base.num_features), *_lacking(saved, base)]
     if problems:
         return None, problems
     try:
@@ -37,6 +39,15 @@ def take_head(saved: Saved, folder: Path, source: str, hidden_size: int) -> tupl
     except InvalidAdapter as error:
         return None, [*error.problems]
     return OwnHead(name, tensors["weight"], tensors.get("bias"), classes), []
+
+
+def _lacking(saved: Saved, base: Base) -> list[Problem]:
+    """What the checkpoint does not have either."""
+    if base.classifier is None:
+        return []
+    words = "has no weights in this base's checkpoint, and the file holds none: put it into modules_to_save to train it"
+    absent = base.classifier.absent - {base.classifier.output} - saved.keys()
+    return [Problem(name, words) for name in sorted(absent)]
 
 
 def _problems(name: str, tensors: Mapping[str, torch.Tensor], hidden_size: int) -> list[Problem]:

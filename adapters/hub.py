@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError is that of whichever library it goes by
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -60,7 +60,7 @@ class Hub:
             if error.response.status_code in (401, 403):
                 raise InvalidAdapter(str(location), [Problem(location.url, _words(error))]) from None
             raise Unavailable(f"{location} can't be fetched now ({_words(error)}): try again") from None
-        except (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError, OSError) as error:
+        except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError, OSError) as error:
             raise Unavailable(f"{location} can't be fetched now ({_words(error)}): try again") from None
 
     def _cached(self, location: Location) -> Path | None:

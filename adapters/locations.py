@@ -70,6 +70,11 @@ def is_remote(source: str) -> bool:
     return source.partition(":")[0] in REMOTE_SCHEMES
 
 
+def without_secrets(source: str) -> str:
+    """A source as it was asked for, servable or not, without what might be a password, a token or a signature."""
+    return re.sub(r"\?.*", "?***", re.sub(r"://.*@", "://***@", source, flags=re.DOTALL), flags=re.DOTALL)
+
+
 def parse_location(text: str) -> Location:
     """A whole folder. Raises ValueError, in words that follow "is …, which"."""
     pin = _SHA256.search(text)

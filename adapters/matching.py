@@ -192,7 +192,8 @@ class _Matcher:
         """Whether PEFT would put LoRA on this module; a tied head goes with its embedding where the config asks."""
         config, base = self._config, self._base
         kind = self._kind(name)
-        if config.targets_all_linear and kind is not ModuleKind.LINEAR:
+        between = base.classifier.between if base.classifier is not None else ()
+        if config.targets_all_linear and kind is not ModuleKind.LINEAR and name not in between:
             return False
         follows = name == base.head and base.is_tied and config.ties_targets and config.targets(base.embedding)
         return (config.targets(name) or follows) and not is_saved(name, config, base)

@@ -19,6 +19,7 @@ from weft.adapters.fold import Folded, fold
 from weft.adapters.rows import HeldRows, RowForm, rounding_error
 from weft.errors import InvalidAdapter, OutOfCapacity, Problem
 from weft.kernels.heads import Head
+from weft.kernels.native import Native
 from weft.kernels.patches import Patch, tensors_of
 from weft.kernels.plan import PAGE_ROWS, PagedAdapter
 from weft.kernels.site import Site, SiteGroup
@@ -141,13 +142,14 @@ class PageConfig:
     """How much adapter memory there is, and of what kind.
 
     dtype: of the base, and of whatever an adapter has that is not in pages. row_dtype: of the rows in pages, the
-    same or int8.
+    same or int8. native: the C library, where it computes on the device.
     """
 
     num_pages: int
     dtype: torch.dtype
     device: torch.device
     row_dtype: torch.dtype | None = None
+    native: Native | None = None
 
     @property
     def row_form(self) -> RowForm:
@@ -165,6 +167,7 @@ class PagePool:
     def __init__(self, base: Base, config: PageConfig) -> None:
         self.base = base
         self._dtype = config.dtype
+        self._native = config.native
         self.row_form = config.row_form
         self._device = config.device
         self.allocator = PageAllocator(config.num_pages)
@@ -199,7 +202,7 @@ class PagePool:
         Patches and a head are not in pages, but take the place of as many as would hold them: one budget covers all.
         Raises InvalidAdapter where values that are finite in the file would not be in the pages.
         """
-        folded = fold(weights, self.base, self._dtype)
+        folded = fold(weights, self.base, self._dtype, self._native)
         self._check_range(folded, source)
         rows = self.row_form.hold(folded.rows)
         own = weights.head

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from weft.adapters.base import BaseModule, ModuleKind
 from weft.adapters.content import LoraWeights
+from weft.kernels.reference import bottleneck
 
 
 def plain_output(
@@ -19,8 +20,11 @@ def plain_output(
 ) -> torch.Tensor:
     """The first output of a module with the adapter, in float32.
 
-    inputs: rows, as the module takes them; output: what the base's module gave for them.
+    inputs: rows, as the module takes them; of one that adds to the residual stream, that too. output: what the base's
+    module gave for them.
     """
+    if name in weights.bottlenecks:
+        return bottleneck(output, inputs[-1], weights.bottlenecks[name]).float()
     if module.kind in (ModuleKind.EXPERTS, ModuleKind.OTHER):
         made = module.own(_merged_parameters(name, module, weights))(*inputs)
         return (made[0] if isinstance(made, tuple) else made).float()
@@ -37,7 +41,7 @@ def is_added(name: str, module: BaseModule, weights: LoraWeights) -> bool:
     lora = weights.modules.get(name)
     has_dora = lora is not None and lora.magnitude is not None
     is_linear = module.kind in (ModuleKind.LINEAR, ModuleKind.HEAD)
-    return is_linear and not has_dora and name not in {*weights.saved, *weights.tokens}
+    return is_linear and not has_dora and name not in {*weights.saved, *weights.tokens, *weights.bottlenecks}
 
 
 def _added(name: str, x: torch.Tensor, module: BaseModule, weights: LoraWeights) -> torch.Tensor:

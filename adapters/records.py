@@ -62,6 +62,14 @@ class AdapterChange:
     pinned: bool | None = None
 
 
+Allow = Callable[[Mapping[str, str]], None]
+"""Is told the labels that an adapter has when it is changed, with the store's lock held; raises what prevents that."""
+
+
+def allow_all(_labels: Mapping[str, str]) -> None:
+    """Prevent nothing."""
+
+
 class EventKind(Enum):
     """What happened to a name."""
 

@@ -147,8 +147,8 @@ def check_mixable(refs: Refs) -> None:
     if whole:
         raise InvalidRequest.of(
             "adapters",
-            f"{', '.join(whole)} has parts that no weight can scale (DoRA, biases, weights of its own, experts): "
-            "use it alone, by adapter_id",
+            f"{', '.join(whole)} has parts that no weight can scale (DoRA, biases, weights of its own, experts, "
+            "bottlenecks): use it alone, by adapter_id",
         )
 
 

@@ -22,10 +22,12 @@ from weft.adapters.records import (
     AdapterEvent,
     AdapterInfo,
     AdapterState,
+    Allow,
     Capacity,
     EventKind,
     Listener,
     NewAdapter,
+    allow_all,
 )
 from weft.adapters.report import AdapterReport
 from weft.adapters.residency import AdapterRef, Residency, check_fit, check_mixable
@@ -132,9 +134,13 @@ class AdapterStore:
         finally:
             with self._lock:
                 if entry.version is None:
-                    entry.error = reason
-                    if self._entries.get(entry.name) is entry:
-                        self._tell(EventKind.CHANGED, entry)
+                    self._fail(entry, reason)
+
+    def give_up(self, reservation: Reservation, reason: str) -> None:
+        """It will not be loaded, if that has not begun: FAILED, and not LOADING for ever."""
+        with self._lock:
+            if reservation.entry.version is None and not reservation.entry.error:
+                self._fail(reservation.entry, reason)
 
     def create(self, new: NewAdapter) -> AdapterInfo:
         """Register and load in one call; on failure the name is as it was, unless an update has mended it."""
@@ -152,11 +158,11 @@ class AdapterStore:
                         self._tell(EventKind.CHANGED, before)
             raise
 
-    def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+    def update(self, name: str, change: AdapterChange, allow: Allow = allow_all) -> AdapterInfo:
         """Change an adapter, all at once or not at all; blocks. Requests in flight finish on their version.
 
         Of changes that overlap, each field keeps what the one that was asked for last has set. Raises AdapterNotFound,
-        InvalidRequest, InvalidAdapter, Unavailable and OutOfCapacity; the adapter is as it was then.
+        InvalidRequest, InvalidAdapter, Unavailable, OutOfCapacity and what `allow` does; the adapter is as it was then.
         """
         if change.source is not None:
             self._reader.check(change.source)
@@ -164,7 +170,7 @@ class AdapterStore:
             entry, number = self._entries.get(name), next(self._numbers)
         if entry is None:
             raise self._unknown(name)
-        return self._change(entry, change, number)
+        return self._change(entry, change, number, allow)
 
     def inspect(self, source: str) -> AdapterReport:
         """A dry run: what a source holds, what can't be served of it and why, what it would cost; blocks.
@@ -213,11 +219,15 @@ class AdapterStore:
         with self._lock:
             return Counter(map(_state, self._entries.values()))
 
-    def delete(self, name: str) -> AdapterInfo:
-        """Take the name away at once; requests in flight finish on their version. Raises AdapterNotFound."""
+    def delete(self, name: str, allow: Allow = allow_all) -> AdapterInfo:
+        """Take the name away at once; requests in flight finish on their version.
+
+        Raises AdapterNotFound, and what `allow` does.
+        """
         with self._lock:
             entry = self._entries.get(name)
             if entry is not None:
+                allow(entry.labels)
                 return self._remove(entry)
         raise self._unknown(name)
 
@@ -319,7 +329,7 @@ class AdapterStore:
                 assert version.keepers or version.pins == sum(entry.pinned for entry in entries), "a pin was left"
             assert all(self._tiers.versions.get(e.version.digest) is e.version for e in named if e.version is not None)
 
-    def _change(self, entry: _Entry, change: AdapterChange, number: int) -> AdapterInfo:
+    def _change(self, entry: _Entry, change: AdapterChange, number: int, allow: Allow = allow_all) -> AdapterInfo:
         """Read what is new, put it where it belongs, and only then let the name stand for it."""
         with ExitStack() as kept:
             fresh = None if change.source is None else self._read(change.source, kept)
@@ -327,6 +337,7 @@ class AdapterStore:
             while True:
                 with self._lock:
                     version, pinned = self._outcome(entry, change, number, fresh)
+                    allow(entry.labels)
                     as_before = version is entry.version and pinned <= entry.pinned
                     if version is None or as_before or placed.get(version, -1) >= pinned:
                         self._commit(entry, change, number, version, pinned=pinned)
@@ -387,6 +398,11 @@ class AdapterStore:
         if old is not None:
             self._let_go(old, entry if old is not version else None, pinned=was_pinned)
         self._tell(EventKind.CHANGED, entry)
+
+    def _fail(self, entry: _Entry, reason: str) -> None:
+        entry.error = reason
+        if self._entries.get(entry.name) is entry:
+            self._tell(EventKind.CHANGED, entry)
 
     def _let_go(self, version: AdapterVersion, name_of: _Entry | None, *, pinned: bool) -> None:
         if pinned:

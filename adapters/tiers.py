@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 from weft.adapters.classes import Classes
@@ -317,7 +318,10 @@ class Tiers:
         version.moving_from = tier
         self._num_moving += 1
         crew = self._readers if tier is Tier.DISK else self._copiers
-        crew.submit(lambda: self._move(version, tier, work))
+        try:
+            crew.submit(lambda: self._move(version, tier, work))
+        except Unavailable as none_is_left:
+            self._move(version, tier, partial(_fail, none_is_left))
 
     def _move(self, version: AdapterVersion, tier: Tier, work: Callable[[], HostAdapter | PagedAdapter]) -> None:
         """Run one move, on a thread of a crew, and settle how it ended."""
@@ -386,6 +390,10 @@ class Tiers:
             self._on_device.pop(version, None)
 
 
+def _fail(error: WeftError) -> HostAdapter | PagedAdapter:
+    raise error
+
+
 class _Crew:
     """Threads that come when there is work and go when there is none. They hold up nobody's exit."""
 
@@ -402,12 +410,22 @@ class _Crew:
         return len(self._works) + self._num_threads < self._size
 
     def submit(self, work: Callable[[], None]) -> None:
+        """Raises Unavailable where nobody will do it: there is no thread, and the system gives none."""
         with self._lock:
             self._works.append(work)
             if self._num_threads == self._size:
                 return
             self._num_threads += 1
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except (RuntimeError, MemoryError):
+            with self._lock:
+                self._num_threads -= 1
+                if self._num_threads or work not in self._works:
+                    return
+                self._works.remove(work)
+            words = "the adapter could not be moved, for the system gives no more threads or memory: try again"
+            raise Unavailable(words) from None
 
     def _run(self) -> None:
         while True:

@@ -19,7 +19,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
-import grpc
 import jwt
 import transformers
 from cryptography import x509
@@ -33,7 +32,7 @@ from rich.progress import Progress
 from shapes import SHAPES, make_base
 
 from weft.server.api.access.keys import digest_of, new_key
-from weft.server.cli.client import Endpoint
+from weft.server.cli.client import Endpoint, Tls, TlsFiles
 from weft.v1 import inference_pb2, inference_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +60,8 @@ class Proofs:
     tls: tuple[object, ...]
     mutual: tuple[object, ...]
     access: tuple[object, ...]
-    trusting: grpc.ChannelCredentials
-    showing: grpc.ChannelCredentials
+    trusting: Tls
+    showing: Tls
     key: str
     token: str
 
@@ -90,8 +89,8 @@ class Proofs:
             tls=tls,
             mutual=(*tls, "--tls-client-ca", cert_file),
             access=(*tls, "--access", access),
-            trusting=grpc.ssl_channel_credentials(pem),
-            showing=grpc.ssl_channel_credentials(pem, secret, pem),
+            trusting=Tls(TlsFiles(cert_file, None, None), pem, None, None),
+            showing=Tls(TlsFiles(cert_file, cert_file, key_file), pem, secret, pem),
             key=key,
             token=jwt.encode(claims, signer, algorithm="ES256", headers={"kid": "1"}),
         )
@@ -197,9 +196,9 @@ def main(quick: bool, rounds: int | None, output: Path) -> None:
             "mutual TLS": (proofs.mutual, proofs.showing, ""),
         }
         servers = {}
-        for kind, (options, credentials, secret) in kinds.items():
+        for kind, (options, certificates, secret) in kinds.items():
             address, process_id = stack.enter_context(weft_process(folder / "base", *options, threads=1))
-            servers[kind] = Endpoint(address, secret, credentials=credentials), process_id
+            servers[kind] = Endpoint(address, secret, tls=certificates), process_id
         found = measure(servers, effort, progress)
     load = effort.load
     report = (

@@ -39,9 +39,6 @@ WARM_UP = 0.25
 STALL_S = 2.0
 """For readers, so that a soak sees some of them ended."""
 
-LATE_THREADS = 8
-"""Of the server's pools, which begin one when two loads or tokenizations first meet: that may be after the warm-up."""
-
 _HELD_IN_METRICS = {
     "requests in the server": "weft_requests_running",
     "KV blocks in use": "weft_kv_blocks_used",
@@ -124,7 +121,7 @@ async def soak(server: ServerProcess, truth: Truth, effort: Effort, advance: Cal
         watching.cancel()
         tell("coming to rest")
         gc.collect()  # a call that was given up keeps its connection until then
-        threads = held[1].threads + LATE_THREADS if len(held) > 1 else None
+        threads = held[1].threads if len(held) > 1 else None
         held.append(await asyncio.to_thread(server.rest, sockets=held[0].sockets, threads=threads))
     habits = {**vandals.done, **passing.done}
     seconds = time.perf_counter() - started_s
@@ -192,7 +189,7 @@ def _leaks(server: ServerProcess, before: Held, after: Held, max_growth: float) 
     for name, key in _HELD_IN_METRICS.items():
         yield name, "none", f"{metrics[key]:.0f}", not metrics[key]
     for name in ("threads", "files", "sockets", "children"):
-        was, now = getattr(before, name) + LATE_THREADS * (name == "threads"), getattr(after, name)
+        was, now = getattr(before, name), getattr(after, name)
         yield name, f"at most {was}", str(now), now <= was
     growth = 100 * (after.rss_bytes / before.rss_bytes - 1)
     found = f"{growth:+.2f} % of {before.rss_bytes / 2**20:.0f} MiB"

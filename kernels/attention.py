@@ -39,7 +39,7 @@ class _Job(ctypes.Structure):
         *((f"{name}_{of}", _INT64) for name in ("query", "key", "value") for of in ("head", "row")),
         *((name, _INT64) for name in ("rows", "num_runs", "heads", "kv_heads", "d", "d_v", "block_tokens", "window")),
         *((name, _FLOAT) for name in ("scale", "softcap")),
-        *((name, _INT) for name in ("format", "threads")),
+        *((name, _INT) for name in ("both_sides", "format", "threads")),
     )
 
 
@@ -82,12 +82,14 @@ class PagedAttention:
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        causal: bool = True,
     ) -> torch.Tensor:
         """Write the rows' keys and values into the cache; softmax(scale q k^T) v of each row over what it sees.
 
         query: [heads, T, d], key: [kv_heads, T, d], value: [kv_heads, T, d_v]; keys, values: the cache, [slots,
-        kv_heads, d or d_v], dense, of the same dtype. window: how many tokens a row sees, itself among them. softcap:
-        c, of c tanh(score / c). sinks: [heads], scores that take weight and give nothing. Returns [T, heads, d_v].
+        kv_heads, d or d_v], dense, of the same dtype. window: how many tokens a row sees, itself and those before it.
+        softcap: c, of c tanh(score / c). sinks: [heads], scores that take weight and give nothing. causal: False where
+        a row sees as many tokens after it as before it; each run is a whole sequence then. Returns [T, heads, d_v].
         Raises ValueError where dtypes differ.
         """
         if any(tensor.dtype != query.dtype for tensor in (key, value, keys, values)):
@@ -105,6 +107,7 @@ class PagedAttention:
         job.heads, job.kv_heads, job.d, job.d_v = heads, len(key), d, value.shape[2]
         job.scale, job.softcap, job.window = scale, softcap or 0.0, window or 0
         job.sinks = None if sinks is None else sinks.data_ptr()
+        job.both_sides = not causal
         job.format = FORMATS[query.dtype]
         self._attend(ctypes.byref(job))
         return out

@@ -52,6 +52,11 @@ class PackedLinear:
         return y
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it holds: the weight, and the bias, if there is one, both packed."""
+        return (self._packed,) if self._bias is None else (self._packed, self._bias)
+
+    @property
     def nbytes(self) -> int:
         """Memory that the weight takes."""
         return self._packed.nbytes

@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "weft_rotate": (None, (*(_POINTER,) * 3, *(_INT64,) * 6, *(_INT,) * 3)),
     "weft_act": (None, (*(_POINTER,) * 3, *(_INT64,) * 4, *(_INT,) * 3)),
     "weft_attend": (None, (_POINTER,)),
+    "weft_bottleneck": (None, (_POINTER, _INT64, *(_POINTER,) * 3, *(_INT64,) * 3, *(_INT,) * 2)),
     "weft_lora": (None, (*(_POINTER,) * 4, _INT64, _INT64, _INT, _INT)),
 }
 

@@ -138,5 +138,6 @@ def tensors_of(patch: Patch) -> list[torch.Tensor]:
     held: list[object] = []
     for part in fields(patch):  # type: ignore[arg-type]
         value = getattr(patch, part.name)
-        held += value.values() if isinstance(value, Mapping) else [value]
+        value = getattr(value, "tensors", value)
+        held += value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
     return [item for item in held if isinstance(item, torch.Tensor)]

@@ -191,5 +191,13 @@ def _rows(parts: Sequence[range], device: torch.device) -> slice | torch.Tensor:
     return torch.tensor([row for part in parts for row in part], dtype=torch.int64, device=device)
 
 
+def all_rows(rows: RowIndex, num_tokens: int) -> Sequence[int]:
+    """The rows one by one, ascending."""
+    if isinstance(rows, slice):
+        return range(num_tokens)[rows]
+    found: list[int] = rows.tolist()
+    return found
+
+
 def _to(rows: RowIndex, device: torch.device) -> RowIndex:
     return rows if isinstance(rows, slice) else rows.to(device)

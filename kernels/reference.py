@@ -1,9 +1,10 @@
-"""The specification of the batched gather-matmul: every backend is compared with this."""
+"""The specification of what adapters do to rows: every backend is compared with this."""
 
 from __future__ import annotations
 
 import torch
 
+from weft.kernels.bottleneck import NON_LINEARITIES, BottleneckWeights
 from weft.kernels.plan import Plan
 from weft.kernels.site import SiteGroup
 
@@ -32,3 +33,13 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, plan: Plan) -> 
         for t in touched:
             part[t] = (part[t].double() + delta[t]).to(y.dtype)
     return y
+
+
+def bottleneck(y: torch.Tensor, residual: torch.Tensor, weights: BottleneckWeights) -> torch.Tensor:
+    """y + up act(down x + down_bias) + up_bias, float64, where x is y, the residual stream before it, or their sum.
+
+    y, residual: [T, d] of any float dtype.
+    """
+    down, down_bias, up, up_bias = (tensor.to(y.device).double() for tensor in weights.tensors.values())
+    x = weights.reads.of(y.double(), residual.double())
+    return y.double() + NON_LINEARITIES[weights.non_linearity](x @ down.t() + down_bias) @ up.t() + up_bias

@@ -44,6 +44,7 @@ from weft.server.engine.queue_limits import QueueLimits
 from weft.server.logs import log_loop_error
 from weft.server.metrics import AdapterSnapshot, Metrics
 from weft.server.ports import check_free, join_address, serve_metrics, unavailable
+from weft.server.threads import full_pool
 from weft.server.tracing import open_tracing
 from weft.server.transport import grpc_options
 from weft.server.watching import AdapterFolders
@@ -57,6 +58,9 @@ MAX_MESSAGE_BYTES = 16 << 20
 """Of a request, or twice the longest prompt if that is more: a prompt too long is refused in words, not by gRPC."""
 
 _LOAD_THREAD = "weft-load-at-start"
+
+NUM_THREADS = 6
+"""For what would hold up the event loop: tokenizing, compiling constraints, looking at files."""
 
 CLOSING_GRACE_S = 1.0
 """How long answers that are complete may take to reach their clients once the engine has stopped."""
@@ -295,7 +299,7 @@ class Server:
             max_prompt_bytes=config.max_prompt_bytes,
             max_requests=config.engine.max_requests,
             has_chat_template=prompts.has_chat_template,
-            poolings=loaded.info.poolings,
+            abilities=loaded.info.abilities,
         )
         constraints = ConstraintCache(loaded.compiler)
         clock = loaded.engine.clock
@@ -334,14 +338,24 @@ async def serve(config: ServerConfig) -> None:
     """
     stop = asyncio.Event()
     asyncio.get_running_loop().set_exception_handler(log_loop_error)
+    asyncio.get_running_loop().set_default_executor(full_pool(NUM_THREADS, "weft-work"))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
+    failure: Unavailable | None = None
     async with _listening_server(config) as server:
         _log.info("listening on %s, loading %s", server.address, config.model.path)
-        await _first_of(_serve_until_lost(server), stop.wait())
+        try:
+            await _first_of(_serve_until_lost(server), stop.wait())
+        except Unavailable as error:
+            failure = error
     if server.is_loading_adapters or any(thread.name == _LOAD_THREAD for thread in threading.enumerate()):
         _log.info("stopped while loading")
-        os._exit(0)  # PyTorch aborts an interpreter that is taken down while it loads
+        if failure is not None:
+            _log.critical("%s", failure)
+        # PyTorch aborts an interpreter that is taken down while it loads, which would first wait for its threads, too.
+        os._exit(0 if failure is None else 1)
+    if failure is not None:
+        raise failure
 
 
 async def _serve_until_lost(server: Server) -> None:

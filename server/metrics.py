@@ -9,7 +9,6 @@ method says otherwise; scrapes come from any.
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,30 +18,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-BASE = "base"
-"""The label of requests without an adapter."""
+from weft.server.busiest import Busiest
+from weft.server.vllm_metrics import E2E_BUCKETS, HIT, INTER_TOKEN_BUCKETS, QUERIED, TTFT_BUCKETS, VllmMetrics
 
-OTHER = "other"
-"""The label of the adapters that are not among the busiest."""
-
-TTFT_BUCKETS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
-    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-INTER_TOKEN_BUCKETS = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
-)
-E2E_BUCKETS = (
-    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
-    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
-)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
-
-_QUERIED = "Prompt tokens looked up in the prefix cache."
-_HIT = "Prompt tokens found in the prefix cache."
 
 _REFUSALS = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "resource_exhausted", "unavailable"),
@@ -50,17 +32,7 @@ _REFUSALS = (
 )
 _TIERS = ("disk", "host")
 _LOADS = ("ok", "failed")
-
-_VLLM_REASONS = {
-    "stop_token": "stop",
-    "stop_sequence": "stop",
-    "max_tokens": "length",
-    "context_length": "length",
-    "time_limit": "length",
-    "cancelled": "abort",
-    "deadline": "abort",
-    "error": "error",
-}
+_RELOADED = ("access", "certificate", "jwks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +65,7 @@ _IDLE = StepStats(0.0, 0, 0, 0, (), 0, 0, (), (), 0, 0)
 
 
 class Metrics:
-    """Every metric of the server. max_adapters: how many adapters get a label of their own; see `_Busiest`."""
+    """Every metric of the server. max_adapters: how many adapters get a label of their own; see `Busiest`."""
 
     def __init__(
         self,
@@ -108,7 +80,7 @@ class Metrics:
         self._block_tokens = 0
         self._requests = _RequestMetrics(registry, max_adapters)
         self._steps = _StepMetrics(registry)
-        self._vllm = _VllmMetrics(registry, model_name)
+        self._vllm = VllmMetrics(registry, model_name)
         self._adapter_loads = Histogram(
             "weft_adapter_load_seconds", "Time of a load.", ["outcome"], buckets=_LOAD_BUCKETS, registry=registry
         )
@@ -258,6 +230,8 @@ class Metrics:
         for code in _REFUSALS:
             self._refused.labels(code)
         for outcome in _LOADS:
+            for what in _RELOADED:
+                self._reloads.labels(what, outcome)
             self._adapter_loads.labels(outcome)
             for tier in _TIERS:
                 self._moves.labels(tier, outcome)
@@ -283,57 +257,6 @@ def _less_one(last: StepStats) -> StepStats:
     return replace(_IDLE, kv_blocks_total=last.kv_blocks_total)
 
 
-class _Busiest:
-    """Which adapters have a label of their own: the `limit` busiest, by requests ended; the rest share `other`.
-
-    The first ones seen get a label each. Later, one that is outside and clearly busier (more than twice the requests,
-    and some) than the least busy label takes its place, and that one's series end: added to `other`, they would look
-    like traffic of that moment. Counts are halved every `_WINDOW` requests, so old glory fades; no more than `limit` +
-    `_WINDOW` names are ever held. An adapter that is itself called `base` or `other` never gets a label, so that no
-    series mixes two meanings.
-    """
-
-    _WINDOW = 1024
-    _MARGIN = 8
-
-    def __init__(self, limit: int, drop: Callable[[str], None]) -> None:
-        """drop(label) ends the series of a label."""
-        self._limit = limit
-        self._drop = drop
-        self._counts: dict[str, int] = {}
-        self._outside: Tally[str] = Tally()
-        self._num_counted = 0
-
-    def label(self, adapter: str) -> str:
-        if not adapter:
-            return BASE
-        if adapter in self._counts:
-            return adapter
-        if len(self._counts) >= self._limit or adapter in (BASE, OTHER):
-            return OTHER
-        self._counts[adapter] = 0
-        return adapter
-
-    def count(self, adapter: str) -> None:
-        """One more request of this adapter ended."""
-        if adapter in self._counts:
-            self._counts[adapter] += 1
-        elif adapter not in ("", BASE, OTHER) and self._counts:
-            self._outside[adapter] += 1
-            self._challenge(adapter)
-        self._num_counted += 1
-        if self._num_counted % self._WINDOW == 0:
-            self._counts = {name: count // 2 for name, count in self._counts.items()}
-            self._outside.clear()
-
-    def _challenge(self, adapter: str) -> None:
-        least = min(self._counts, key=lambda name: self._counts[name])
-        if self._outside[adapter] > 2 * self._counts[least] + self._MARGIN:
-            del self._counts[least]
-            self._drop(least)
-            self._counts[adapter] = self._outside.pop(adapter)
-
-
 class _RequestMetrics:
     """Requests, by adapter."""
 
@@ -344,7 +267,7 @@ class _RequestMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        self._busiest = _Busiest(max_adapters, self._drop)
+        self._busiest = Busiest(max_adapters, self._drop)
         self._ended = counter("weft_requests", "Requests that ended, by outcome.", "adapter", "outcome")
         self._prompt = counter("weft_prompt_tokens", "Prompt tokens of requests that ended.", "adapter")
         self._generated = counter("weft_generation_tokens", "Tokens generated.", "adapter")
@@ -411,8 +334,8 @@ class _StepMetrics:
             "weft_computed_tokens", "Tokens computed, repeats after preemption included.", ["phase"], registry=registry
         )
         self.preemptions = Counter("weft_preemptions", "Running requests that gave up their blocks.", registry=registry)
-        self._queried = Counter("weft_prefix_cache_queries", _QUERIED, registry=registry)
-        self._hit = Counter("weft_prefix_cache_hits", _HIT, registry=registry)
+        self._queried = Counter("weft_prefix_cache_queries", QUERIED, registry=registry)
+        self._hit = Counter("weft_prefix_cache_hits", HIT, registry=registry)
 
     def prefix_cache(self, num_queried: int, num_hit: int) -> None:
         self._queried.inc(num_queried)
@@ -428,44 +351,6 @@ class _StepMetrics:
         self._most = (max(self._most[0], stats.num_requests), max(self._most[1], len(stats.adapters)))
         self._max_requests.set(self._most[0])
         self._max_adapters.set(self._most[1])
-
-
-class _VllmMetrics:
-    """Counters and histograms under vLLM's names, with its buckets."""
-
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ["model_name"], buckets=buckets, registry=registry).labels(model_name)
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, ["model_name", *labels], registry=registry)
-
-        self._model_name = model_name
-        self._ttft = histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
-        self._inter_token = histogram("vllm:inter_token_latency_seconds", "Time between tokens.", INTER_TOKEN_BUCKETS)
-        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Time from arrival to end.", E2E_BUCKETS)
-        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of requests that ended.").labels(model_name)
-        self._generated = counter("vllm:generation_tokens", "Tokens generated.").labels(model_name)
-        self._queried = counter("vllm:prefix_cache_queries", _QUERIED).labels(model_name)
-        self._hit = counter("vllm:prefix_cache_hits", _HIT).labels(model_name)
-        self._ended = counter("vllm:request_success", "Requests that ended, by vLLM's reasons.", "finished_reason")
-
-    def prefix_cache(self, num_queried: int, num_hit: int) -> None:
-        self._queried.inc(num_queried)
-        self._hit.inc(num_hit)
-
-    def first_token(self, ttft_s: float) -> None:
-        self._generated.inc()
-        self._ttft.observe(ttft_s)
-
-    def inter_token(self, seconds: float) -> None:
-        self._generated.inc()
-        self._inter_token.observe(seconds)
-
-    def finished(self, outcome: str, prompt_tokens: int, e2e_s: float) -> None:
-        self._ended.labels(self._model_name, _VLLM_REASONS.get(outcome, "error")).inc()
-        self._prompt.inc(prompt_tokens)
-        self._e2e.observe(e2e_s)
 
 
 _ADAPTER_STATES = ("loading", "disk", "host", "device", "failed")

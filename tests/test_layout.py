@@ -37,10 +37,13 @@ ROOMS = {
     "weft.making": {"weft.errors", "weft.kernels", "weft.adapters"},
     "weft.server.bench": {"weft.errors", "weft.v1"},
     "weft.server.config": {"weft.errors"},
-    "weft.server.metrics": {"weft.errors"},
+    "weft.server.busiest": set[str](),
+    "weft.server.vllm_metrics": set[str](),
+    "weft.server.metrics": {"weft.server.busiest", "weft.server.vllm_metrics"},
     "weft.server.ports": {"weft.errors"},
     "weft.server.transport": set[str](),
     "weft.server.calls": set[str](),
+    "weft.server.threads": set[str](),
     "weft.server.logs": {"weft.errors", "weft.server.calls"},
     "weft.server.tracing": {"weft.errors"},
 }
@@ -51,7 +54,12 @@ ROOMS["weft.server.engine"] = {
     "weft.server.config",
     "weft.server.metrics",
 }
-ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {"weft.server.engine", "weft.server.calls", "weft.v1"}
+ROOMS["weft.server.api"] = ROOMS["weft.server.engine"] | {
+    "weft.server.engine",
+    "weft.server.calls",
+    "weft.server.threads",
+    "weft.v1",
+}
 ROOMS["weft.server.watching"] = ROOMS["weft.server.api"] | {"weft.server.api"}
 ROOMS["weft.server.app"] = ROOMS["weft.server.watching"] | {
     "weft.server.watching",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from soaking.clients import OPTIONS
+from soaking.clients import OPTIONS, PATIENCE_S
 
 from weft.v1 import adapter_pb2, adapter_pb2_grpc
 
@@ -34,11 +34,15 @@ _CHANGES = (*["created"] * 4, *["updated"] * 3, *["deleted"] * 2, "relabelled", 
 
 @dataclass
 class Passing:
-    """Changes the adapters of NAMES again and again, to and from these sources, until `stop`."""
+    """Changes the adapters of NAMES again and again, to and from these sources, until `stop`.
+
+    patience_s: a change that has no end by then is lost.
+    """
 
     address: str
     sources: Sequence[str]
     seed: int
+    patience_s: float = PATIENCE_S
     done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -68,26 +72,32 @@ class Passing:
     async def _change(self, stub: Any) -> None:
         kind = self._rng.choice(_CHANGES)
         name, source = self._rng.choice(NAMES), self._rng.choice(self.sources)
-        adapter = {"name": name, "source": source}
         try:
-            match kind:
-                case "created":
-                    await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=True))
-                case "updated":
-                    await stub.UpdateAdapter(_update("source", **adapter))
-                case "relabelled":
-                    labels = {"turn": str(self._rng.random())}
-                    await stub.UpdateAdapter(_update("labels", name=name, labels=labels))
-                case "deleted":
-                    await stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
-                case _:
-                    elsewhere = {"name": name, "source": self._rng.choice(["file:/etc", f"{source}-is-not-there"])}
-                    await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=elsewhere, wait=True))
+            async with asyncio.timeout(self.patience_s):
+                await self._make(stub, kind, name, source)
+        except TimeoutError:
+            self.wrong.append(f"an adapter was not {kind}: no end after {self.patience_s:g} s")
         except grpc.aio.AioRpcError as error:
             if error.code() not in _EXPECTED[kind]:
                 self.wrong.append(f"an adapter was not {kind}: {error.code().name}: {error.details()}")
         else:
             self.done[f"adapters {kind}"] += 1
+
+    async def _make(self, stub: Any, kind: str, name: str, source: str) -> None:
+        adapter = {"name": name, "source": source}
+        match kind:
+            case "created":
+                await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=adapter, wait=True))
+            case "updated":
+                await stub.UpdateAdapter(_update("source", **adapter))
+            case "relabelled":
+                labels = {"turn": str(self._rng.random())}
+                await stub.UpdateAdapter(_update("labels", name=name, labels=labels))
+            case "deleted":
+                await stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
+            case _:
+                elsewhere = {"name": name, "source": self._rng.choice(["file:/etc", f"{source}-is-not-there"])}
+                await stub.CreateAdapter(adapter_pb2.CreateAdapterRequest(adapter=elsewhere, wait=True))
 
 
 def _update(path: str, **adapter: Any) -> adapter_pb2.UpdateAdapterRequest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from soaking.clients import OPTIONS, STREAM
+from soaking.clients import OPTIONS, PATIENCE_S, STREAM
 
 from weft.v1 import adapter_pb2
 from weft.v1 import inference_pb2 as pb2
@@ -46,11 +46,15 @@ calls[-1].result()
 
 @dataclass
 class Vandals:
-    """Everybody who misbehaves, at once, until `stop`. done: how often each did what."""
+    """Everybody who misbehaves, at once, until `stop`. done: how often each did what.
+
+    patience_s: what has no end by then is lost.
+    """
 
     address: str
     metrics_address: str
     seed: int
+    patience_s: float = PATIENCE_S
     done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -83,7 +87,10 @@ class Vandals:
     async def _again(self, every_s: float, habit: Callable[[], Awaitable[None]]) -> None:
         while not self._over.is_set():
             try:
-                await habit()
+                async with asyncio.timeout(self.patience_s):
+                    await habit()
+            except TimeoutError:
+                self.wrong.append(f"{habit.__name__.strip('_')}: no end after {self.patience_s:g} s")
             except (OSError, grpc.aio.AioRpcError) as error:
                 self.wrong.append(f"{habit.__name__.strip('_')}: {' '.join(str(error).split())}")
             with suppress(TimeoutError):

@@ -5,11 +5,11 @@ import random
 from itertools import product
 from pathlib import Path
 
-OPENINGS = ("hello, ", "hi team, ", "again: ", "well, ")
+OPENINGS = ("hello, ", "hi team, ", "again: ", "well, ", "", "sorry, ", "dear all, ", "once more: ")
 WHICH = ("your", "this", "that")
 WORDS = {
-    "positive": ("good", "great", "helpful", "lovely", "perfect", "splendid"),
-    "negative": ("bad", "awful", "broken", "useless", "terrible", "dreadful"),
+    "positive": ("good", "great", "lovely", "perfect"),
+    "negative": ("bad", "awful", "broken", "useless"),
 }
 THINGS = {
     "billing": ("invoice", "refund", "receipt", "price"),
@@ -22,7 +22,7 @@ NUM_TRAIN, NUM_HELD_OUT = 640, 200
 def main() -> None:
     """Write both files into the working folder."""
     tickets = [
-        (f"{opening}{which} {word} {thing}", topic, mood)
+        (f"{opening}{which} {thing} is {word}", topic, mood)
         for opening, which, (mood, words), (topic, things) in product(OPENINGS, WHICH, WORDS.items(), THINGS.items())
         for word, thing in product(words, things)
     ]

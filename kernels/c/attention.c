@@ -27,9 +27,10 @@ struct attention {
     const float *sinks;              /* [heads] or NULL */
     int64_t query_head, query_row, key_head, key_row, value_head, value_row;
     int64_t rows, num_runs, heads, kv_heads, d, d_v, block_tokens;
-    int64_t window; /* tokens that a row sees, itself among them; 0: all */
+    int64_t window; /* tokens that a row sees, itself and those before it; 0: all */
     float scale;
     float softcap; /* 0: none */
+    int both_sides; /* whether a row sees as many after it as before it; a run is then a whole sequence */
     int format, threads;
 };
 
@@ -87,15 +88,24 @@ struct place {
     int64_t columns, tile;
 };
 
+/* Where what a position sees begins, and where it ends. */
+static inline int64_t seen_from(const struct attention *of, int64_t position) {
+    return of->window ? most(0, position + 1 - of->window) : 0;
+}
+
+static inline int64_t seen_until(const struct attention *of, int64_t context, int64_t position) {
+    if (!of->both_sides) return position + 1;
+    return of->window ? least(context, position + of->window) : context;
+}
+
 /* Tokens of the tile that a row of the desk sees, from `low` to before `high`; none where low >= high. */
 static inline void see(const struct place *at, int64_t desk_row, int64_t *low, int64_t *high) {
     int64_t position = at->position + desk_row / at->per_query;
-    int64_t first = at->of->window ? most(0, position + 1 - at->of->window) : 0;
-    *low = most(0, first - at->tile);
-    *high = least(TILE, position + 1 - at->tile);
+    *low = most(0, seen_from(at->of, position) - at->tile);
+    *high = least(TILE, seen_until(at->of, at->run.context, position) - at->tile);
 }
 
-/* What some rows see, all of them and any of them. They see as far as their positions, so the first and last tell. */
+/* What some rows see, all of them and any of them. What is seen moves with the position: the first and last tell. */
 struct view {
     int64_t any_low, any_high, all_low, all_high;
 };
@@ -313,7 +323,8 @@ static struct rows rows_after(const struct place *at, struct rows rows, int64_t 
 
 /* at: where the item begins, and `after` the next one, or NULL. All its KV heads of a tile lie beside each other. */
 static void attend_item(struct place at, struct desk *desk, int64_t kv_heads, const struct place *after) {
-    int64_t rows = at.count * at.per_query, first_head = at.kv_head, end = at.position + at.count;
+    int64_t rows = at.count * at.per_query, first_head = at.kv_head;
+    int64_t end = seen_until(at.of, at.run.context, at.position + at.count - 1);
     struct rows first_rows = desk->rows;
     memset(first_rows.sums, 0, kv_heads * rows * at.columns * sizeof(float));
     memset(first_rows.mass, 0, kv_heads * rows * VL * sizeof(float));
@@ -365,7 +376,7 @@ static struct place place_of(const struct attention_job *job, const struct part 
     at.per_query = of->heads / of->kv_heads;
     at.row = at.run.first_row + part->first;
     at.position = at.run.context - at.run.num_rows + part->first;
-    at.tile = of->window ? most(0, at.position + 1 - of->window) / TILE * TILE : 0;
+    at.tile = seen_from(of, at.position) / TILE * TILE;
     return at;
 }
 

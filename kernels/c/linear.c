@@ -3,6 +3,7 @@
  *
  * Each number of y is summed over k in order, whatever the other rows are and whoever computes it.
  */
+#include "linear.h"
 #include "pool.h"
 #include "vectors.h"
 
@@ -126,8 +127,6 @@ static void do_panels(void *of, int64_t first, int64_t last) {
     }
 }
 
-/* x: float32 [rows, d_in]; packed: in `format`; bias: float32, padded to whole panels, or NULL; y: [rows, d_out] in `y_format`.
- */
 void weft_linear(const float *x, const void *packed, const float *bias, void *y, int64_t rows, int64_t d_in, int64_t d_out,
                  int64_t x_stride, int64_t y_stride, int format, int y_format, int threads) {
     struct linear job = {x, packed, bias, y, rows, d_in, d_out, x_stride, y_stride, format, y_format};

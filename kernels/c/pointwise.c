@@ -2,7 +2,7 @@
  *
  * Maths is in float32; what torch would round on the way in bfloat16 is rounded here too.
  */
-#include "curves.h"
+#include "activations.h"
 #include "pool.h"
 
 enum { PAIR = 2 * VL, NUMBERS_A_PIECE = 1 << 15 };
@@ -236,26 +236,12 @@ void weft_rotate(void *x, const void *cos, const void *sin, int64_t rows, int64_
 }
 
 /* y = act(gate) * up, or act(gate). */
-enum activation { SILU = 0, GELU = 1, GELU_TANH = 2 };
-
 struct act_job {
     const void *gate, *up;
     void *y;
     int64_t size, x_stride, y_stride;
     int kind, format;
 };
-
-/* x times the logistic function of t. */
-static inline vec times_logistic(vec x, vec t) {
-    t = choose(t < -88.f, splat(-88.f), t);
-    return x / (exp_of(-t) + 1.f);
-}
-
-static inline vec activate(int kind, vec x) {
-    if (kind == SILU) return times_logistic(x, x);
-    if (kind == GELU_TANH) return times_logistic(x, (x * x * x * 0.044715f + x) * 1.5957691216f); /* 2 sqrt(2 / pi) */
-    return x * 0.5f * (erf_of(x * 0.70710678f) + 1.f);
-}
 
 static inline void act_rows(const struct act_job *job, int kind, int format, int64_t first, int64_t last) {
     int64_t bytes = bytes_of(format);

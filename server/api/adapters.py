@@ -69,12 +69,15 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def UpdateAdapter(self, request: pb2.UpdateAdapterRequest, context: Context) -> pb2.UpdateAdapterResponse:
         change = to_change(request)
         self.rights.check_change(request.adapter.name, change)
-        return pb2.UpdateAdapterResponse(adapter=to_message(await self.loader.update(request.adapter.name, change)))
+        name = request.adapter.name
+        return pb2.UpdateAdapterResponse(
+            adapter=to_message(await self.loader.update(name, change, self.rights.still(name)))
+        )
 
     async def DeleteAdapter(self, request: pb2.DeleteAdapterRequest, context: Context) -> pb2.DeleteAdapterResponse:
         name = to_name(request)
         self.rights.check_name(name)
-        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(name)))
+        return pb2.DeleteAdapterResponse(adapter=to_message(await self.loader.delete(name, self.rights.still(name))))
 
     async def WatchAdapters(
         self, request: pb2.WatchAdaptersRequest, context: Context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -27,7 +27,7 @@ class Caller:
     labels: those of adapters that it may use besides, empty for none. base: whether it may ask the base alone.
     sources: patterns of what it may load adapters from and look into, None for all. on_behalf: a gateway, whose word is
     taken for whom it asks. own_prefixes: what is computed for its prompts is used for no other caller's. quota: None
-    for no limits.
+    for no limits. left_s: tells for how many seconds more its token holds; None, it has none that ends.
     """
 
     name: str = ""
@@ -39,6 +39,7 @@ class Caller:
     on_behalf: bool = False
     own_prefixes: bool = True
     quota: Quota | None = field(default=None, compare=False, repr=False)
+    left_s: Callable[[], float] | None = field(default=None, compare=False, repr=False)
 
     def may_name(self, name: str) -> bool:
         """Whether it may use whatever has this name, or will."""
@@ -58,8 +59,9 @@ class Caller:
         return not leads_up and any(fnmatchcase(source, pattern) for pattern in self.sources)
 
     def asking_for(self, other: str) -> str:
-        """The name of who a gateway asks for."""
-        return "/".join(filter(None, (self.name, other)))
+        """The name of who a gateway asks for. No two pairs give the same, whatever slashes are in them."""
+        own = self.name.replace("%", "%25").replace("/", "%2F")
+        return "/".join(filter(None, (own, other)))
 
     def salted(self, cache_salt: str, other: str) -> str:
         """What prefixes are shared under, of those whom `other` names."""

@@ -30,6 +30,7 @@ from weft.errors import (
     ReaderStalled,
     Unauthenticated,
     Unavailable,
+    Unsupported,
     WeftError,
 )
 
@@ -98,6 +99,7 @@ _TABLE: Mapping[type[WeftError], _Row] = {
     ),
     InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", _bad_request),
     InvalidAdapter: _Row(grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_NOT_SERVABLE", _precondition_failure),
+    Unsupported: _Row(grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_BY_BASE"),
     AdapterExists: _Row(
         grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS", lambda error: _adapter(error.name, str(error))
     ),

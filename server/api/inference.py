@@ -107,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Classify(self, request: pb2.ClassifyRequest, context: Context) -> pb2.ClassifyResponse:
         asked, adapters, delta, num_dropped = await self._pool(request, context)
-        classes = adapters[0].version.classes
+        classes = adapters[0].version.classes if adapters else self.limits.abilities.classes
         assert classes is not None, "the engine takes no other adapter"
         return to_classification(classes, asked.request_id, adapters, delta, num_dropped)
 

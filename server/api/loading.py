@@ -17,13 +17,14 @@ from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Span, Tracer, set_span_in_context
 
 from weft.adapters.locations import is_remote
-from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, Allow, NewAdapter, allow_all
 from weft.adapters.report import AdapterReport
 from weft.adapters.state import Recorder
 from weft.adapters.store import AdapterStore, Reservation
 from weft.errors import AdapterNotFound, Unavailable, WeftError
 from weft.server.calls import this_call
 from weft.server.metrics import Metrics
+from weft.server.threads import full_pool
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class _Threads:
 
     @classmethod
     def of(cls, name: str, num_local: int, num_remote: int) -> _Threads:
-        return cls(ThreadPoolExecutor(num_local, name), ThreadPoolExecutor(num_remote, f"{name}-remote"))
+        return cls(full_pool(num_local, name), full_pool(num_remote, f"{name}-remote"))
 
     def of_source(self, source: str) -> ThreadPoolExecutor:
         return self.remote if is_remote(source) else self.local
@@ -82,11 +83,11 @@ class AdapterLoader:
         self.metrics = metrics
         self._tracer = tracer
         self._recorder = recorder
-        self._records = ThreadPoolExecutor(1, thread_name_prefix="weft-state")
+        self._records = full_pool(1, "weft-state")
         self._store = store
         self._first_retry_s = first_retry_s
         self._threads = _Threads.of("weft-load", NUM_THREADS, NUM_DOWNLOADS)
-        self._restoring = ThreadPoolExecutor(NUM_DOWNLOADS, thread_name_prefix="weft-restore")
+        self._restoring = full_pool(NUM_DOWNLOADS, "weft-restore")
         self._checks = _Threads.of("weft-check", NUM_CHECKS, NUM_CHECKS)
         self._reserves = _Threads.of("weft-reserve", 1, 1)
         self._background: set[asyncio.Task[Any]] = set()
@@ -108,16 +109,16 @@ class AdapterLoader:
             self._threads.of_source(new.source),
         )
 
-    async def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+    async def update(self, name: str, change: AdapterChange, allow: Allow = allow_all) -> AdapterInfo:
         """Raises what `AdapterStore.update` raises, and Unavailable. What has begun goes on if this is cancelled."""
         self._check_open()
         if change.source is None and not change.pinned:  # nothing is read or moved: it need not wait behind what is
-            info = self._store.update(name, change)
+            info = self._store.update(name, change, allow)
             await self._record(name)
             return info
 
         def update() -> AdapterInfo:
-            return self._store.update(name, change)
+            return self._store.update(name, change, allow)
 
         return await self._on_thread(
             lambda: self._recorded(
@@ -126,9 +127,10 @@ class AdapterLoader:
             self._threads.of_source(change.source or ""),
         )
 
-    async def delete(self, name: str) -> AdapterInfo:
-        """Raises AdapterNotFound, and Unavailable."""
-        info = self._store.delete(name)
+    async def delete(self, name: str, allow: Allow = allow_all) -> AdapterInfo:
+        """Raises what `AdapterStore.delete` raises, and Unavailable."""
+        self._check_open()
+        info = self._store.delete(name, allow)
         await self._record(name)
         return info
 
@@ -246,7 +248,11 @@ class AdapterLoader:
 
     async def _load_once(self, reservation: Reservation, threads: ThreadPoolExecutor) -> None:
         load = partial(self._store.load, reservation)
-        await self._on_thread(partial(self._timed, "load", reservation.entry.name, load), threads)
+        try:
+            await self._on_thread(partial(self._timed, "load", reservation.entry.name, load), threads)
+        except Unavailable as error:
+            self._store.give_up(reservation, str(error))  # it may not have begun
+            raise
 
     async def _restore(self, reservation: Reservation) -> None:
         """As `_load`, of a source that may be out of reach for a while."""
@@ -293,7 +299,7 @@ class AdapterLoader:
         return info
 
     async def _on_thread(self, work: Callable[[], Result], threads: ThreadPoolExecutor) -> Result:
-        future = threads.submit(copy_context().run, work)
+        future = _submit(threads, work)
         self._loads.add(future)
         future.add_done_callback(self._loads.discard)
         return await asyncio.wrap_future(future)
@@ -320,6 +326,23 @@ class AdapterLoader:
             set_span_in_context(asking) if asking is not None else Context(),
             attributes={"weft.adapter.name": name},
         )
+
+
+def _submit(threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Future[Result]:
+    """Raises Unavailable where the system gives no thread; the work is not done then, ever."""
+    is_dropped = False
+
+    def run() -> Result:
+        if is_dropped:
+            raise RuntimeError("whoever asked for it was told that it would not be done")
+        return work()
+
+    try:
+        return threads.submit(copy_context().run, run)
+    except (RuntimeError, MemoryError) as error:
+        is_dropped = True  # it is in line all the same, and a thread may come
+        words = "the system gives no more threads or memory for it, or the server is stopping: try again"
+        raise Unavailable(words) from error
 
 
 def _keep(tasks: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:

@@ -13,10 +13,12 @@ from weft.server.engine.load import EngineInfo
 from weft.v1 import server_pb2 as pb2
 from weft.v1 import server_pb2_grpc
 
-CAPABILITIES = (
-    *("generate", "stream", "chat", "logprobs"),
-    *("tools", "several-answers", "prompt-logprobs", "score", "classify", "embed", "priority", "cache-salt"),
+_GENERATING = (
+    *("generate", "stream", "chat", "logprobs", "tools", "several-answers", "prompt-logprobs", "score"),
     *("json-schema", "regex", "grammar", "choice"),
+)
+_ALWAYS = (
+    *("classify", "embed", "priority", "cache-salt"),
     *("adapters", "adapter-mix", "adapter-update", "adapter-watch", "adapter-check", "capacity-plan"),
 )
 
@@ -36,15 +38,15 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             dtype=self.info.dtype,
             device=self.info.device,
             limits=self._limits(),
-            capabilities=CAPABILITIES,
+            capabilities=(*_GENERATING, *_ALWAYS) if self.info.abilities.generates else _ALWAYS,
         )
 
     def _limits(self) -> pb2.Limits:
         engine, info = self.config.engine, self.info
         return pb2.Limits(
             max_context_tokens=info.context_length,
-            max_prompt_tokens=info.context_length - 1,
-            max_batch_tokens=engine.max_batch_tokens,
+            max_prompt_tokens=info.context_length - info.abilities.generates,
+            max_batch_tokens=info.max_batch_tokens,
             max_running_requests=engine.max_running_requests,
             max_queued_requests=engine.max_queued_requests,
             max_queued_tokens=engine.max_queued_tokens,

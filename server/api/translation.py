@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -15,7 +15,7 @@ from weft.server.api.chat import check_chat
 from weft.server.api.constraint_fields import check_constraint
 from weft.server.api.observing import MAX_REQUEST_ID_CHARACTERS
 from weft.server.api.violations import Number, Range, Violations
-from weft.server.engine.limits import CAUSAL
+from weft.server.engine.limits import Abilities
 from weft.server.engine.request import Pooling, Request, Sampling, Stopping
 from weft.v1 import inference_pb2 as pb2
 
@@ -62,7 +62,6 @@ class RequestLimits:
     """What the loaded model and the configuration allow.
 
     max_requests: to one adapter that can be queued and running at once, as several answers and continuations are.
-    poolings: that the model can answer with; the first where a request names none.
     """
 
     vocab_size: int
@@ -70,7 +69,7 @@ class RequestLimits:
     max_prompt_bytes: int
     max_requests: int
     has_chat_template: bool
-    poolings: tuple[Pooling, ...] = CAUSAL
+    abilities: Abilities = field(default_factory=Abilities)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -156,15 +155,16 @@ def to_pooled_request(request: PooledRequest, metadata: Metadata, limits: Reques
 
 
 def _pooling(request: PooledRequest, limits: RequestLimits, violations: Violations) -> Pooling | None:
-    """A head sees the last token, as in transformers' classes for sequence classification."""
-    able = {POOLINGS[pooling]: pooling for pooling in limits.poolings}
+    """For a head the one that the model's class has."""
+    abilities = limits.abilities
+    able = {POOLINGS[pooling]: pooling for pooling in abilities.poolings}
     if not able:
         violations.add("input", "becomes no vector: the base has no backbone apart from its head")
         return None
     if isinstance(request, pb2.ClassifyRequest):
-        return Pooling.LAST
+        return abilities.class_pooling
     if request.pooling == pb2.POOLING_UNSPECIFIED:
-        return limits.poolings[0]
+        return abilities.poolings[0]
     if request.pooling not in able:
         names = ", ".join(map(pb2.Pooling.Name, able))
         violations.add("pooling", f"is {_pooling_name(request.pooling)}; this base serves {names}")

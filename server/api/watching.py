@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from weft.adapters.records import AdapterEvent, AdapterInfo, EventKind
 from weft.adapters.store import AdapterStore
-from weft.errors import Unavailable
+from weft.errors import Unauthenticated, Unavailable, WeftError
 from weft.server.api.adapter_fields import AdapterFilter
 
 Told = tuple[EventKind, AdapterInfo] | None
@@ -34,7 +34,7 @@ class Watch:
     _untold: dict[str, tuple[AdapterInfo, bool]] = field(default_factory=dict)
     _first: set[str] = field(default_factory=set)
     _told: dict[str, AdapterInfo] = field(default_factory=dict)
-    refusal: str | None = None
+    refusal: WeftError | None = None
     """Why it ends, where it was ended alone."""
     _is_listed: bool = False
 
@@ -55,6 +55,11 @@ class Watch:
         else:
             self._untold.pop(info.name, None)
             self._first.discard(info.name)
+        self.ready.set()
+
+    def end(self, refusal: WeftError) -> None:
+        """Tell nothing more."""
+        self.refusal = refusal
         self.ready.set()
 
     @property
@@ -89,10 +94,14 @@ class Watchers:
         self._refusal: str | None = None
 
     async def watch(self, wanted: AdapterFilter) -> AsyncGenerator[Told]:
-        """First what is there, then None, then what changes. Ends when it is closed, and raises Unavailable then."""
+        """First what is there, then None, then what changes.
+
+        Raises Unavailable when it is closed, Unauthenticated when the token of who asked has expired.
+        """
         self._check_open()
         watch = Watch(wanted)
         self._enter(watch)
+        expiry = _end_with_token(watch)
         try:
             watch.begin(self._store.list())
             while True:
@@ -103,6 +112,8 @@ class Watchers:
                 else:
                     watch.ready.clear()
         finally:
+            if expiry is not None:
+                expiry.cancel()
             self._leave(watch)
 
     def close(self, refusal: str) -> None:
@@ -114,13 +125,13 @@ class Watchers:
     def begin_anew(self) -> None:
         """End every watch, for its caller's rights may be others now; each may be asked for again."""
         for watch in self._watches:
-            watch.refusal = "who may see what has changed: watch again"
-            watch.ready.set()
+            watch.end(Unavailable("who may see what has changed: watch again"))
 
     def _check_open(self, watch: Watch | None = None) -> None:
-        refusal = self._refusal or (watch.refusal if watch is not None else None)
-        if refusal is not None:
-            raise Unavailable(refusal)
+        if self._refusal is not None:
+            raise Unavailable(self._refusal)
+        if watch is not None and watch.refusal is not None:
+            raise watch.refusal
 
     def _enter(self, watch: Watch) -> None:
         if not self._watches:
@@ -151,3 +162,12 @@ class Watchers:
         with self._lock:
             noted, self._latest = self._latest, {}
         return noted.values()
+
+
+def _end_with_token(watch: Watch) -> asyncio.TimerHandle | None:
+    """A watch has no end of its own: it would outlive what let it in."""
+    left_s = watch.wanted.caller.left_s
+    if left_s is None:
+        return None
+    expired = Unauthenticated("the token has expired: watch again with another")
+    return asyncio.get_running_loop().call_later(left_s(), watch.end, expired)

@@ -35,8 +35,11 @@ class Target:
     adapters: tuple[str, ...]
     pool: tuple[int, ...]
 
-    def choose(self, names: Sequence[str], pattern: str | None) -> list[str]:
-        """These, or those that match the pattern, or all. Raises CannotLoad where there are none, or not that one."""
+    def choose(self, names: Sequence[str], pattern: str | None, otherwise: str = "") -> list[str]:
+        """These, or those that match the pattern, or all. Raises CannotLoad where there are none, or not that one.
+
+        otherwise: what can be done where there are none, but to load some.
+        """
         missing = [name for name in names if name.partition("@")[0] not in self.adapters]
         if missing:
             known = ", ".join(self.adapters[:5]) + (", …" if len(self.adapters) > 5 else "")
@@ -44,7 +47,7 @@ class Target:
         if names:
             return list(names)
         if not self.adapters:
-            raise CannotLoad("the server has no adapters: load some with `weft adapters load`, or give --adapters 0")
+            raise CannotLoad(f"the server has no adapters: load some with `weft adapters load`{otherwise}")
         chosen = [name for name in self.adapters if pattern is None or fnmatchcase(name, pattern)]
         if not chosen:
             raise CannotLoad(f"--match is {pattern!r}, which none of the server's {len(self.adapters)} adapters does")

@@ -111,6 +111,19 @@ def check(source: str, server: Endpoint, as_json: bool) -> int:
 
 
 @adapters.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--without-head", is_flag=True, help="Leave an output head beside it out: right if it is the base's own.")
+def convert(folder: Path, output: Path, without_head: bool) -> None:
+    """Make a folder that Weft serves of FOLDER, a bottleneck adapter as AdapterHub's library saves it."""
+    from weft.making.adapterhub import convert as converted  # noqa: PLC0415 - slow to load
+
+    config = converted(folder, output, without_head=without_head)
+    ends = ", ".join(config.target_modules)
+    click.echo(f"{output}: {config.non_linearity} bottlenecks behind {ends}, which read the {config.reads}")
+
+
+@adapters.command()
 @click.argument("name")
 @click.argument("source")
 @server_options

@@ -175,7 +175,8 @@ def load(
         return [Trace(rate, duration, count, skew, gap, prompt, new, seed) for count, skew, gap in each]
 
     _check_count(rate, duration)
-    return _run(Settings(**settings), adapters == (0,), max(adapters or (0,)), prompt_tokens, new_tokens, workloads)
+    base_alone = adapters is not None and not any(adapters)
+    return _run(Settings(**settings), prompt_tokens, new_tokens, workloads, base_alone=base_alone)
 
 
 @bench.command()
@@ -206,7 +207,7 @@ def slora(
         return found
 
     _check_count(rate, duration)
-    return _run(Settings(**settings), False, 0, prompt_tokens, new_tokens, workloads)
+    return _run(Settings(**settings), prompt_tokens, new_tokens, workloads)
 
 
 @bench.command()
@@ -223,7 +224,7 @@ def popularity(
 
         return [Burst(kind, requests, prompt, new, seed) for kind in kinds or POPULARITIES]
 
-    return _run(Settings(**settings), False, 0, prompt_tokens, new_tokens, workloads)
+    return _run(Settings(**settings), prompt_tokens, new_tokens, workloads)
 
 
 def _check_count(rate: float, duration: float) -> None:
@@ -231,12 +232,26 @@ def _check_count(rate: float, duration: float) -> None:
         raise click.UsageError(f"--rate {rate:g} for --duration {duration:g} are {int(rate * duration)} requests")
 
 
-def _run(settings: Settings, base_only: bool, wanted: int, prompt: Lengths, new: Lengths, workloads: Workloads) -> int:
-    """Look at the server, run each workload, print and write what came. Returns the exit code."""
+def _check_choice(settings: Settings, *, base_alone: bool) -> None:
+    """Raises UsageError where what to ask is said twice."""
+    if settings.names and settings.match is not None:
+        raise click.UsageError("--adapter and --match are both given: choose one")
+    if base_alone and (settings.names or settings.match is not None):
+        raise click.UsageError("--adapters 0 asks the base alone: leave --adapter and --match out")
+
+
+def _run(
+    settings: Settings, prompt: Lengths, new: Lengths, workloads: Workloads, *, base_alone: bool | None = None
+) -> int:
+    """Look at the server, run each workload, print and write what came. Returns the exit code.
+
+    base_alone: whether no adapter is asked for; None: the workloads are of adapters.
+    """
     from weft.server.bench.plot import check_can_plot  # noqa: PLC0415
     from weft.server.bench.target import survey  # noqa: PLC0415 - brings the stubs
     from weft.server.bench.workload import fitted  # noqa: PLC0415 - brings numpy
 
+    _check_choice(settings, base_alone=bool(base_alone))
     if settings.plot is not None:
         check_can_plot()
     for path in (settings.output, settings.plot):
@@ -244,7 +259,8 @@ def _run(settings: Settings, base_only: bool, wanted: int, prompt: Lengths, new:
             check_can_write(path)
     with connected(settings.server) as channel:
         target = survey(channel)
-    adapters = [] if base_only else target.choose(settings.names, settings.match)
+    otherwise = "" if base_alone is None else ", or give --adapters 0"
+    adapters = [] if base_alone else target.choose(settings.names, settings.match, otherwise)
     if settings.fit:
         prompt, new = fitted(prompt, new, target.context_tokens)
     target.check_fits(prompt, new)

@@ -21,7 +21,7 @@ _LIKELY = 0.5
 
 @click.command()
 @click.argument("text")
-@click.option("--adapter", required=True, metavar="ID", help="NAME or NAME@sha256:… of a sequence classifier.")
+@click.option("--adapter", default="", metavar="ID", help="A sequence classifier; without it the base's own.")
 @server_options
 @text_options
 @click.option("--json", "as_json", is_flag=True, help="Print what the server says, a line a text.")

@@ -28,17 +28,62 @@ Options = Sequence[tuple[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Who signs the server's certificate, and the client's own and its key; None: the system's, and none."""
+
+    ca: Path | None
+    cert: Path | None
+    key: Path | None
+
+    def read(self) -> Tls:
+        """What they hold now. Raises UsageError."""
+        for option, path, other, other_path in (
+            ("--tls-cert", self.cert, "--tls-key", self.key),
+            ("--tls-key", self.key, "--tls-cert", self.cert),
+        ):
+            if path is not None and other_path is None:
+                raise click.UsageError(f"{option} is given without {other}: a client shows a certificate with both")
+        ca, key = _pem("--tls-ca", self.ca), _pem("--tls-key", self.key, "PRIVATE KEY")
+        return Tls(self, ca, key, _pem("--tls-cert", self.cert))
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """What files hold, in PEM."""
+
+    files: TlsFiles
+    ca: bytes | None
+    key: bytes | None
+    cert: bytes | None
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
+
+    def by_now(self) -> Tls:
+        """The same unless the files have changed, and can be used."""
+        with suppress(click.UsageError):  # they are being replaced
+            return self.files.read()
+        return self
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A server, and how to talk to it.
 
     api_key: or a token; empty for none. api_key_file: that it came from, and comes from again for each call of
-    `channel`: a command that goes on must outlast its key. credentials: None without TLS.
+    `channel`: a command that goes on must outlast its key. tls: None without TLS.
     """
 
     address: str
     api_key: str = field(default="", repr=False)
     api_key_file: Path | None = None
-    credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    tls: Tls | None = field(default=None, repr=False)
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """None without TLS."""
+        return None if self.tls is None else self.tls.credentials
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -47,16 +92,16 @@ class Endpoint:
 
     def channel(self, options: Options) -> grpc.Channel:
         """Its calls bring the metadata with them."""
-        if self.credentials is not None:
-            channel = grpc.secure_channel(self.address, self.credentials, options)
+        if (credentials := self.credentials) is not None:
+            channel = grpc.secure_channel(self.address, credentials, options)
         else:
             channel = grpc.insecure_channel(self.address, options)
         return grpc.intercept_channel(channel, _WithMetadata(self._metadata_by_now)) if self.api_key else channel
 
     def aio_channel(self, options: Options) -> grpc.aio.Channel:
         """Its calls have to be given the metadata."""
-        if self.credentials is not None:
-            return grpc.aio.secure_channel(self.address, self.credentials, options)
+        if (credentials := self.credentials) is not None:
+            return grpc.aio.secure_channel(self.address, credentials, options)
         return grpc.aio.insecure_channel(self.address, options)
 
     def _metadata_by_now(self) -> tuple[tuple[str, str], ...]:
@@ -152,12 +197,12 @@ def _with_server(command: Callable[..., Any], address_option: Callable[[Any], An
         if address is None:
             return command(server=None, **rest)
         host = _host_of(address)
-        files = (tls_ca, tls_cert, tls_key)
-        credentials = _credentials(*files) if tls or any(files) else None
+        files = TlsFiles(tls_ca, tls_cert, tls_key)
+        with_tls = files.read() if tls or any((tls_ca, tls_cert, tls_key)) else None
         key = _api_key(api_key, api_key_file)
-        if key and credentials is None and not _is_loopback(host):
+        if key and with_tls is None and not _is_loopback(host):
             click.echo(f"weft: the API key goes to {address} unencrypted: add --tls", err=True)
-        return command(server=Endpoint(address, key, api_key_file, credentials), **rest)
+        return command(server=Endpoint(address, key, api_key_file, with_tls), **rest)
 
     decorated: Callable[..., Any] = with_server
     for option in reversed((address_option, *_OPTIONS)):
@@ -165,12 +210,39 @@ def _with_server(command: Callable[..., Any], address_option: Callable[[Any], An
     return decorated
 
 
+_ANY_SIZE: Options = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
 @contextmanager
 def connected(server: Endpoint) -> Iterator[grpc.Channel]:
     """A channel; an RPC that fails inside the block ends the command with one line."""
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    with server.channel(options) as channel, failures_in_words(server):
+    with server.channel(_ANY_SIZE) as channel, failures_in_words(server):
         yield channel
+
+
+class Line:
+    """A channel for a command that goes on, made anew by `renew` where the files of TLS have changed."""
+
+    def __init__(self, server: Endpoint) -> None:
+        self.server = server
+        self.channel = server.channel(_ANY_SIZE)
+        self.is_closed = False
+
+    @property
+    def is_stale(self) -> bool:
+        return self.server.tls is not None and self.server.tls.by_now() != self.server.tls
+
+    def renew(self) -> None:
+        """Calls on the channel of before are cancelled."""
+        if self.is_stale and self.server.tls is not None:
+            before = self.channel
+            self.server = replace(self.server, tls=self.server.tls.by_now())
+            self.channel = self.server.channel(_ANY_SIZE)
+            before.close()
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.channel.close()
 
 
 @contextmanager
@@ -196,7 +268,7 @@ def describe(error: grpc.RpcError, server: Endpoint) -> str:
 
 def _no_server(server: Endpoint, details: str) -> str:
     where, is_closed = server.address, "Socket closed" in details or "Connection reset" in details
-    if server.credentials is None:
+    if server.tls is None:
         hint = ", or, if it takes TLS alone, add --tls" if is_closed else ""
         return f"no server answers at {where}: start one with `weft serve`{hint}"
     if "WRONG_VERSION_NUMBER" in details:
@@ -236,18 +308,6 @@ def _api_key(given: str | None, file: Path | None) -> str:
     if key and not can_be_sent(key):
         raise click.UsageError(f"{where} holds no key: one is a single word of letters, digits and signs")
     return key
-
-
-def _credentials(ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials:
-    for option, path, other, other_path in (
-        ("--tls-cert", cert, "--tls-key", key),
-        ("--tls-key", key, "--tls-cert", cert),
-    ):
-        if path is not None and other_path is None:
-            raise click.UsageError(f"{option} is given without {other}: a client shows a certificate with both")
-    return grpc.ssl_channel_credentials(
-        _pem("--tls-ca", ca), _pem("--tls-key", key, "PRIVATE KEY"), _pem("--tls-cert", cert)
-    )
 
 
 def _pem(option: str, path: Path | None, kind: str = "CERTIFICATE") -> bytes | None:

@@ -1,5 +1,7 @@
 """`weft demo`: the real server on loopback, one mixed batch through the real client, the answers checked.
 
+Beside the generators, one adapter tells kinds of texts apart, and one is asked how likely given answers are.
+
 What it shows of the server comes from the server's own ports: answers and ranks over gRPC, steps from the metrics.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from weft.demo import tasks
+from weft.demo import kinds, tasks
 from weft.server.cli.client import failures_in_words
 from weft.server.cli.output import wide_console
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
@@ -29,6 +32,7 @@ from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2_grpc
 from weft.v1 import inference_pb2 as pb2
 
 MIN_ADAPTERS = 8
+SCORED = "sentiment"
 MAX_TOKENS = 48
 
 
@@ -55,6 +59,22 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an adapter makes of given answers: how likely each is."""
+
+    question: Question
+    probabilities: Mapping[str, float]
+
+    @property
+    def best(self) -> str:
+        return max(self.probabilities, key=lambda answer: self.probabilities[answer])
+
+    @property
+    def is_right(self) -> bool:
+        return self.best == self.question.expected
+
+
+@dataclass(frozen=True, slots=True)
 class Batching:
     """What the metrics say of the engine's steps."""
 
@@ -65,12 +85,17 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that a run of the demo brought. base: the base's own answer to the first question."""
+    """All that a run of the demo brought. base: the base's own answer to the first question.
+
+    kind: by a classifier's head; score: by the probabilities of given answers.
+    """
 
     startup_line: str
     ranks: Mapping[str, Sequence[int]]
     replies: Sequence[Reply]
     base: Reply
+    kind: Verdict
+    score: Verdict
     batching: Batching
 
     @property
@@ -79,7 +104,8 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        return self.num_right == len(self.replies) and self.batching.max_adapters > 1
+        answers: list[Reply | Verdict] = [*self.replies, self.kind, self.score]
+        return all(answer.is_right for answer in answers) and self.batching.max_adapters > 1
 
 
 @click.command()
@@ -106,7 +132,7 @@ def demo(seed: int, per_task: int, folder: Path | None) -> int:
     logging.getLogger("weft").setLevel(logging.WARNING)
     console = wide_console()
     with console.status("loading the base and its adapters"), failures_in_words():
-        outcome = asyncio.run(_run(config, questions))
+        outcome = asyncio.run(_run(config, questions, seed))
     _show(outcome, console)
     return 0 if outcome.is_good else 1
 
@@ -114,9 +140,11 @@ def demo(seed: int, per_task: int, folder: Path | None) -> int:
 def choose_questions(place: Path, seed: int, num_each: int) -> list[Question]:
     """Held-out examples of every task that has an adapter. Raises click.ClickException where there is no demo."""
     names = [name for name in tasks.TASKS if (place / "adapters" / name).is_dir()]
-    if not (place / "base").is_dir() or len(names) < MIN_ADAPTERS:
+    others = [place / "base", *(place / "adapters" / name for name in (kinds.ADAPTER, SCORED))]
+    if not all(map(Path.is_dir, others)) or len(names) < MIN_ADAPTERS:
         raise click.ClickException(
-            f"{place} holds no base and {MIN_ADAPTERS} adapters: make them with `python -m weft.demo.train`"
+            f"{place} holds no base, {MIN_ADAPTERS} adapters and a classifier: make them with "
+            "`python -m weft.demo.train`, and the classifier as weft.demo.kinds says"
         )
     return [
         Question(name, tasks.prompt(example.text), example.answer)
@@ -125,7 +153,7 @@ def choose_questions(place: Path, seed: int, num_each: int) -> list[Question]:
     ]
 
 
-async def _run(config: ServerConfig, questions: Sequence[Question]) -> Outcome:
+async def _run(config: ServerConfig, questions: Sequence[Question], seed: int) -> Outcome:
     # Bring torch and transformers, which no other command should wait for.
     from weft.server import app  # noqa: PLC0415
     from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
@@ -137,7 +165,11 @@ async def _run(config: ServerConfig, questions: Sequence[Question]) -> Outcome:
                 "inference_pb2_grpc.InferenceServiceAsyncStub", inference_pb2_grpc.InferenceServiceStub(channel)
             )
             adapters = cast("adapter_pb2_grpc.AdapterServiceAsyncStub", adapter_pb2_grpc.AdapterServiceStub(channel))
-            replies = await asyncio.gather(*(_ask(inference, question) for question in questions))
+            replies, kind, score = await asyncio.gather(
+                asyncio.gather(*(_ask(inference, question) for question in questions)),
+                _classify(inference, seed),
+                _score(inference, seed),
+            )
             base = await _ask(inference, replace(questions[0], adapter=""))
             listed = await adapters.ListAdapters(adapter_pb2.ListAdaptersRequest())
         return Outcome(
@@ -145,6 +177,8 @@ async def _run(config: ServerConfig, questions: Sequence[Question]) -> Outcome:
             ranks={adapter.name: adapter.ranks for adapter in listed.adapters},
             replies=replies,
             base=base,
+            kind=kind,
+            score=score,
             batching=await asyncio.to_thread(_batching, server.metrics_address),
         )
 
@@ -160,6 +194,23 @@ async def _ask(stub: inference_pb2_grpc.InferenceServiceAsyncStub, question: Que
         first = first or time.perf_counter()
         text += message.text
     return Reply(question, text, (first or time.perf_counter()) - started)
+
+
+async def _classify(stub: inference_pb2_grpc.InferenceServiceAsyncStub, seed: int) -> Verdict:
+    example = kinds.examples(tasks.HELD_OUT, 1, seed)[0]
+    response = await stub.Classify(pb2.ClassifyRequest(adapter_id=kinds.ADAPTER, text=example.text))
+    question = Question(kinds.ADAPTER, example.text, example.answer)
+    return Verdict(question, {each.label: each.score for each in response.scores})
+
+
+async def _score(stub: inference_pb2_grpc.InferenceServiceAsyncStub, seed: int) -> Verdict:
+    example = tasks.TASKS[SCORED].examples(tasks.HELD_OUT, 1, seed)[0]
+    question = Question(SCORED, tasks.prompt(example.text), example.answer)
+    answers = ("positive", "negative")
+    response = await stub.Score(pb2.ScoreRequest(adapter_id=SCORED, text=question.prompt, continuations=answers))
+    return Verdict(
+        question, {each: math.exp(score.logprob) for each, score in zip(answers, response.scores, strict=True)}
+    )
 
 
 def _batching(metrics_address: str) -> Batching:
@@ -187,6 +238,11 @@ def _show(outcome: Outcome, console: Console) -> None:
     base, batching = outcome.base, outcome.batching
     console.print(Text(outcome.startup_line))
     console.print(_table(outcome))
+    kind, score = outcome.kind, outcome.score
+    console.print(
+        Text(f"{kind.question.adapter}, by a head of its own, classifies {kind.question.prompt!r}: {_told(kind)}")
+    )
+    console.print(Text(f"{score.question.adapter} scores two answers to {score.question.prompt!r}: {_told(score)}"))
     console.print(
         Text(f"The base alone, asked {base.question.prompt!r}, answers {base.text!r}, not {base.question.expected!r}.")
         if not base.is_right
@@ -199,6 +255,13 @@ def _show(outcome: Outcome, console: Console) -> None:
             f"{batching.max_adapters} different adapters."
         )
     )
+
+
+def _told(verdict: Verdict) -> str:
+    """How likely the likeliest answers are, and whether the first is right."""
+    likely = sorted(verdict.probabilities.items(), key=lambda each: -each[1])[:3]
+    shown = ", ".join(f"{answer} {probability:.1%}" for answer, probability in likely)
+    return f"{shown} ✓" if verdict.is_right else f"{shown} ✗ (it is {verdict.question.expected})"
 
 
 def _table(outcome: Outcome) -> Table:

@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from weft.server.api.access.access_file import EVERYBODY_ELSE
 from weft.server.api.access.keys import MIN_CHARACTERS, can_be_sent, digest_of, new_key
 
 MAX_NAME_CHARACTERS = 256
@@ -24,6 +25,10 @@ def new(name: str) -> None:
     """Print a new key for the caller NAME, this once, and the lines for the access file."""
     if not 1 <= len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
         raise click.UsageError(f"NAME must have 1 to {MAX_NAME_CHARACTERS} printable characters")
+    if name == EVERYBODY_ELSE:
+        raise click.UsageError(
+            f"NAME is {EVERYBODY_ELSE!r}, which stands for the callers of tokens and can't have a key: give a name"
+        )
     key = new_key()
     table = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
     click.echo(f"The key of {name}, shown this once:\n\n    {key}\n\nFor the access file:\n")

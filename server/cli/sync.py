@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 import grpc
@@ -17,7 +18,7 @@ from watchfiles import Change, watch
 
 from weft.errors import InvalidConfig
 from weft.server.cli.adapters import pages
-from weft.server.cli.client import Endpoint, connected, describe, server_options
+from weft.server.cli.client import Endpoint, Line, describe, failures_in_words, server_options
 from weft.server.cli.declared import read
 from weft.server.cli.syncing import Step, steps_to, take_all
 from weft.v1 import adapter_pb2 as pb2
@@ -51,11 +52,14 @@ class _Sync:
     """path: of the declaration. owner: whose adapters those are that may be deleted."""
 
     path: Path
-    server: Endpoint
-    stub: adapter_pb2_grpc.AdapterServiceStub
+    line: Line
     owner: str
     prune: bool
     said: _Said = field(default_factory=_Said)
+
+    @property
+    def stub(self) -> adapter_pb2_grpc.AdapterServiceStub:
+        return adapter_pb2_grpc.AdapterServiceStub(self.line.channel)
 
     def plan(self) -> list[Step]:
         """Raises InvalidConfig and grpc.RpcError."""
@@ -69,7 +73,7 @@ class _Sync:
 
     def once(self) -> bool:
         """Take every step; whether everything is as declared then. Raises InvalidConfig and grpc.RpcError."""
-        for step, failure in take_all(self.plan(), self.stub, lambda error: describe(error, self.server)):
+        for step, failure in take_all(self.plan(), self.stub, lambda error: describe(error, self.line.server)):
             if failure:
                 self.said.problem(f"{step.adapter.name} was not {step.verb.done}: {failure}")
             else:
@@ -86,6 +90,7 @@ class _Sync:
             threading.Thread(target=follow, args=(wake,), daemon=True).start()
         while True:
             wake.clear()
+            self.line.renew()
             try:
                 self.once()
                 if ready_file is not None:
@@ -93,7 +98,7 @@ class _Sync:
             except InvalidConfig as error:
                 self.said.problem(str(error))
             except grpc.RpcError as error:
-                self.said.problem(describe(error, self.server))
+                self.said.problem(describe(error, self.line.server))
             self.said.turn()
             wake.wait(interval_s)
 
@@ -116,16 +121,12 @@ class _Sync:
                 for event in self.stub.WatchAdapters(pb2.WatchAdaptersRequest()):
                     if event.kind in (pb2.ADAPTER_EVENT_KIND_LISTED, pb2.ADAPTER_EVENT_KIND_DELETED):
                         wake.set()
-            except grpc.RpcError as error:
-                if _code(error) is grpc.StatusCode.CANCELLED:
+            except (grpc.RpcError, ValueError):  # gRPC's own for a channel that was closed a moment ago
+                if self.line.is_closed:
                     return
+                if self.line.is_stale:  # the server may have the certificate that was to come
+                    wake.set()
             time.sleep(RECONNECT_S)
-
-
-def _code(error: Any) -> grpc.StatusCode:
-    """Of an error that a stub raised, which is a call too."""
-    code: grpc.StatusCode = error.code()
-    return code
 
 
 @click.command()
@@ -174,8 +175,8 @@ def sync(
         raise click.UsageError("--dry-run and --watch contradict each other; choose one")
     if not owner:
         raise click.UsageError("--managed-by is empty; must be a text")
-    with connected(server) as channel:
-        syncing = _Sync(file.absolute(), server, adapter_pb2_grpc.AdapterServiceStub(channel), owner, prune)
+    with closing(Line(server)) as line, failures_in_words(server):
+        syncing = _Sync(file.absolute(), line, owner, prune)
         if dry_run:
             for step in syncing.plan():
                 click.echo(f"would {step.verb} {step.what}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +34,9 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(1)
+_MAX_LAYERS = 10_000
 _POSITIVE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0, 1, max_open=True)
-
-
-@contextmanager
-def training_extra(command: str) -> Iterator[None]:
-    """Around imports of what comes with the extra `train`. Raises ClickException where it is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{command} needs {error.name}: pip install 'weft[train]'") from None
 
 
 def _names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
@@ -58,7 +49,7 @@ def _layers(_context: click.Context, _option: click.Parameter, text: str) -> tup
     for part in text.split(",") if text else ():
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _MAX_LAYERS):
             raise click.UsageError(f"--layers is {text!r}; must be layers and ranges of them, such as 0-3,5")
         layers |= set(range(int(first), int(last) + 1))
     return tuple(sorted(layers))
@@ -169,17 +160,28 @@ def _with(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 def train(model: str, output: Path, server: Endpoint | None, pushed_name: str | None, **given: Any) -> None:
     """Train an adapter, which `weft serve` serves and PEFT loads."""
     config = _config(model, output, given)
-    with training_extra("weft train"):
+    try:
         from weft.making.training import train as run  # noqa: PLC0415 - an extra, and slow
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"weft train needs {error.name}: pip install 'weft[train]'") from None
     from weft.server.cli.quiet import quiet_transformers  # noqa: PLC0415
 
     quiet_transformers()
     warnings.simplefilter("ignore")  # advice of the libraries to each other
-    trained, is_first = run(config, shlex.join(["weft", *sys.argv[1:]]))
+    trained, is_first = run(config, _command(sys.argv[1:]))
     if is_first:
         _tell(trained)
         if server is not None:
             push(server, pushed_name or output.name, output)
+
+
+def _command(words: Sequence[str]) -> str:
+    """As it was typed, for the model card; without the key, which others will read there."""
+    shown = ["weft"]
+    for word in words:
+        is_key = shown[-1] == "--api-key"
+        shown.append("…" if is_key else "--api-key=…" if word.startswith("--api-key=") else word)
+    return shlex.join(shown)
 
 
 def _config(model: str, output: Path, given: dict[str, Any]) -> TrainConfig:

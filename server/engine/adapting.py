@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from weft.kernels.bottleneck import NativeBottleneck, together_of
 from weft.kernels.lora import AddLora
 from weft.kernels.plan import Plan
 from weft.kernels.site import SiteGroup
-from weft.server.engine.step import current_step
+from weft.server.engine.step import RESIDUAL, current_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,14 @@ class Adapting:
         for index, module in enumerate(modules if plan.patches else ()):
             wholes = rows if len(modules) == 1 or group is None else [rows[0][:, group.sites[index].columns]]
             for patched in plan.patches.get(module, ()):
+                if isinstance(patched.patch, NativeBottleneck):
+                    continue
                 mine = [rows_of(tensor, plan.num_tokens)[patched.rows] for tensor in inputs]
                 made = patched.patch.apply(wholes[0][patched.rows], mine, patched.weight)
                 for whole, part in zip(wholes, as_tuple(made), strict=True):
                     whole[patched.rows] = part
+            if (bottlenecks := plan.layout(together_of).get(module)) is not None:
+                bottlenecks.add(wholes[0], rows_of(inputs[-1], plan.num_tokens))
         if group is not None:
             self.add_lora(rows[0], rows_of(inputs[0], plan.num_tokens), group, plan)
 
@@ -54,6 +59,18 @@ def let_adapt(model: nn.Module, names: Iterable[str]) -> None:
     """Have the running step change what these modules give."""
     for name in names:
         model.get_submodule(name).register_forward_hook(_Hook(name))
+
+
+def keep_residual(model: nn.Module, norms: Iterable[str]) -> None:
+    """Have the running step keep the residual stream that these norms read, for the sub-layers behind them."""
+    for name in norms:
+        model.get_submodule(name).register_forward_hook(_keep)
+
+
+def _keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+    step = current_step()
+    if step is not None:
+        step.shared[RESIDUAL] = (inputs[0],)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from weft.errors import InvalidModel
 from weft.kernels.attention import DTYPES, PagedAttention, Run
 from weft.kernels.lora import has_triton
 from weft.kernels.native import Native
+from weft.kernels.plan import Plan
 from weft.server.engine.adapting import Adapting
 from weft.server.engine.batch import Batch
 from weft.server.engine.decode_attention import InPlaceDecodes
@@ -44,13 +45,15 @@ def _attend(
     An argument that would change the result and is not honoured refuses the model.
     """
     step = current_step()
+    causal = rest.get("is_causal", getattr(module, "is_causal", True)) is not False
     layer = getattr(module, "layer_idx", None)
-    causal = rest.get("is_causal", getattr(module, "is_causal", True))
+    if layer is None and not causal:
+        layer = id(module)  # an encoder's layers have only to be told apart
     if step is None or not isinstance(layer, int):
-        raise InvalidModel(f"{type(module).__name__} attends outside of a numbered decoder layer")
-    if attention_mask is not None or rest.get("position_bias") is not None or causal is False:
-        raise InvalidModel(f"{type(module).__name__} needs a mask, a bias or bidirectional attention")
-    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+        raise InvalidModel(f"{type(module).__name__} attends outside of a numbered layer")
+    if attention_mask is not None or rest.get("position_bias") is not None:
+        raise InvalidModel(f"{type(module).__name__} needs a mask or a bias")
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux, causal)
     return step.attend(layer, query[0], key[0], value[0], options)[None], None
 
 
@@ -71,10 +74,22 @@ class WholePrompt:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        return attend(query[None], key[None], value[None], None, options, causal=True)[0].transpose(0, 1)
+        return attend(query[None], key[None], value[None], None, options, causal=options.causal)[0].transpose(0, 1)
 
     def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """The base's output stays as it is."""
+
+
+class AfterBackbone(WholePrompt):
+    """What comes after an encoder's backbone, on pooled vectors; plan: None where no adapter has a part in it."""
+
+    def __init__(self, adapting: Adapting, plan: Plan | None) -> None:
+        super().__init__()
+        self._adapting, self._plan = adapting, plan
+
+    def adapt(self, modules: tuple[str, ...], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        if self._plan is not None:
+            self._adapting.adapt(self._plan, modules, inputs, outputs)
 
 
 class PagedStep:
@@ -145,6 +160,7 @@ class InPlace:
             window=options.window,
             softcap=options.softcap,
             sinks=options.sinks,
+            causal=options.causal,
         )
 
 

@@ -193,7 +193,7 @@ class Engine:
             batch, logits, hidden = launched.batch, launched.made.logits, launched.made.hidden
             reports = [self._reporter.prompt(rows, logits) for rows in batch.prompt_rows]
             finite = are_finite(_rows(logits, [checked.row for checked in batch.checked_rows]))
-            pooled = pool(hidden, batch.pooled) if hidden is not None else []
+            pooled = pool(hidden, batch.pooled, self._model) if hidden is not None else []
             draws = self._sample(sampled, _rows(logits, batch.sample_rows))
             self._ahead.follow(picked, [draw.tokens for draw in draws], was_ahead=was_ahead)
             samples = _by_item(sampled, draws)

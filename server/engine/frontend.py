@@ -202,7 +202,7 @@ class Frontend:
     def _acquire(self, request: Request) -> tuple[AdapterRef, ...]:
         adapters = self._store.acquire_all(request.adapters)
         try:
-            check_use(request, adapters)
+            check_use(request, adapters, self._engine.limits.abilities)
         except InvalidRequest:
             for ref in adapters:
                 self._store.release(ref)

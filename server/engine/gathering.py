@@ -135,22 +135,24 @@ class Gathering:
         """query: [heads, n, d] -> [n, heads, d_v]: some tokens of one sequence, over all of it so far."""
         key = self._cache.read(keys, chunk.blocks)[: chunk.context].transpose(0, 1)[None]
         value = self._cache.read(values, chunk.blocks)[: chunk.context].transpose(0, 1)[None]
-        mask = self._mask(chunk, options.window)
-        return attend(query[None], key, value, mask, options, causal=mask is None)[0].transpose(0, 1)
+        mask = self._mask(chunk, options)
+        causal = mask is None and options.causal
+        return attend(query[None], key, value, mask, options, causal=causal)[0].transpose(0, 1)
 
-    def _mask(self, chunk: Chunk, window: int | None) -> torch.Tensor | None:
-        """What a chunk's rows see, made once for all layers of a kind; None where plain causality says it."""
-        if (chunk.start, window) not in self._masks:
+    def _mask(self, chunk: Chunk, options: AttentionOptions) -> torch.Tensor | None:
+        """What a chunk's rows see, made once for all layers of a kind; None where causality alone says it, or all."""
+        key = (chunk.start, options.window)
+        if key not in self._masks:
             whole = chunk.num_tokens == chunk.context
-            windowed = window is not None and chunk.context > window
+            windowed = options.window is not None and chunk.context > options.window
             plain = whole and not windowed
-            self._masks[chunk.start, window] = None if plain else _chunk_mask(chunk, window, self._batch.slots.device)
-        return self._masks[chunk.start, window]
+            self._masks[key] = None if plain else _chunk_mask(chunk, options, self._batch.slots.device)
+        return self._masks[key]
 
 
-def _chunk_mask(chunk: Chunk, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [n, context]: query i of the chunk sees the tokens up to its own, the last `window` of them."""
+def _chunk_mask(chunk: Chunk, options: AttentionOptions, device: torch.device) -> torch.Tensor:
+    """bool [n, context]: query i of the chunk sees the tokens up to its own, or all, those in the window of them."""
     queries = torch.arange(chunk.context - chunk.num_tokens, chunk.context, device=device)[:, None]
     keys = torch.arange(chunk.context, device=device)[None, :]
-    visible = keys <= queries
-    return visible if window is None else visible & (keys > queries - window)
+    window = chunk.context if options.window is None else options.window
+    return (keys > queries - window) & (keys < queries + (1 if options.causal else window))

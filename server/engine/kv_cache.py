@@ -29,6 +29,7 @@ class KvCache:
     """Keys and values of every layer: [slots, kv_heads, d], zero-filled, addressed by slot.
 
     There is one block more than asked for, from spare_slot on: rows that are only there to fill up a step write there.
+    in_turn: layers of one shape use one place in turn, where nothing is kept from step to step.
     """
 
     def __init__(
@@ -38,19 +39,23 @@ class KvCache:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        in_turn: bool = False,
     ) -> None:
         slots = (num_blocks + 1) * block_tokens
         self.spare_slot = slots - block_tokens
         self.dtype = dtype
         self.device = device
         self.block_tokens = block_tokens
-        self.layers = {
-            layer: (
+        places = {shape if in_turn else layer: shape for layer, shape in shapes.items()}
+        made = {
+            place: (
                 lazy_zeros(slots, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
                 lazy_zeros(slots, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
             )
-            for layer, shape in shapes.items()
+            for place, shape in places.items()
         }
+        self.layers = {layer: made[shape if in_turn else layer] for layer, shape in shapes.items()}
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero blocks whose content was never seen to be finite: masked out is not enough, since 0 * NaN is NaN."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from weft.adapters.classes import Classes
 from weft.adapters.residency import AdapterRef
-from weft.errors import InvalidRequest
+from weft.errors import InvalidRequest, Unsupported
 from weft.server.engine.request import Pooling, Request
 
 CAUSAL = (Pooling.LAST, Pooling.MEAN)
@@ -14,22 +15,38 @@ CAUSAL = (Pooling.LAST, Pooling.MEAN)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """context_length: prompt and answer together, in tokens. poolings: that the model can answer with, the usual first.
+class Abilities:
+    """What a model can be asked for.
 
-    is_by_cache: whether the context length is what the KV cache holds, and the model could do more.
+    generates: whether it has logits of tokens. poolings: that it can answer with, the usual first. class_pooling: the
+    one that a sequence classifier's head sees. classes: of the checkpoint's own head; None where it has none.
+    """
+
+    generates: bool = True
+    poolings: tuple[Pooling, ...] = CAUSAL
+    class_pooling: Pooling = Pooling.LAST
+    classes: Classes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """context_length: prompt and answer together, in tokens.
+
+    is_by_cache: whether that is what the KV cache holds, and the model could do more.
     """
 
     context_length: int
     vocab_size: int
     is_by_cache: bool = False
-    poolings: tuple[Pooling, ...] = CAUSAL
+    abilities: Abilities = field(default_factory=Abilities)
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for a prompt that can't be run: empty, too long, or of tokens that don't exist.
 
-        And for a pooling that the model has not.
+        And for a pooling that the model has not; Unsupported for tokens where it gives none.
         """
+        if request.pooling is None and not self.abilities.generates:
+            raise Unsupported("the base is an encoder, which gives no text and no scores: ask for Classify or Embed")
         if not request.prompt:
             raise InvalidRequest.of("prompt", "is empty: give at least one token")
         longest = self.context_length - (request.stopping.max_tokens > 0)
@@ -41,16 +58,19 @@ class Limits:
                 "prompt",
                 f"holds token id {max(request.prompt)}; the vocabulary ends at {self.vocab_size - 1}",
             )
-        if request.pooling is not None and request.pooling not in self.poolings:
-            able = ", ".join(pooling.name for pooling in self.poolings) or "no pooling at all"
+        poolings = self.abilities.poolings
+        if request.pooling is not None and request.pooling not in poolings:
+            able = ", ".join(pooling.name for pooling in poolings) or "no pooling at all"
             raise InvalidRequest.of("pooling", f"is {request.pooling.name}; this base serves {able}")
 
 
-def check_use(request: Request, adapters: Sequence[AdapterRef]) -> None:
+def check_use(request: Request, adapters: Sequence[AdapterRef], abilities: Abilities) -> None:
     """Raises InvalidRequest where adapters were not made for what is asked: a classifier's head gives no tokens."""
     path = "adapter_id" if len(adapters) < 2 else "adapters"
     names = ", ".join(ref.name for ref in adapters)
     if request.through_head:
+        if not adapters and abilities.classes is not None:
+            return
         if not adapters:
             words = "is empty, and the base has no classification head: name an adapter that has one"
             raise InvalidRequest.of(path, words)

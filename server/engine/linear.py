@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from weft.adapters.base import Function, Parameters
 from weft.kernels.linear import PackedLinear
 from weft.kernels.native import FORMATS, Native
-from weft.server.engine.step import current_step
+from weft.server.engine.step import RESIDUAL, current_step
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,11 +32,15 @@ def is_linear(module: nn.Module) -> bool:
 class Joint:
     """Linear modules that read the same x, or one alone: one product, and one change by the step's adapters, for all.
 
-    names: of the modules, in the order of their columns in y. d_in, d_out: columns of x, and of y.
+    names: of the modules, in the order of their columns in y. d_in, d_out: columns of x, and of y. ends_sub_layer:
+    whether y is added to the residual stream, which adapters then see too.
     """
 
-    def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], native: Native | None) -> None:
+    def __init__(
+        self, names: Sequence[str], modules: Sequence[nn.Module], native: Native | None, *, ends_sub_layer: bool = False
+    ) -> None:
         self.names = tuple(names)
+        self._ends_sub_layer = ends_sub_layer
         weights = [read(module, "weight") for module in modules]
         stops = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
         self.columns = [slice(stop - len(weight), stop) for weight, stop in zip(weights, stops, strict=True)]
@@ -48,7 +52,8 @@ class Joint:
         y = self._product(x)
         step = current_step()
         if step is not None:
-            step.adapt(self.names, (x,), (y,))
+            inputs = (x, *step.shared.get(RESIDUAL, ())) if self._ends_sub_layer else (x,)
+            step.adapt(self.names, inputs, (y,))
         return y
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -90,11 +95,16 @@ class FrozenLinear(nn.Module):
         return self.joint.part(self.index, x)
 
 
-def freeze(model: nn.Module, groups: Iterable[Sequence[str]], native: Native | None) -> None:
-    """Put a `FrozenLinear` in the place of each named module; the modules of a group read the same x."""
+def freeze(
+    model: nn.Module, groups: Iterable[Sequence[str]], native: Native | None, sub_layer_ends: Container[str] = ()
+) -> None:
+    """Put a `FrozenLinear` in the place of each named module; the modules of a group read the same x.
+
+    sub_layer_ends: those whose output is added to the residual stream.
+    """
     for names in groups:
         modules = [model.get_submodule(name) for name in names]
-        joint = Joint(names, modules, native)
+        joint = Joint(names, modules, native, ends_sub_layer=names[0] in sub_layer_ends)
         for index, (name, module) in enumerate(zip(names, modules, strict=True)):
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, FrozenLinear(module, joint, index))
@@ -108,10 +118,10 @@ def read(module: nn.Module, key: str) -> torch.Tensor:
 
 
 def linear_with(parameters: Parameters, *, is_conv1d: bool) -> Function:
-    """The function of a linear module with these parameters, `weight` in the module's own layout."""
+    """The function of a linear module, of its first input, with these parameters, `weight` in the module's layout."""
     weight, bias = parameters["weight"], parameters.get("bias")
     weight = weight.t() if is_conv1d else weight
-    return lambda x: functional.linear(x, weight, bias)
+    return lambda x, *_: functional.linear(x, weight, bias)
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

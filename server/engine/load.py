@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,14 +26,13 @@ from weft.server.engine.engine import Engine
 from weft.server.engine.fairness import FairQueue
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.kv_cache import KvCache
-from weft.server.engine.limits import Limits
+from weft.server.engine.limits import Abilities, Limits
 from weft.server.engine.means import backend_for, means_of
 from weft.server.engine.memory import host_memory, memory_of
 from weft.server.engine.model import PagedModel, check_path, load_model, resolve_device
 from weft.server.engine.pacing import FLOOR_BLOCKS, Pace
 from weft.server.engine.parity import AdapterProbe
 from weft.server.engine.probe import Expectation, expect, probe
-from weft.server.engine.request import Pooling
 from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import NEVER
 from weft.server.engine.sizing import (
@@ -70,7 +69,8 @@ class EngineInfo:
     adapter_pages: int
     page_rows: int
     eos_token_ids: frozenset[int]
-    poolings: tuple[Pooling, ...]
+    abilities: Abilities
+    max_batch_tokens: int
     startup_line: str
 
 
@@ -96,10 +96,11 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     check_path(config.model.path)
     tokenizer = _load_tokenizer(config.model.path)
     model = load_model(config.model, native)
+    settings = _for_whole_prompts(settings, model) if model.runs_whole else settings
     expected = expect(model)
     room = adapter_room(model, settings, memory_of(model.device), host_memory())
     rows = row_dtype(model.dtype, settings)
-    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows))
+    pages = PagePool(model.base, PageConfig(room.pages + 1, model.dtype, model.device, rows, native))
     backend = backend_for(model.device, settings.lora_backend, has_native=native is not None)
     fitted = _fit(model, settings, pages, room, expected, backend)
     pool, kv_tokens = fitted.pool, fitted.pool.capacity * settings.block_tokens
@@ -107,9 +108,9 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
     policy = Policy(settings.allow_no_effect, adapter_probe)
     store = AdapterStore(pages, sources, time.time, room.host_bytes, metrics, policy)
     context_length, allowed = (_context_length(model, settings, tokens) for tokens in (kv_tokens, 1 << 62))
-    limits = Limits(context_length, model.vocab_size, context_length < allowed, model.poolings)
+    limits = Limits(context_length, model.vocab_size, context_length < allowed, model.abilities)
     model.check_position(limits.context_length - 1)
-    means = means_of(model.device, backend) if settings.cuda_graphs else None
+    means = means_of(model.device, backend) if settings.cuda_graphs and not model.runs_whole else None
     if means is not None:
         width = pool.blocks_for(limits.context_length)
         model.capture(means, settings.max_running_requests, width).warm_up()
@@ -126,6 +127,7 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
             Pace(settings.target_step_ms / 1000, FLOOR_BLOCKS * settings.block_tokens),
             prefix_cache=settings.prefix_cache,
             max_reported=_max_reported(model),
+            whole_prompts=model.runs_whole,
         ),
         limits=limits,
         decode=_decoder(tokenizer),
@@ -146,20 +148,45 @@ def load_engine(config: ServerConfig, metrics: Metrics) -> LoadedEngine:
         device=str(model.device),
         context_length=limits.context_length,
         vocab_size=limits.vocab_size,
-        kv_tokens=kv_tokens,
+        kv_tokens=0 if model.runs_whole else kv_tokens,
         adapter_pages=room.pages,
         page_rows=PAGE_ROWS,
         eos_token_ids=eos_token_ids,
-        poolings=model.poolings,
+        abilities=limits.abilities,
+        max_batch_tokens=settings.max_batch_tokens,
         startup_line=(
             f"{type(model.model).__name__} in {dtype} on {_describe(model)}, {fitted.error:.1e} from transformers' "
-            f"own; fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts up to "
-            f"{limits.context_length:,}, and {describe_pages(room.pages)} of {PAGE_ROWS} rank rows "
-            f"in {_name(rows)} ({mib(pages.page_bytes)} each) over {len(pages.sites)} modules; a step takes up to "
-            f"{mib(fitted.step_bytes)}"
+            f"own; {_capacity(model, kv_tokens)} up to {limits.context_length:,}, and {describe_pages(room.pages)} of "
+            f"{PAGE_ROWS} rank rows in {_name(rows)} ({mib(pages.page_bytes)} each) over {len(pages.sites)} modules; a "
+            f"step takes up to {mib(fitted.step_bytes)}"
         ),
     )
-    return LoadedEngine(engine, store, tokenizer, info, _compiler(tokenizer, model.vocab_size, eos_token_ids))
+    if limits.abilities.generates:
+        compiler = _compiler(tokenizer, model.vocab_size, eos_token_ids)
+    else:
+        compiler = Compiler(UnsupportedTokenizer("an encoder gives no answers"))
+    return LoadedEngine(engine, store, tokenizer, info, compiler)
+
+
+def _for_whole_prompts(settings: EngineConfig, model: PagedModel) -> EngineConfig:
+    """The settings of a model that runs each prompt in one step: the longest fits in it. Raises InvalidConfig."""
+    if settings.kv_tokens is not None:
+        name = type(model.model).__name__
+        raise InvalidConfig(f"--kv-tokens is {settings.kv_tokens}; {name} keeps no KV cache: leave the option out")
+    longest = settings.context_length or model.context_length or settings.max_batch_tokens
+    return replace(
+        settings,
+        context_length=longest,
+        max_batch_tokens=max(settings.max_batch_tokens, longest),
+        prefix_cache=False,
+        speculative_tokens=0,
+    )
+
+
+def _capacity(model: PagedModel, kv_tokens: int) -> str:
+    if model.runs_whole:
+        return "an encoder: no KV cache, prompts"
+    return f"fits {kv_tokens:,} tokens of KV cache ({mib(kv_tokens * model.token_bytes)}), contexts"
 
 
 def _native(config: ServerConfig) -> Native | None:
@@ -203,7 +230,7 @@ def _fit(
     if settings.kv_tokens is not None and settings.kv_tokens <= least - settings.block_tokens:
         raise InvalidConfig(f"--kv-tokens is {settings.kv_tokens}; must be at least {least}")
     longest = min(n for n in (settings.context_length, model.context_length, settings.kv_tokens, NEVER) if n) - 1
-    trial = Trial.of(settings, model.device, longest, _max_reported(model))
+    trial = Trial.of(settings, model.device, longest, _max_reported(model), whole=model.runs_whole)
     small = trial.pool(least)
     compiler = compiler_for(model.device) if settings.compile else None
     model.attach(_cache(model, small), pages.groups, backend, compiler)
@@ -283,7 +310,9 @@ def _eos_token_ids(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> fro
 
 
 def _cache(model: PagedModel, pool: BlockPool) -> KvCache:
-    return KvCache(model.kv_shapes, pool.num_blocks, pool.block_tokens, model.dtype, model.device)
+    return KvCache(
+        model.kv_shapes, pool.num_blocks, pool.block_tokens, model.dtype, model.device, in_turn=model.runs_whole
+    )
 
 
 def _context_length(model: PagedModel, settings: EngineConfig, kv_tokens: int) -> int:

@@ -82,7 +82,7 @@ class Meter:
             running_adapters=_adapter_names(self._scheduler.running),
             waiting_adapters=tuple(sorted(self._scheduler.waiting.adapters())),
             kv_blocks_used=pool.capacity - pool.num_free,
-            kv_blocks_total=pool.capacity,
+            kv_blocks_total=0 if self._scheduler.whole_prompts else pool.capacity,  # then nothing is kept in them
         )
 
 

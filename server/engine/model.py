@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from weft.adapters.base import Base, ModuleKind
+from weft.adapters.base import Base, Classifier, ModuleKind
 from weft.errors import InvalidModel, one_line
 from weft.kernels.lora import find_backend
 from weft.kernels.native import FORMATS, Native
+from weft.kernels.plan import Span, build_plan
 from weft.kernels.pointwise import NativePointwise, Pointwise
 from weft.kernels.site import SiteGroup
 from weft.server.config import ModelConfig
-from weft.server.engine.adapting import Adapting, let_adapt
-from weft.server.engine.attention import ATTENTION, PagedStep, WholePrompt, attends_in_place, see_last_hidden
+from weft.server.engine.adapting import Adapting, keep_residual, let_adapt
+from weft.server.engine.attention import (
+    ATTENTION,
+    AfterBackbone,
+    PagedStep,
+    WholePrompt,
+    attends_in_place,
+    see_last_hidden,
+)
 from weft.server.engine.batch import Batch
+from weft.server.engine.encoders import is_encoder
 from weft.server.engine.fusing import Fusion
 from weft.server.engine.graphs import GraphRunner, Means
 from weft.server.engine.kv_cache import KvCache, KvShape
-from weft.server.engine.limits import CAUSAL
+from weft.server.engine.limits import CAUSAL, Abilities
 from weft.server.engine.linear import freeze
 from weft.server.engine.request import Pooling
 from weft.server.engine.step import Step, running
@@ -54,7 +69,14 @@ class PagedModel:
     Made in three moves, since sizes are known only once the model is loaded: `load`, then `attach` with the memory.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, native: Native | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        native: Native | None = None,
+        lacking: Collection[str] = (),
+    ) -> None:
+        """lacking: the parameters that the checkpoint does not have. Raises InvalidModel."""
         self.model = model
         self.device = device
         self.native = native
@@ -62,7 +84,11 @@ class PagedModel:
         surveyed = survey(model, device)
         self.kv_shapes: Mapping[int, KvShape] = surveyed.kv_shapes
         self.windows = surveyed.windows
-        self.base: Base = surveyed.base
+        self.encoder = surveyed.encoder
+        classifier = _brought(model, surveyed.base.classifier, lacking)
+        self.base: Base = replace(surveyed.base, classifier=classifier)
+        self.own_head = None if self.encoder is None or classifier is None or classifier.absent else self.encoder.head()
+        """Of an encoder's checkpoint that brings all parameters of its classifier."""
         self._linear_groups = surveyed.linear_groups
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache: KvCache | None = None
@@ -90,18 +116,32 @@ class PagedModel:
         """
         config = self.config.get_text_config()
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
-        lengths = [getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)]
+        first = 0 if self.encoder is None else self.encoder.first_position
+        lengths = [getattr(config, name) - first for name in names if isinstance(getattr(config, name, None), int)]
         return min([*lengths[:1], *_stable_rope_lengths(config)], default=None)
 
     @property
-    def poolings(self) -> tuple[Pooling, ...]:
-        """What it can make of its last hidden states: nothing where no backbone is apart from the head."""
-        return () if self.model.base_model is self.model else CAUSAL
+    def abilities(self) -> Abilities:
+        """Nothing can be made of last hidden states where no backbone is apart from the head."""
+        if self.encoder is None:
+            return Abilities(poolings=() if self.model.base_model is self.model else CAUSAL)
+        return Abilities(
+            generates=False,
+            poolings=(Pooling.MEAN, Pooling.CLS, Pooling.LAST),
+            class_pooling=self.encoder.pooling,
+            classes=self.encoder.classes() if self.own_head is not None else None,
+        )
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether a prompt has to be run in one step, after which nothing of it is needed any more."""
+        return self.encoder is not None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of KV cache one token takes."""
-        return sum(shape.numbers for shape in self.kv_shapes.values()) * self.dtype.itemsize
+        shapes = set(self.kv_shapes.values()) if self.runs_whole else self.kv_shapes.values()
+        return sum(shape.numbers for shape in shapes) * self.dtype.itemsize
 
     @property
     def attends_in_place(self) -> bool:
@@ -121,9 +161,10 @@ class PagedModel:
         """
         self.cache = cache
         self.adapting = Adapting(groups, find_backend(lora_backend, self.native))
-        freeze(self.model, self._linear_groups, self.native)
+        freeze(self.model, self._linear_groups, self.native, self.base.residuals)
+        keep_residual(self.model, set(self.base.residuals.values()))
         linear = (ModuleKind.LINEAR, ModuleKind.HEAD)
-        if self.poolings:
+        if self.abilities.poolings:
             self.model.base_model.register_forward_hook(see_last_hidden)
         let_adapt(self.model, (name for name, module in self.base.modules.items() if module.kind not in linear))
         if pointwise is None and self.native is not None and self.device.type == "cpu" and self.dtype in FORMATS:
@@ -161,6 +202,10 @@ class PagedModel:
         assert self.adapting is not None
         head = self.base.head if self._selects_logits else ""
         step = PagedStep(batch, self.cache, self.adapting, head, self.native)
+        if self.encoder is not None:
+            with running(step):
+                self._over(batch.input_ids, batch.positions)
+            return Outputs(torch.empty(0, self.vocab_size, device=self.device), step.hidden)
         keep = {"logits_to_keep": batch.logit_rows} if self._selects_logits else {}
         logits = self._run(step, batch.input_ids, batch.positions, **keep)
         logits = logits if self._selects_logits else logits[batch.logit_rows]
@@ -173,15 +218,30 @@ class PagedModel:
     def _run(self, step: Step, input_ids: torch.Tensor, positions: torch.Tensor, **keep: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: int64 [1, T]; keep: whether not all logits are wanted. Returns [T, vocab]."""
         with running(step):
-            output = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True, **keep)
-        logits: torch.Tensor = output.logits[0]
+            logits: torch.Tensor = self._over(input_ids, positions, **keep).logits[0]
         return logits
+
+    def _over(self, input_ids: torch.Tensor, positions: torch.Tensor, **keep: torch.Tensor) -> Any:
+        """Of rows of tokens, int64 [1, T]: the model's output; of an encoder the last hidden states, [T, hidden]."""
+        if self.encoder is not None:
+            return self.encoder.run(input_ids, positions)
+        return self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True, **keep)
+
+    @torch.inference_mode()
+    def features(self, pooled: torch.Tensor, adapters: Span) -> torch.Tensor:
+        """What an output head is to see of one pooled vector, float32 [hidden]. adapters: the prompt's, as its span."""
+        if self.encoder is None:
+            return pooled
+        assert self.adapting is not None, "attach() comes before features()"
+        with self._on_device(), running(AfterBackbone(self.adapting, build_plan([adapters], self.device))):
+            return self.encoder.features(pooled[None].to(self.dtype))[0].float()
 
     @torch.inference_mode()
     def run_whole(self, input_ids: torch.Tensor) -> None:
         """Run one prompt, int64 [1, T], for the sake of what the running step sees of it."""
-        positions = torch.arange(input_ids.shape[1], device=self.device)[None]
-        self.model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+        made = self._over(input_ids, torch.arange(input_ids.shape[1], device=self.device)[None])
+        if self.encoder is not None:
+            self.encoder.features(made)
 
     @torch.inference_mode()
     def check_position(self, position: int) -> None:
@@ -189,7 +249,7 @@ class PagedModel:
         where = torch.tensor([[position]], device=self.device)
         name = f"{type(self.model).__name__} at position {position} (set --context-length to what it was made for)"
         with refusing(name), running(WholePrompt()):
-            self.model(input_ids=where * 0, position_ids=where, use_cache=False, return_dict=True)
+            self._over(where * 0, where)
 
     @torch.inference_mode()
     def scrub(self, blocks: list[int]) -> None:
@@ -208,11 +268,18 @@ def check_path(name: str) -> None:
 
 
 def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
-    """Load a causal language model from a folder or the hub. Raises InvalidModel with one line that says why not."""
+    """Load a causal language model, or an encoder, from a folder or the hub.
+
+    Raises InvalidModel with one line that says why not.
+    """
     check_path(config.path)
     device = torch.device(resolve_device(config.device))
+    kind = "causal language model"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        encodes = is_encoder(AutoConfig.from_pretrained(config.path))
+        kind = "sequence classifier" if encodes else kind
+        loader: Any = AutoModelForSequenceClassification if encodes else AutoModelForCausalLM
+        loaded: Any = loader.from_pretrained(
             config.path,
             dtype=_dtype(config.dtype, device),
             attn_implementation=ATTENTION,
@@ -222,13 +289,11 @@ def load_model(config: ModelConfig, native: Native | None = None) -> PagedModel:
     except Exception as error:  # whatever a folder makes transformers raise, the user gets one line
         if isinstance(error, KeyError) and error.args == (ATTENTION,):
             raise InvalidModel(f"{config.path}: its class {NO_INTERFACE}") from error
-        raise InvalidModel(f"{config.path} can't be loaded as a causal language model: {one_line(error)}") from error
+        raise InvalidModel(f"{config.path} can't be loaded as a {kind}: {one_line(error)}") from error
     model, report = loaded
-    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lacking:
-        raise InvalidModel(f"{config.path} lacks {len(lacking)} weights of its model, {lacking[0]} among them")
     model.requires_grad_(False)
-    return PagedModel(model.eval().to(device), device, native)
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    return PagedModel(model.eval().to(device), device, native, lacking)
 
 
 def resolve_device(wanted: str) -> str:
@@ -246,6 +311,14 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype | str:
         return torch.float32 if device.type == "cpu" else "auto"
     dtype: torch.dtype = getattr(torch, wanted)
     return dtype
+
+
+def _brought(model: PreTrainedModel, classifier: Classifier | None, lacking: Collection[str]) -> Classifier | None:
+    """The classifier, with what an adapter has to bring of it. Raises InvalidModel where anything else is lacking."""
+    absent = frozenset(name.rpartition(".")[0] for name in lacking)
+    if absent - ({*classifier.between, classifier.output} if classifier is not None else set()):
+        raise InvalidModel(f"{model.name_or_path} lacks {len(lacking)} weights of its model, {min(lacking)} among them")
+    return replace(classifier, absent=absent) if classifier is not None else None
 
 
 def _stable_rope_lengths(config: PretrainedConfig) -> list[int]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from weft.kernels.heads import Head
+from weft.kernels.plan import Span
 from weft.server.engine.batch import PooledRows
+from weft.server.engine.model import PagedModel
 from weft.server.engine.request import Pooling
 from weft.server.engine.sequence import Sequence
 from weft.server.engine.transfer import ToHost
@@ -32,10 +34,10 @@ class Pooled:
 
 
 @torch.inference_mode()
-def pool(hidden: torch.Tensor, pooled: Seq[PooledRows]) -> list[Pooled]:
+def pool(hidden: torch.Tensor, pooled: Seq[PooledRows], model: PagedModel) -> list[Pooled]:
     """Take in a step's last hidden states, [m, hidden] of any float dtype; changes no sequence."""
     states = [_state(hidden[rows.first_row :][: rows.count].float(), rows) for rows in pooled]
-    answers = _answers(states, pooled)
+    answers = _answers(states, pooled, model)
     told = [
         state.abs().amax()[None] if answer is None else answer for state, answer in zip(states, answers, strict=True)
     ]
@@ -59,16 +61,18 @@ def _state(rows: torch.Tensor, of: PooledRows) -> torch.Tensor:
     return total
 
 
-def _answers(states: Seq[torch.Tensor], pooled: Seq[PooledRows]) -> list[torch.Tensor | None]:
+def _answers(states: Seq[torch.Tensor], pooled: Seq[PooledRows], model: PagedModel) -> list[torch.Tensor | None]:
     """Of the sequences whose prompts are complete: the vector, or what their head makes of it."""
     answers: list[torch.Tensor | None] = [None] * len(states)
     by_head: dict[Head, list[int]] = {}
     for index, (state, rows) in enumerate(zip(states, pooled, strict=True)):
         request = rows.sequence.request
         if rows.completes:
-            answers[index] = state / len(request.prompt) if request.pooling is Pooling.MEAN else state
+            made = state / len(request.prompt) if request.pooling is Pooling.MEAN else state
             if request.through_head:
-                by_head.setdefault(_head(rows.sequence), []).append(index)
+                made = model.features(made, _span(rows.sequence))
+                by_head.setdefault(_head(rows.sequence, model), []).append(index)
+            answers[index] = made
     for head, members in by_head.items():
         vectors = [vector for index in members if (vector := answers[index]) is not None]
         for index, logits in zip(members, head(torch.stack(vectors)), strict=True):
@@ -76,8 +80,13 @@ def _answers(states: Seq[torch.Tensor], pooled: Seq[PooledRows]) -> list[torch.T
     return answers
 
 
-def _head(sequence: Sequence) -> Head:
-    (ref,) = sequence.adapters
-    head = ref.version.paged.head
-    assert head is not None, f"{ref.name} has no output head"
+def _span(sequence: Sequence) -> Span:
+    """A prompt's one vector as a row, by the adapters that it uses."""
+    weights = [weight for _, weight in sequence.request.adapters]
+    return 1, [(ref.version.paged, weight) for ref, weight in zip(sequence.adapters, weights, strict=True)]
+
+
+def _head(sequence: Sequence, model: PagedModel) -> Head:
+    head = sequence.adapters[0].version.paged.head if sequence.adapters else model.own_head
+    assert head is not None, f"{sequence.adapter_label or 'the base'} has no output head"
     return head

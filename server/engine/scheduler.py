@@ -111,11 +111,12 @@ class Scheduler:
         prefix_cache: bool = False,
         max_reported: int = 1 << 30,
         passing_tokens: int = PASSING_TOKENS,
+        whole_prompts: bool = False,
     ) -> None:
         """scrub wipes the content of blocks that are given up in mid-computation. pace None: chunks as large as fit.
 
         max_reported: the most tokens of prompts that a step reports on, since each takes a row of logits.
-        passing_tokens: see PASSING_TOKENS.
+        passing_tokens: see PASSING_TOKENS. whole_prompts: never cut one; no longer ones may be added than a step takes.
         """
         self.pool = pool
         self.prefixes = PrefixCache(pool, enabled=prefix_cache)
@@ -136,6 +137,7 @@ class Scheduler:
         self._num_again = 0
         """Steps since the last look at those that wait."""
         self._passing_tokens = passing_tokens
+        self.whole_prompts = whole_prompts
         self._turned_away: list[Sequence] = []
         """Who found no room in the last step, in turn."""
         self._passed: dict[Sequence, int] = {}
@@ -314,7 +316,7 @@ class Scheduler:
                 if ready and budget > 0 and not self._fits(sequence, self._to_spare(sequence)):
                     self._turned_away.append(sequence)
                     ready = False
-                is_full = is_full or budget <= 0 or not self._lets_pass()
+                is_full = is_full or budget < (self._least(sequence) if ready else 1) or not self._lets_pass()
                 if ready and not is_full:
                     adapters.hold(sequence.adapters)
                     budget -= self._pick(picked, self._admit(sequence), budget)
@@ -322,6 +324,10 @@ class Scheduler:
         self.waiting.hold_up(held_up)
         self.is_full = is_full
         return budget
+
+    def _least(self, sequence: Sequence) -> int:
+        """Tokens of one that waits which a step has to compute if it is to begin with it."""
+        return sequence.num_pending if self.whole_prompts else 1
 
     def _turn_of(self, sequence: Sequence) -> tuple[float, float]:
         """Of a prompt that was begun: its own turn, or the earliest of those that wait for it."""

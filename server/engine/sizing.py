@@ -21,8 +21,9 @@ from weft.server.engine.batch import build_batch
 from weft.server.engine.kv_blocks import BlockPool
 from weft.server.engine.memory import Memory, peak_of
 from weft.server.engine.model import PagedModel
+from weft.server.engine.pooling import pool as pool_rows
 from weft.server.engine.reports import report
-from weft.server.engine.request import Request, Sampling
+from weft.server.engine.request import Pooling, Request, Sampling
 from weft.server.engine.sampler import sample
 from weft.server.engine.scheduler import Scheduled
 from weft.server.engine.sequence import Sequence
@@ -98,16 +99,20 @@ class Trial:
     """The largest step: the second halves of prompts that are being computed, and answers on their way beside them.
 
     chunks: tokens of each of the halves, and 1 of each answer. block_tokens: of the cache. max_reported: tokens of
-    prompts that a step reports on. scale: how many times as large a step may be in earnest.
+    prompts that a step reports on. scale: how many times as large a step may be in earnest. whole: whether the prompts
+    are run whole, for one vector each.
     """
 
     chunks: tuple[int, ...]
     block_tokens: int
     max_reported: int
     scale: float
+    whole: bool = False
 
     @classmethod
-    def of(cls, settings: EngineConfig, device: torch.device, longest: int, max_reported: int) -> Trial:
+    def of(
+        cls, settings: EngineConfig, device: torch.device, longest: int, max_reported: int, *, whole: bool = False
+    ) -> Trial:
         """longest: prompt that there can be, in tokens."""
         num_tokens = min(settings.max_batch_tokens, _MAX_TRIAL_TOKENS[device.type])
         num_requests = min(settings.max_running_requests, _MAX_TRIAL_REQUESTS, num_tokens)
@@ -115,14 +120,14 @@ class Trial:
         chunks: list[int] = []
         rest = num_tokens - num_requests + 1
         while rest > 0 and len(chunks) < num_requests:
-            chunks.append(max(1, min(longest // 2, rest)))
+            chunks.append(max(1, min(longest if whole else longest // 2, rest)))
             rest -= chunks[-1]
         answers = min(num_requests - len(chunks), num_tokens - sum(chunks))
-        return cls((*chunks, *[1] * answers), settings.block_tokens, max_reported, scale)
+        return cls((*chunks, *[1] * answers), settings.block_tokens, max_reported, scale, whole)
 
     def pool(self, least_tokens: int) -> BlockPool:
         """Blocks for all of it at once, or for so many tokens if that is more."""
-        num_blocks = sum(-(-2 * chunk // self.block_tokens) for chunk in self.chunks)
+        num_blocks = sum(-(-self._length(chunk) // self.block_tokens) for chunk in self.chunks)
         return BlockPool(1 + max(num_blocks, -(-least_tokens // self.block_tokens)), self.block_tokens)
 
     @property
@@ -137,29 +142,38 @@ class Trial:
         model.scrub(list(range(1, pool.num_blocks)))  # on a CPU, memory is taken when it is first written
         with peak_of(model.device) as peak:
             batch = build_batch(picked, self.block_tokens, model.device)
-            logits = model.forward(batch).logits
+            made = model.forward(batch)
+            logits = made.logits
+            if made.hidden is not None:
+                pool_rows(made.hidden, batch.pooled, model)
             for rows in batch.prompt_rows:
                 tokens = rows.sequence.tokens[rows.positions.start : rows.positions.stop]
                 report(logits[rows.first_row : rows.first_row + len(tokens)], tokens, _NUM_TOP)
-            sample(logits[list(batch.sample_rows)], [item.sequence for item in picked], frozenset())
+            sampled = [item.sequence for item in picked if not self.whole]
+            sample(logits[list(batch.sample_rows)], sampled, frozenset())
         for item in picked:
             pool.free(item.sequence.blocks)
         return int(peak.num_bytes * self.scale)
 
+    def _length(self, chunk: int) -> int:
+        """Of the prompt that this is computed of, at its end."""
+        return chunk if self.whole else 2 * chunk
+
     def _sequence(self, chunk: int, vocab_size: int, pool: BlockPool) -> Sequence:
-        """One whose first half is in the cache."""
+        """One of which all before the chunk is in the cache."""
         rng = random.Random(chunk)
-        length = 2 * chunk
+        length = self._length(chunk)
         request = Request(
             request_id="dry run",
             prompt=tuple(rng.randrange(vocab_size) for _ in range(length)),
             sampling=_TRIAL_SAMPLING,
             logprobs=True,
             top_logprobs=_NUM_TOP,
-            prompt_logprobs_from=max(1, length - self._num_reported) if chunk > 1 else None,
+            prompt_logprobs_from=max(1, length - self._num_reported) if chunk > 1 and not self.whole else None,
+            pooling=Pooling.MEAN if self.whole else None,
         )
         sequence = Sequence(request, (), OutputText(lambda ids: ""), rng, 0.0)
-        sequence.num_computed = chunk
+        sequence.num_computed = length - chunk
         sequence.blocks = pool.allocate(pool.blocks_for(length))
         return sequence
 
@@ -175,10 +189,13 @@ def mask_bytes(num_queries: int, context: int, itemsize: int) -> int:
 def fit_kv_tokens(model: PagedModel, settings: EngineConfig, memory: Memory, step_bytes: int, owed_bytes: int) -> int:
     """Tokens of the KV cache: what the option says, else the KV cache's share of what is left.
 
-    memory: as it is once all but the KV cache has been made. owed_bytes: that others have been promised of it. A step
+    memory: as it is once all but the KV cache has been made. owed_bytes: that others have been promised of it. A model
+    that runs prompts whole keeps nothing beyond a step, and gets what the largest takes. A step
     that does not attend in place reads the cache layer by layer into copies, which padding doubles at the most. Raises
     InvalidConfig.
     """
+    if model.runs_whole:
+        return settings.max_batch_tokens + settings.max_running_requests * settings.block_tokens
     left_bytes = max(0, memory.free_bytes - step_bytes - owed_bytes)
     wanted = settings.kv_tokens
     if wanted is not None:

@@ -17,15 +17,22 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What a layer asks of its attention: scale of the scores, window in tokens, tanh soft cap, sink logits [heads]."""
+    """What a layer asks of its attention: scale of the scores, window in tokens, tanh soft cap, sink logits [heads].
+
+    causal: whether a token sees none that comes after it; else the window is as wide on that side.
+    """
 
     scaling: float | None
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    causal: bool = True
 
 
-Shared = MutableMapping[Hashable, tuple[torch.Tensor, torch.Tensor]]
+Shared = MutableMapping[Hashable, tuple[torch.Tensor, ...]]
+
+RESIDUAL = "residual"
+"""The key in `Step.shared` of the residual stream, as the last norm saw it that reads it before a sub-layer."""
 
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions], torch.Tensor]
@@ -36,7 +43,8 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptio
 class Step(Protocol):
     """What is running: it attends for one layer at a time, and does what adapters do to a module at a time.
 
-    shared: what modules that read the same x have made of it so far, by their joint product: (x, y).
+    shared: what modules that read the same x have made of it so far, by their joint product: (x, y); and the residual
+    stream, as (x,).
     """
 
     shared: Shared
@@ -48,7 +56,8 @@ class Step(Protocol):
         """Change, in place, what the base's module of this name made of its inputs.
 
         One row a token: inputs and outputs are [1, T, ...] or [T, ...], T the rows that the module sees. Several are
-        linear modules that read the same input: their one output has the columns of all.
+        linear modules that read the same input: their one output has the columns of all. The residual stream comes last
+        among the inputs of a module whose output is added to it.
         """
         ...
 

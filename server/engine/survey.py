@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weft.adapters.base import Base, BaseModule, Function, ModuleKind, Parameters
+from weft.adapters.base import Base, BaseModule, Classifier, Function, ModuleKind, Parameters
 from weft.errors import InvalidModel, one_line
 from weft.server.engine.attention import WholePrompt
+from weft.server.engine.calls import NUM_TOKENS, Calls, watch
+from weft.server.engine.encoders import Encoder, is_encoder, take_apart
 from weft.server.engine.experts import LowRankExperts, are_experts
 from weft.server.engine.kv_cache import KvShape
 from weft.server.engine.linear import is_linear, linear_with, read
 from weft.server.engine.proving import with_its_own
 from weft.server.engine.step import AttentionOptions, running
 
-NUM_TOKENS = 7
-"""Of the prompt; no usual number of heads or experts."""
-
 _EXPERTS_TOLERANCE = 1e-2
+_NORMS_BACK = 4
+"""How many norms may lie between the one that reads the residual stream and what is added to it."""
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 NO_INTERFACE = "does not use transformers' attention interface, so Weft can't page its cache"
@@ -38,13 +39,14 @@ class Survey:
     """What was found.
 
     kv_shapes: by layer. windows: attention windows, in tokens. linear_groups: linear modules that are called, those
-    together that read the same input.
+    together that read the same input. encoder: the model's parts, where it is one.
     """
 
     kv_shapes: Mapping[int, KvShape]
     windows: frozenset[int]
     linear_groups: tuple[tuple[str, ...], ...]
     base: Base
+    encoder: Encoder | None = None
 
 
 @torch.inference_mode()
@@ -58,27 +60,28 @@ def survey(model: PreTrainedModel, device: torch.device) -> Survey:
     odd = sorted(set(getattr(config, "layer_types", None) or []) - _SERVED_LAYERS)
     if odd:
         raise InvalidModel(f"{name} has layers of the kind {', '.join(odd)}; only attention layers can be served")
-    step = _Watching()
-    calls = {path: _Calls() for path, module in model.named_modules() if module._parameters}  # noqa: SLF001 - its own, not its children's
-    handles = [model.get_submodule(path).register_forward_hook(seen.note) for path, seen in calls.items()]
-    positions = torch.arange(NUM_TOKENS, device=device)[None]
-    try:
-        with refusing(name), running(step):
-            model(input_ids=positions, position_ids=positions, use_cache=False, return_dict=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    step = _Watching(causal=not is_encoder(model.config))
+    counted = torch.arange(NUM_TOKENS, device=device)[None]
+    with watch(model) as calls, refusing(name), running(step):
+        made = model(input_ids=counted, position_ids=counted, use_cache=False, return_dict=True)
     if not step.kv_shapes:
         raise InvalidModel(f"{name} {NO_INTERFACE}")
+    encoder = None
+    if not step.causal:
+        with refusing(name), running(WholePrompt()):
+            encoder, after = take_apart(model, counted, made.logits[0])
+        calls |= after
+        del calls[encoder.classifier.output]
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) and not step.windows:
         raise InvalidModel(f"{name} has sliding-window layers, but does not pass the window to its attention")
-    base = _describe(model, calls)
+    base = _describe(model, calls, encoder.classifier if encoder is not None else None)
     linear = [path for path, seen in calls.items() if seen.count and is_linear(model.get_submodule(path))]
     return Survey(
         kv_shapes=step.kv_shapes,
         windows=frozenset(step.windows),
         linear_groups=(*base.groups, *((name,) for name in linear if name not in base.of_kind(ModuleKind.LINEAR))),
         base=base,
+        encoder=encoder,
     )
 
 
@@ -94,8 +97,9 @@ def refusing(name: str) -> Iterator[None]:
 class _Watching(WholePrompt):
     """Notes each layer's shapes and options."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.kv_shapes: dict[int, KvShape] = {}
         self.windows: set[int] = set()
 
@@ -108,46 +112,25 @@ class _Watching(WholePrompt):
         options: AttentionOptions,
     ) -> torch.Tensor:
         if layer in self.kv_shapes:
-            raise InvalidModel(f"layer {layer} attends twice: the model shares or crosses its attention")
+            raise InvalidModel("a layer attends twice: the model shares or crosses its attention")
+        if options.causal != self.causal:
+            sides = "what comes after a token" if self.causal else "only what comes before a token"
+            raise InvalidModel(f"a layer sees {sides}, which is not served in a model of its kind")
         self.kv_shapes[layer] = KvShape(key.shape[0], key.shape[2], value.shape[2])
         if options.window is not None:
             self.windows.add(options.window)
         return super().attend(layer, query, key, value, options)
 
 
-@dataclass(slots=True)
-class _Calls:
-    """What was seen of one module."""
-
-    count: int = 0
-    inputs: tuple[Any, ...] = ()
-    output: Any = field(default=None)
-
-    def note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.count += 1
-        self.inputs, self.output = inputs, output
-
-    @property
-    def is_by_row(self) -> bool:
-        """Whether the module saw every row of the prompt once, and gave one for each."""
-        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
-        return self.count == 1 and bool(self.inputs) and all(map(_has_a_row_a_token, (*self.inputs, *outputs)))
-
-
-def _has_a_row_a_token(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and (
-        value.shape[:2] == (1, NUM_TOKENS) or (value.dim() > 0 and value.shape[0] == NUM_TOKENS)
-    )
-
-
-def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
+def _describe(model: PreTrainedModel, calls: Mapping[str, Calls], classifier: Classifier | None) -> Base:
+    between = classifier.between if classifier is not None else ()
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding = model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     modules = {}
     for name, seen in calls.items():
         module = model.get_submodule(name)
-        kind = _kind(module, seen, is_head=module is head)
+        kind = _kind(module, seen, is_head=module is head or name in between)
         if kind is not None:
             modules[name] = _base_module(model, name, kind)
     return Base(
@@ -156,11 +139,13 @@ def _describe(model: PreTrainedModel, calls: Mapping[str, _Calls]) -> Base:
         head=names.get(id(head), "") if head is not None else "",
         is_tied=head is not None and getattr(head, "weight", None) is embedding.weight,
         groups=_groups([name for name, module in modules.items() if module.kind is ModuleKind.LINEAR], calls),
+        residuals=_residuals(modules, calls) if classifier is None else {},
         backbone=names[id(model.base_model)],
+        classifier=classifier,
     )
 
 
-def _groups(linear: Sequence[str], calls: Mapping[str, _Calls]) -> tuple[tuple[str, ...], ...]:
+def _groups(linear: Sequence[str], calls: Mapping[str, Calls]) -> tuple[tuple[str, ...], ...]:
     """Modules of one parent that were given the very same tensor."""
     groups: dict[tuple[str, int], list[str]] = {}
     for name in linear:
@@ -168,7 +153,34 @@ def _groups(linear: Sequence[str], calls: Mapping[str, _Calls]) -> tuple[tuple[s
     return tuple(map(tuple, groups.values()))
 
 
-def _kind(module: nn.Module, seen: _Calls, *, is_head: bool) -> ModuleKind | None:
+def _residuals(modules: Mapping[str, BaseModule], calls: Mapping[str, Calls]) -> dict[str, str]:
+    """Linear modules whose output and what one norm reads add up, to the bit, to what a later norm reads.
+
+    Of the norms that are found so, it must be the last one before the module: a step keeps what that one reads.
+    """
+    found: dict[str, str] = {}
+    norms: list[str] = []
+    linear: list[str] = []
+    for name in sorted(modules, key=lambda name: calls[name].order):
+        if modules[name].kind is ModuleKind.LINEAR:
+            linear.append(name)
+        elif modules[name].kind is ModuleKind.OTHER:
+            stream = calls[name].inputs[0]
+            for last, norm in itertools.product(linear, norms[-_NORMS_BACK:]):
+                before, added = calls[norm].inputs[0], calls[last].output
+                if before.shape == added.shape == stream.shape and torch.equal(before + added, stream):
+                    found[last] = norm
+            norms.append(name)
+            linear.clear()
+    reading = [norm for norm in norms if norm in found.values()]
+    return {
+        last: norm
+        for last, norm in found.items()
+        if norm == [each for each in reading if calls[each].order < calls[last].order][-1]
+    }
+
+
+def _kind(module: nn.Module, seen: Calls, *, is_head: bool) -> ModuleKind | None:
     """None for a module that an adapter can't be served on."""
     if not seen.is_by_row:
         return None
@@ -183,7 +195,7 @@ def _kind(module: nn.Module, seen: _Calls, *, is_head: bool) -> ModuleKind | Non
     return ModuleKind.OTHER
 
 
-def _runs_as_experts(module: nn.Module, seen: _Calls) -> bool:
+def _runs_as_experts(module: nn.Module, seen: Calls) -> bool:
     """Whether our own function of the experts, which adapters' terms go through, gives what the module gave."""
     try:
         made = LowRankExperts(module, {})(*seen.inputs)

@@ -68,7 +68,11 @@ class InvalidAdapter(_Problems):
 
 
 class InvalidModel(WeftError):
-    """A folder that is no causal language model, or one that Weft would not serve exactly."""
+    """A folder that is no language model, or one that Weft would not serve exactly."""
+
+
+class Unsupported(WeftError):
+    """Something that the base can't be asked for, whatever the request says."""
 
 
 class InvalidConfig(WeftError):

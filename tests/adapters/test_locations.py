@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weft.adapters.locations import Location, parse_location, parse_prefix
+from weft.adapters.locations import Location, parse_location, parse_prefix, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,23 @@ def test_a_source_may_say_which_weights_it_means() -> None:
 @pytest.mark.parametrize("text", ["hf:org/repo@main", "https://host:8443/a/b", f"gs://bucket/x#sha256={'a' * 64}"])
 def test_it_is_written_as_it_is_read(text: str) -> None:
     assert str(parse_location(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ("hf:org/repo@v1#sha256=00", "hf:org/repo@v1#sha256=00"),
+        ("file:/a@b/c", "file:/a@b/c"),
+        ("https://host/a", "https://host/a"),
+        ("https://me:hunter2@host/a", "https://***@host/a"),
+        ("https://me:hunt/er@2@host/a", "https://***@host/a"),
+        ("https://me:hun\nter2@host/a", "https://***@host/a"),
+        ("https://host/a?X-Amz-Signature=0a\n1b", "https://host/a?***"),
+        ("s3://key:secret@bucket/a?versionId=1", "s3://***@bucket/a?***"),
+    ],
+)
+def test_what_may_be_a_secret_is_not_shown(asked: str, shown: str) -> None:
+    assert without_secrets(asked) == shown
 
 
 @pytest.mark.parametrize(

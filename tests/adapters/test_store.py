@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,14 @@ from weft.adapters.pages import PageConfig, PagePool
 from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
 from weft.adapters.sources import Sources
 from weft.adapters.store import AdapterStore
-from weft.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable
+from weft.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidRequest,
+    PermissionDenied,
+    Unavailable,
+)
 
 SHAPES = {
     f"model.layers.{i}.self_attn.{name}": (64, d) for i in range(3) for name, d in (("q_proj", 64), ("v_proj", 32))
@@ -394,6 +404,30 @@ def test_of_updates_that_overlap_the_last_one_asked_for_wins(folders: Path) -> N
     assert (info.ranks, info.labels, info.pinned) == ((8,), {"by": "slow"}, True)
     assert info.source.endswith("r8")
     assert store.num_pages[0] == 1
+    store.check()
+
+
+def test_who_may_change_an_adapter_is_asked_when_it_is_changed(folders: Path) -> None:
+    sources = SlowSources(folders)
+    pool = PagePool(linear_base(SHAPES), PageConfig(5, torch.float32, torch.device("cpu")))
+    store = AdapterStore(pool, sources, now=lambda: 0.0)
+    before = store.create(replace(new(folders, "x", "r16"), labels={"of": "a"}))
+
+    def only_of_a(labels: Mapping[str, str]) -> None:
+        if labels != {"of": "a"}:
+            raise PermissionDenied("not yours")
+
+    sources.hold(lambda source: source.endswith("r4"))
+    with ThreadPoolExecutor() as threads:
+        slow = threads.submit(store.update, "x", AdapterChange(f"file:{folders / 'r4'}"), only_of_a)
+        sources.reached.acquire()
+        store.update("x", AdapterChange(labels={"of": "b"}), only_of_a)
+        sources.may_read.set()
+        with pytest.raises(PermissionDenied, match="not yours"):
+            slow.result(60)
+    with pytest.raises(PermissionDenied, match="not yours"):
+        store.delete("x", only_of_a)
+    assert store.get("x") == replace(before, labels={"of": "b"})
     store.check()
 
 

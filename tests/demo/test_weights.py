@@ -6,8 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
+from weft.demo import kinds
 from weft.demo.evaluate import DEMO_FOLDER, evaluate, percent_right
 from weft.demo.model import BASE_NAME, make_model, make_tokenizer
 from weft.demo.tasks import HELD_OUT, SKILLS, TASKS, Task
@@ -31,7 +39,7 @@ def test_base_and_adapters_take_ten_megabytes_at_most() -> None:
 
 
 def test_every_task_has_its_adapter_and_none_is_left_over() -> None:
-    assert {folder.name for folder in ADAPTERS.iterdir()} == set(TASKS)
+    assert {folder.name for folder in ADAPTERS.iterdir()} == {*TASKS, kinds.ADAPTER}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -46,6 +54,22 @@ def test_an_adapter_is_what_its_task_says(task: Task) -> None:
     )
     assert config.base_model_name_or_path == BASE_NAME
     assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float16}
+
+
+def test_the_classifier_tells_kinds_of_texts_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    folder = ADAPTERS / kinds.ADAPTER
+    config = AutoConfig.from_pretrained(folder)
+    assert list(config.id2label.values()) == list(kinds.KINDS)
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=len(kinds.KINDS), dtype=torch.float32),
+        str(folder),
+    )
+    examples = kinds.examples(HELD_OUT, 40, seed=0)
+    batch = tokenizer([example.text for example in examples], return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        found = model(**batch).logits.argmax(-1).tolist()
+    right = sum(config.id2label[label] == example.answer for label, example in zip(found, examples, strict=True))
+    assert right >= 0.95 * len(examples)
 
 
 def test_the_base_is_the_model_that_training_makes(tokenizer: PreTrainedTokenizerBase) -> None:

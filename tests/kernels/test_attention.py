@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -32,6 +32,7 @@ class Layer:
     window: int | None = None
     softcap: float | None = None
     has_sinks: bool = False
+    causal: bool = True
 
     @property
     def heads(self) -> int:
@@ -64,9 +65,9 @@ class Tokens:
     def expected(self) -> torch.Tensor:
         """[length, heads, d_v], in float64."""
         at = torch.arange(self.length)
-        seen = at <= at[:, None]
+        seen = at <= at[:, None] if self.layer.causal else torch.ones(self.length, self.length, dtype=torch.bool)
         if self.layer.window is not None:
-            seen &= at > at[:, None] - self.layer.window
+            seen &= (at > at[:, None] - self.layer.window) & (at < at[:, None] + self.layer.window)
         # soft cap or not, it is written out where there are sinks; these take nothing
         sinks = torch.full((self.layer.heads,), -1e9) if self.layer.sinks is None else self.layer.sinks
         options = AttentionOptions(self.layer.scale, None, self.layer.softcap, sinks.double())
@@ -109,6 +110,7 @@ class Cache:
             window=layer.window,
             softcap=layer.softcap,
             sinks=layer.sinks,
+            causal=layer.causal,
         )
         return list(out.split([len(at) for _, at in parts]))
 
@@ -132,12 +134,22 @@ LAYERS = {
     "sinks": Layer(has_sinks=True),
     "all of it": Layer(window=40, softcap=3.0, has_sinks=True, d=24, d_v=40),
 }
-each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+BOTH_SIDES = {
+    "both sides": Layer(causal=False),
+    "short window on both sides": Layer(causal=False, window=5, kv_heads=3, per_kv_head=1, d=13, d_v=7),
+    "window over tiles on both sides": Layer(causal=False, window=70, per_kv_head=1),
+    "window of one on both sides": Layer(causal=False, window=1),
+    "all of it on both sides": Layer(causal=False, window=40, softcap=3.0, has_sinks=True, d=24, d_v=40),
+}
+
+
+def each_of(layers: Mapping[str, Layer]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("layer", layers.values(), ids=layers.keys())
 
 
 @each_build
 @each_dtype
-@each_layer
+@each_of({**LAYERS, **BOTH_SIDES})
 @pytest.mark.parametrize("block_tokens", [1, 16, 64, 100])
 def test_it_is_attention(layer: Layer, dtype: torch.dtype, block_tokens: int, native: Native) -> None:
     sequences = [Tokens(layer, length, dtype, seed) for seed, length in enumerate((1, 15, 64, 65, 200))]
@@ -151,7 +163,7 @@ def test_it_is_attention(layer: Layer, dtype: torch.dtype, block_tokens: int, na
 
 @each_build
 @each_dtype
-@each_layer
+@each_of(LAYERS)
 def test_a_row_is_the_same_to_the_bit_in_any_chunks_and_company(
     layer: Layer, dtype: torch.dtype, native: Native
 ) -> None:
@@ -172,6 +184,19 @@ def test_a_row_is_the_same_to_the_bit_in_any_chunks_and_company(
         for (tokens, _), rows in zip(parts, cache.step(layer, native, parts), strict=True):
             made[tokens].append(rows)
     assert all(torch.equal(torch.cat(made[t]), rows) for t, rows in zip(sequences, alone, strict=True))
+
+
+@each_build
+@each_dtype
+@each_of(BOTH_SIDES)
+def test_a_row_that_sees_both_sides_is_the_same_to_the_bit_in_any_company(
+    layer: Layer, dtype: torch.dtype, native: Native
+) -> None:
+    sequences = [Tokens(layer, length, dtype, seed) for seed, length in enumerate((150, 1, 70, 131))]
+    one_thread = next(build for build in builds() if build.level == native.level and build.threads == 1)
+    alone = [whole(layer, one_thread, tokens) for tokens in sequences]
+    together = Cache(layer, sequences, 16).step(layer, native, [(t, range(t.length)) for t in sequences])
+    assert all(torch.equal(mine, other) for mine, other in zip(alone, together, strict=True))
 
 
 @each_build

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from training import judged, losses, make_base, recipe, shouted, trained, write_rows
+from training_runs import judged, losses, make_base, recipe, shouted, trained, write_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from serving import served
-from training import judged, losses, make_base, shouted, trained, write_rows
+from training_runs import judged, losses, make_base, shouted, trained, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from weft.errors import InvalidConfig, InvalidData

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from disks import needs_a_disk, on_disk
-from training import losses, make_base, recipe, shouted, trained, write_rows
+from training_runs import losses, make_base, recipe, shouted, trained, write_rows
 from watchfiles import watch
 
 from weft.errors import InvalidConfig, WeftError

@@ -14,6 +14,7 @@ from typing import IO
 
 import grpc
 import pytest
+from adapterhub import FOLDER
 from commands import SCRIPT, Run, free_port
 
 from weft.server.cli.adapter_tables import print_list
@@ -281,3 +282,19 @@ def test_watch_speaks_json_a_line(run: Run, address: str) -> None:
         added, listed = json.loads(lines.readline()), json.loads(lines.readline())
     assert (added["kind"], added["adapter"]["name"]) == ("ADAPTER_EVENT_KIND_ADDED", "broken")
     assert listed == {"kind": "ADAPTER_EVENT_KIND_LISTED"}
+
+
+def test_convert_makes_a_folder_of_one_of_adapterhubs(run: Run, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    ran = run("adapters", "convert", str(FOLDER / "llama" / "houlsby"), "--output", str(made))
+    assert ran.exit_code == 0
+    assert (
+        ran.output.strip() == f"{made}: silu bottlenecks behind self_attn.o_proj, mlp.down_proj, which read the output"
+    )
+    assert {file.name for file in made.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_convert_says_in_one_line_what_it_can_not(run: Run, folders: Path, tmp_path: Path) -> None:
+    ran = run("adapters", "convert", str(folders / "adapters" / "one"), "--output", str(tmp_path / "made"))
+    assert ran.exit_code == 1
+    assert "version: is None: load and save it with AdapterHub's `adapters` first" in ran.error_line

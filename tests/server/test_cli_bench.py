@@ -20,6 +20,7 @@ from commands import Run, free_port
 
 from weft.server.bench import generator
 from weft.server.bench.summary import LATE_S, Record, Spread, Summary, percentile, summarize
+from weft.server.bench.target import CannotLoad, Target
 from weft.server.bench.workload import Burst, Scheduled, Trace, fitted, prompt_ids, shares
 from weft.server.cli.bench import _finite
 from weft.server.cli.client import Endpoint
@@ -186,6 +187,14 @@ async def echoing(wanted: int) -> AsyncIterator[tuple[Echo, str]]:
         await server.stop(None)
 
 
+def test_a_server_without_adapters_is_told_what_to_do_about_it() -> None:
+    target = Target("", "", "", "", 256, 256, adapters=(), pool=(1,))
+    with pytest.raises(CannotLoad, match=r"^the server has no adapters: load some with `weft adapters load`$"):
+        target.choose((), None)
+    with pytest.raises(CannotLoad, match=r"`weft adapters load`, or give --adapters 0$"):
+        target.choose((), None, ", or give --adapters 0")
+
+
 class TestOpenLoop:
     def run(self, schedule: list[Scheduled], timeout_s: float | None = None, unanswered: int = 0) -> list[Record]:
         async def run() -> list[Record]:
@@ -282,6 +291,15 @@ class TestCommands:
             assert run("bench", "load", "--address", address, *short, *args).exit_code == 0
             assert {each["adapter"] for each in json.loads(file.read_text())["runs"][0]["requests"]} == {"two"}
 
+    @pytest.mark.parametrize("none", ["0", "0,0"])
+    def test_no_adapter_is_the_base(self, run: Run, address: str, tmp_path: Path, none: str) -> None:
+        file = tmp_path / "out.json"
+        short = ("--rate", "20", "--duration", "0.1", *FEW, "--output", str(file))
+        assert run("bench", "load", "--address", address, *short, "--adapters", none).exit_code == 0
+        runs = json.loads(file.read_text())["runs"]
+        assert {each["adapter"] for ran in runs for each in ran["requests"]} == {""}
+        assert len(runs) == none.count("0")
+
     def test_lengths_that_do_not_fit_are_refused_or_scaled(self, run: Run, address: str) -> None:
         short = ("bench", "load", "--address", address, "--rate", "20", "--duration", "0.1")
         ran = run(*short)
@@ -320,6 +338,9 @@ class TestCommands:
             (("load", "--rate", "0.1", "--duration", "1"), "are 0 requests"),
             (("load", "--plot", "x.gif"), "--plot is 'x.gif'; must end in one of .png, .svg, .pdf"),
             (("popularity", "zipf"), "zipf"),
+            (("load", "--adapter", "a", "--match", "b*"), "--adapter and --match are both given: choose one"),
+            (("slora", "--adapter", "a", "--match", "b*"), "--adapter and --match are both given: choose one"),
+            (("load", "--adapters", "0,0", "--match", "b*"), "--adapters 0 asks the base alone: leave --adapter and"),
         ],
     )
     def test_wrong_usage_is_one_line(self, run: Run, args: tuple[str, ...], words: str) -> None:

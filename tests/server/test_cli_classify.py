@@ -104,4 +104,6 @@ def test_what_goes_wrong_is_one_line(address: str, capsys: pytest.CaptureFixture
     code, _, errors = run(capsys, "embed", "x", "--pooling", "cls", "--address", address)
     assert code == 1
     assert "this base serves POOLING_LAST, POOLING_MEAN" in errors
-    assert run(capsys, "classify", "x")[0] == 2
+    code, _, errors = run(capsys, "classify", "x", "--address", address)
+    assert code == 1
+    assert "the base has no classification head: name an adapter that has one" in errors

@@ -39,6 +39,12 @@ def test_a_name_that_no_caller_can_have_is_refused(run: Run, name: str) -> None:
     assert "NAME must have 1 to 256 printable characters" in ran.error_line
 
 
+def test_those_who_stand_for_all_others_have_no_key(run: Run) -> None:
+    ran = run("keys", "new", "*")
+    assert (ran.exit_code, ran.output) == (2, "")
+    assert "NAME is '*', which stands for the callers of tokens and can't have a key" in ran.error_line
+
+
 def test_a_key_on_standard_input_is_hashed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("k" * 40 + "\n"))
     ran = run("keys", "hash")

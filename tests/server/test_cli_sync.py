@@ -362,3 +362,16 @@ class TestAccess:
             (tmp_path / "key").write_text("")
             (tmp_path / "key").write_text(good)
             assert next(sync.said).startswith("created a ")
+
+    def test_an_authority_that_is_replaced_is_read_again(
+        self, guarded: tuple[str, tuple[str, ...]], folders: Path, tmp_path: Path
+    ) -> None:
+        address, options = guarded
+        good = (tmp_path / "ca.crt").read_bytes()
+        (tmp_path / "ca.crt").write_bytes(make_ca("another").certificate_pem)
+        with watching(write(tmp_path / "a.json", [entry(folders, "a")]), address, *options) as sync:
+            assert "is not trusted: give who signed it with --tls-ca" in next(sync.problems)
+            (tmp_path / "ca.crt").write_bytes(b"")
+            (tmp_path / "ca.crt").write_bytes(good)
+            assert next(sync.said).startswith("created a ")
+            assert sync.end() == 0

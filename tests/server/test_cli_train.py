@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from commands import SCRIPT, Run, free_port, shell
-from training import make_base, shouted, write_rows
+from training_runs import make_base, shouted, write_rows
+
+from weft.server.cli import main
 
 QUICK = ("--max-steps", "1", "--rank", "2")
 
@@ -53,6 +55,19 @@ def test_a_push_that_is_refused_leaves_the_adapter(
     assert (folder / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("key", [("--api-key", "secret"), ("--api-key=secret",)])
+def test_the_card_has_the_command_without_the_key(
+    base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "made"
+    options = ("--model", str(base), "--data", str(prompts), "--output", str(folder), *QUICK, *key)
+    monkeypatch.setattr("sys.argv", ["weft", "train", *options])
+    assert main(["train", *options]) == 0
+    card = (folder / "README.md").read_text()
+    assert f"    weft train --model {base} --data {prompts} --output {folder} --max-steps 1 --rank 2 " in card
+    assert "secret" not in card
+
+
 def test_columns_and_labels_are_options(run: Run, base: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("body,kind\nall is well,b\nall is lost,a\n")
@@ -68,6 +83,7 @@ def test_columns_and_labels_are_options(run: Run, base: Path, tmp_path: Path) ->
         (("--output", "DIR"), 2, "which is there already: name a new folder"),
         (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl can't be read: No such file or directory"),
         (("--model", "DIR/nowhere"), 1, "nowhere has no tokenizer that loads"),
+        (("--layers", "0-99999999999"), 2, "--layers is '0-99999999999'; must be layers"),
         (("--layers", "3-1"), 2, "--layers is '3-1'; must be layers and ranges of them, such as 0-3,5"),
         (("--method", "distill"), 2, "--method distill needs a teacher, and only it has one"),
         (("--teacher-prompt", "@nowhere"), 2, "--teacher-prompt @nowhere can't be read"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from processes import Process, serving_process
 from tiny import make_adapter, make_model, save_tokenizer
-from web import serving
+from web import Held, serving
 
 from weft.v1 import adapter_pb2 as pb2
 from weft.v1 import adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -29,18 +28,6 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 pytestmark = pytest.mark.slow
 
 Start = Callable[..., AbstractContextManager[Process]]
-
-
-class Held(threading.Event):
-    """Until it is set, an answer of the web server waits; `reached` says that one does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached = threading.Event()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.reached.set()
-        return super().wait(timeout)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from disks import FILLER, fill, needs_a_disk, on_disk, seen_by
 from google.rpc import error_details_pb2 as details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from house import refusal, refusal_of
-from web import serving
+from web import Held, serving
 
 from weft.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -38,6 +38,18 @@ def failing(self):
 Engine.step = failing
 """
 """Run first by a server: its twentieth step fails where no request is to blame."""
+
+
+HAS_NO_THREADS = """
+import pathlib, threading
+start = threading.Thread.start
+def failing(self):
+    if self.name.startswith("weft-") and pathlib.Path(PATH).exists():
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = failing
+"""
+"""Likewise: while there is a file PATH, no thread of its own can be started, as where memory is exhausted."""
 
 
 @dataclass
@@ -93,6 +105,10 @@ def answer(channel: grpc.Channel, adapter_id: str = "") -> list[int]:
 
 def create(name: str, source: str) -> adapter_pb2.CreateAdapterRequest:
     return adapter_pb2.CreateAdapterRequest(adapter={"name": name, "source": source}, wait=True)
+
+
+def pinned(name: str) -> adapter_pb2.Adapter:
+    return adapter_pb2.Adapter(name=name, pinned=True)
 
 
 @needs_a_disk
@@ -170,6 +186,52 @@ def test_a_lost_engine_answers_everybody_and_ends_the_process(folders: Path) -> 
     assert log[-1] == "weft: the engine stopped unexpectedly; the log says how\n"
     assert sum("the engine thread died" in line for line in log) == 1
     assert sum(line == "MemoryError: no more of it\n" for line in log) == 1
+
+
+def test_a_lost_engine_ends_the_process_though_a_source_hangs(folders: Path) -> None:
+    with serving() as web, ExitStack() as stack:
+        held = web.held["/one/adapter_config.json"] = Held()
+        stack.callback(held.set)
+        options = ("--source-root", f"{web.url}/", "--drain-grace-seconds", "0.1")
+        args = command(folders, *options, script=LOSES_ITS_ENGINE + SCRIPT)
+        with process(args) as server, grpc.insecure_channel(server.address) as channel:
+            loading = adapters(channel).CreateAdapter.future(create("far", f"{web.url}/one"))
+            assert held.reached.wait(60)
+            lost = refusal(lambda: [answer(channel) for _ in range(20)])
+            assert lost.message == "the engine stopped unexpectedly"
+            server.popen.wait(30)
+            exit_code, log = server.end()
+            loading.cancel()
+    assert exit_code == 1
+    assert "the engine stopped unexpectedly; the log says how" in log[-1]
+
+
+def test_without_memory_for_threads_adapters_wait_and_the_engine_goes_on(folders: Path, tmp_path: Path) -> None:
+    """A thread's stack is the first that finds no room: it takes 8 MiB of addresses at once."""
+    exhausted, source = tmp_path / "exhausted", f"file:{folders / 'adapters' / 'one'}"
+    names = ("--adapters", str(folders / "adapters"), "--no-watch")
+    tight = ("--adapter-pages", "1", "--adapter-host-bytes", "0")
+    args = command(folders, *names, *tight, script=HAS_NO_THREADS.replace("PATH", repr(str(exhausted))) + SCRIPT)
+    with process(args) as server, grpc.insecure_channel(server.address) as channel:
+        before = {name: answer(channel, name) for name in ("", "two", "one")}
+        exhausted.touch()
+        for ask in (
+            lambda: answer(channel, "two"),
+            lambda: adapters(channel).CreateAdapter(create("new", source)),
+            lambda: adapters(channel).UpdateAdapter(adapter_pb2.UpdateAdapterRequest(adapter=pinned("two"))),
+        ):
+            refused = refusal(ask)
+            assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+            assert "the system gives no more threads or memory" in refused.message
+        assert answer(channel) == before[""]
+        exhausted.unlink()
+        assert {name: answer(channel, name) for name in before} == before
+        adapters(channel).CreateAdapter(create("new", source))
+        assert answer(channel, "new") == before["one"]
+        server.popen.terminate()
+        exit_code, log = server.end()
+    assert exit_code == 0
+    assert not any(line.startswith("Traceback") for line in log)
 
 
 def test_without_files_left_those_who_are_connected_go_on_and_others_wait_until_there_are(folders: Path) -> None:

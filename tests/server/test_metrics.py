@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from promtool import needs_promtool, promtool
 
-from weft.server.metrics import BASE, OTHER, AdapterSnapshot, Metrics, StepStats
+from weft.server.busiest import BASE, OTHER
+from weft.server.metrics import AdapterSnapshot, Metrics, StepStats
 
 MODEL = {"model_name": "tiny"}
 
@@ -357,6 +358,8 @@ def test_what_is_alerted_on_is_there_at_zero_before_it_happens(scraped: Scraped)
     for code in ("internal", "resource_exhausted", "unauthenticated", "permission_denied"):
         assert scraped.value("weft_refused_requests_total", code=code) == 0
     assert scraped.value("weft_adapter_load_seconds_count", outcome="failed") == 0
+    for what in ("access", "certificate", "jwks"):
+        assert scraped.value("weft_reloads_total", what=what, outcome="failed") == 0
     assert scraped.value("weft_adapter_move_seconds_count", tier="disk", outcome="failed") == 0
     assert scraped.value("weft_adapter_evictions_total", tier="device") == 0
 

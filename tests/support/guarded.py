@@ -27,6 +27,7 @@ CALLERS = {
         'roles = ["infer", "admin"]\nadapters = ["team-a/*"]\nbase = false\nsources = ["file:{adapters}/one"]\n'
     ),
     "tenant-a": 'roles = ["infer", "admin"]\nlabels = { tenant = "a" }\n',
+    "tenant-b": 'roles = ["admin"]\nlabels = { tenant = "b" }\nsources = ["file:{adapters}/*"]\n',
     "asker": 'roles = ["infer"]',
     "reader": 'roles = ["read"]',
     "gateway": "on_behalf = true",

@@ -147,7 +147,12 @@ def _backbone(base: Path) -> PreTrainedModel:
 
 def _classifier(base: Path, num_labels: int, **settings: Any) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=num_labels, attn_implementation="eager", dtype=torch.float32, **settings
+        base,
+        num_labels=num_labels,
+        ignore_mismatched_sizes=True,  # of a head that the base brings
+        attn_implementation="eager",
+        dtype=torch.float32,
+        **settings,
     )
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
+from weft.adapters.locations import without_secrets
 from weft.server.api.access.gate import ROLE_OF, Context
 from weft.server.api.callers import Role, current_caller
 
 _log = logging.getLogger("weft.audit")
 
 NOBODY = "-"
+MAX_CHARACTERS = 2048
+"""Of one word: a name that is refused may be as long as a message."""
 
 
 @dataclass(slots=True)
 class AuditLine:
-    """Filled in as the call goes on. outcome: "ok", or a status code in lower case."""
+    """Filled in as the call goes on. outcome: "ok", or a status code in lower case.
+
+    asks: for which source, labels and pin, where it says so.
+    """
 
     method: str
     peer: str
@@ -26,6 +34,7 @@ class AuditLine:
     adapter: str = NOBODY
     digest: str = NOBODY
     outcome: str = "cancelled"
+    asks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, method: str, context: Context) -> AuditLine | None:
@@ -41,6 +50,7 @@ class AuditLine:
             return
         names_itself = "name" in request.DESCRIPTOR.fields_by_name
         self.adapter = (request.name if names_itself else request.adapter.name) or NOBODY
+        self.asks = {} if names_itself else _asks(request)
 
     def answered(self, response: Message) -> None:
         adapter: Any = getattr(response, "adapter", None)
@@ -48,11 +58,25 @@ class AuditLine:
         self.outcome = "ok"
 
     def write(self) -> None:
-        fields = {name: getattr(self, name) for name in ("caller", "peer", "method", "adapter", "digest", "outcome")}
+        before = {name: getattr(self, name) for name in ("caller", "peer", "method", "adapter")}
+        fields = {**before, **self.asks, "digest": self.digest, "outcome": self.outcome}
         _log.info("%s", " ".join(f"{name}={_word(value)}" for name, value in fields.items()), extra={"audit": fields})
+
+
+def _asks(request: Any) -> Mapping[str, str]:
+    """What a creation or an update would have the adapter be, in words without secrets."""
+    adapter = request.adapter
+    mask = request.update_mask.paths if "update_mask" in request.DESCRIPTOR.fields_by_name else ()
+    names = frozenset(mask or (given.name for given, _ in adapter.ListFields()))
+    words = {
+        "source": without_secrets(adapter.source),
+        "labels": json.dumps(dict(adapter.labels), sort_keys=True, ensure_ascii=False),
+        "pinned": str(adapter.pinned).lower(),
+    }
+    return {name: word for name, word in words.items() if name in names}
 
 
 def _word(value: str) -> str:
     """As it is, or quoted where it could be taken for more than one word."""
     plain = value.isascii() and value.isprintable() and not set(value) & set(" =\"'\\")
-    return value[:256] if plain else repr(value[:256])
+    return value[:MAX_CHARACTERS] if plain else repr(value[:MAX_CHARACTERS])

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from weft.adapters.locations import without_secrets
 from weft.adapters.names import what_was_meant
-from weft.adapters.records import AdapterChange, NewAdapter
+from weft.adapters.records import AdapterChange, Allow, NewAdapter
 from weft.errors import AdapterNotFound, PermissionDenied
 from weft.server.api.callers import Caller, current_caller
 
@@ -50,11 +51,21 @@ class Rights:
         if change.labels is not None and not caller.may_use(name, change.labels):
             raise PermissionDenied(f"caller {caller.name!r} may not take the labels away that it goes by")
 
+    def still(self, name: str) -> Allow:
+        """For when the change is made: by then somebody else may have given the adapter other labels."""
+        caller = current_caller.get()
+
+        def check(labels: Mapping[str, str]) -> None:
+            if not caller.may_use(name, labels):
+                raise _denied(caller, name)
+
+        return check
+
     def check_source(self, source: str) -> None:
         """Raises PermissionDenied, before anything is looked at."""
         caller = current_caller.get()
         if not caller.may_load(source):
-            raise PermissionDenied(f"caller {caller.name!r} may not use the source {source!r}")
+            raise PermissionDenied(f"caller {caller.name!r} may not use the source {without_secrets(source)!r}")
 
     def _check(self, caller: Caller, adapter_id: str, name: str) -> None:
         if not caller.may_name(name) and not (caller.labels and caller.may_use(name, self.labels_of(name))):

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jwt
@@ -18,6 +19,9 @@ from weft.server.api.callers import Caller, Role
 
 MAX_CACHED = 4096
 """Tokens that were checked before and are known until they expire, or there are other keys."""
+
+FAR_OFF_S = 1 << 40
+"""Seconds since the epoch, after which it is all the same when a token expires."""
 
 LEEWAY_S = 10.0
 """By which two machines' clocks may differ."""
@@ -42,7 +46,7 @@ class Tokens:
     def __init__(
         self, rules: TokenRules, keys: Keys, caller_of: CallerOf, now: Callable[[], float] = time.time
     ) -> None:
-        """now: seconds since the epoch, for tokens that were checked before."""
+        """now: seconds since the epoch, for tokens that were checked before, and for how long they hold."""
         self._rules = rules
         self._keys = keys
         self._caller_of = caller_of
@@ -56,8 +60,9 @@ class Tokens:
         if known is not None and self._now() < known[0] and known[1] == self._keys.num_taken:
             return known[2]
         claims = await self._claims(token)
-        caller = self._named(claims)
-        self._cached[digest] = int(claims["exp"]), self._keys.num_taken, caller
+        exp = min(int(claims["exp"]), FAR_OFF_S)
+        caller = replace(self._named(claims), left_s=lambda: exp + LEEWAY_S - self._now())
+        self._cached[digest] = exp, self._keys.num_taken, caller
         if len(self._cached) > MAX_CACHED:
             self._cached.popitem(last=False)
         return caller

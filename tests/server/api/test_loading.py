@@ -15,7 +15,7 @@ from tiny import make_adapter, make_model, save_tokenizer
 from web import Web, serving
 
 from weft.adapters.locations import is_remote
-from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, NewAdapter
+from weft.adapters.records import AdapterChange, AdapterInfo, AdapterState, Allow, NewAdapter, allow_all
 from weft.adapters.report import AdapterReport
 from weft.adapters.sources import RemoteSettings, Sources
 from weft.adapters.state import Recorder, State
@@ -254,10 +254,10 @@ def test_what_was_changed_for_a_caller_who_gave_up_is_recorded(loading: Loading,
     reached, may_end = threading.Event(), threading.Event()
 
     class Slow(AdapterStore):
-        def update(self, name: str, change: AdapterChange) -> AdapterInfo:
+        def update(self, name: str, change: AdapterChange, allow: Allow = allow_all) -> AdapterInfo:
             reached.set()
             may_end.wait()
-            return super().update(name, change)
+            return super().update(name, change, allow)
 
     state = State(tmp_path / "state.db")
     store = Slow(loading.store._pool, loading.store._reader._sources, lambda: 0.0)
@@ -280,7 +280,7 @@ def test_what_was_changed_for_a_caller_who_gave_up_is_recorded(loading: Loading,
     state.close()
 
 
-def test_draining_refuses_updates_and_checks_and_tells_who_asked(loading: Loading) -> None:
+def test_draining_refuses_changes_and_checks_and_tells_who_asked(loading: Loading) -> None:
     told: list[str] = []
 
     async def main() -> None:
@@ -295,8 +295,11 @@ def test_draining_refuses_updates_and_checks_and_tells_who_asked(loading: Loadin
                 await loading.loader.update("first", change)
         with pytest.raises(Unavailable, match="draining"):
             await loading.loader.inspect(source)
+        with pytest.raises(Unavailable, match="draining"):
+            await loading.loader.delete("first")
 
     asyncio.run(main())
+    assert [info.name for info in loading.store.list()] == ["first"]
     assert told == ["the server is draining"]
 
 
@@ -336,6 +339,21 @@ def test_a_failure_in_the_background_is_kept_and_logged_in_one_line(
     assert loading.store.get("n").state is AdapterState.FAILED
     assert [record.exc_info for record in caplog.records] == [None]
     assert loading.count("failed") == 1
+
+
+def test_what_finds_no_thread_is_not_loading_for_ever(loading: Loading) -> None:
+    async def main() -> None:
+        loading.loader._threads.local.shutdown()  # as where the system gives no more threads
+        await loading.loader.start(loading.new("n"))
+        await loading.loader.drain(60)
+        with pytest.raises(Unavailable):
+            await loading.loader._load_once(loading.store.reserve(loading.new("m")), loading.loader._threads.local)
+
+    asyncio.run(main())
+    for name in "nm":
+        info = loading.store.get(name)
+        assert info.state is AdapterState.FAILED
+        assert "no more threads or memory" in info.error
 
 
 def test_what_can_not_be_reserved_is_refused_at_once(loading: Loading) -> None:

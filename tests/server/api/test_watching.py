@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from house import House, refusal, refusal_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.adapters.records import AdapterInfo, AdapterState, EventKind
+from weft.adapters.records import AdapterInfo, AdapterState, EventKind, NewAdapter
+from weft.errors import Unauthenticated
 from weft.server.api.adapter_fields import AdapterFilter
-from weft.server.api.watching import Told, Watch
+from weft.server.api.callers import Caller
+from weft.server.api.watching import Told, Watch, Watchers
 from weft.server.app import running_server
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
 from weft.v1 import adapter_pb2 as pb2
@@ -287,6 +290,27 @@ def test_watchers_that_come_and_go_while_names_change_leave_nothing(house: House
             over.set()
         for done in changes:
             done.result()
+
+
+def test_a_watch_ends_with_the_token_that_let_it_in(house: House) -> None:
+    lasting, ending = (replace(ANY, caller=Caller("x", left_s=lambda left=left: left)) for left in (3600.0, 0.1))  # type: ignore[misc]
+    watchers = Watchers(house.store)
+
+    async def watch() -> None:
+        other = watchers.watch(lasting)
+        async with aclosing(other), aclosing(watchers.watch(ending)) as told:
+            while await anext(other) is not None:
+                pass
+            with pytest.raises(Unauthenticated, match="the token has expired: watch again with another"):
+                async for _ in told:
+                    pass
+            house.store.create(NewAdapter("late", house.source("one")))
+            heard = await anext(other)
+            assert heard is not None
+            assert heard[1].name == "late"
+        house.store.delete("late")
+
+    house.on_loop(watch())
 
 
 def test_a_drain_ends_every_watch_and_refuses_new_ones(root: Path) -> None:

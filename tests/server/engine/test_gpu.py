@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoders import LINEAR, make_encoder
 from features import make_all
 from harness import Harness
 from tiny import linear_names, make_adapter, make_classifier, make_model, save_tokenizer
@@ -156,3 +157,20 @@ def make_mixed(kind: str, folder: Path) -> tuple[Path, dict[str, Path], list[Req
         for i, name in enumerate([None, *adapters, None, *adapters])
     ]
     return folder / "base", adapters, requests
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_classifiers_on_an_encoder_give_the_logits_of_the_cpu(kind: str, tmp_path: Path) -> None:
+    make_encoder(kind, tmp_path / "base", num_labels=4)
+    adapters = {f"a{labels}": tmp_path / f"a{labels}" for labels in (2, 5)}
+    for labels, folder in zip((2, 5), adapters.values(), strict=True):
+        make_classifier(tmp_path / "base", folder, "abcde"[:labels], labels, target_modules=LINEAR[kind])
+    on_cpu, on_gpu = (Harness(tmp_path / "base", adapters, device=each, kv_tokens=None) for each in ("cpu", "cuda"))
+    settings = {"stopping": Stopping(0), "pooling": on_cpu.engine.limits.abilities.class_pooling, "through_head": True}
+    requests = [
+        Request(name, tuple(range(3, 4 + 9 * i)), ((name, 1.0),) if name else (), **settings)
+        for i, name in enumerate([*adapters, ""] * 4)
+    ]
+    expected = [answer.vector for answer in on_cpu.run(requests)]
+    for mine, theirs in zip(on_gpu.run(requests), expected, strict=True):
+        assert torch.allclose(mine.vector, theirs, atol=1e-3, rtol=1e-3)

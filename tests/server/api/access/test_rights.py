@@ -185,6 +185,31 @@ class TestAdmin:
             tenant.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "a", "more": "x"}))
             tenant.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "a"}))
 
+    def test_one_with_labels_changes_nothing_that_is_no_longer_its_own_once_it_is_loaded(
+        self, guard: Guarded, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert guard.server._loaded is not None
+        reader = guard.server._loaded.frontend._store._reader
+        reads, may_end, read = threading.Event(), threading.Event(), reader.read
+
+        def slow(source: str) -> object:
+            reads.set()
+            assert may_end.wait(60)
+            return read(source)
+
+        monkeypatch.setattr(reader, "read", slow)
+        loading = change("shared/one", source=f"file:{guard.adapters / 'two'}")
+        with guard.calling("boss") as boss, guard.calling("tenant-b") as tenant:
+            boss.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "b"}))
+            before = boss.adapters.GetAdapter(pb2.GetAdapterRequest(name="shared/one")).adapter
+            asked = tenant.adapters.UpdateAdapter.future(loading)
+            assert reads.wait(60)
+            boss.adapters.UpdateAdapter(change("shared/one", labels={"tenant": "a"}))
+            may_end.set()
+            assert refusal(asked.result).message == "caller 'tenant-b' may not use adapter 'shared/one'"
+            after = boss.adapters.GetAdapter(pb2.GetAdapterRequest(name="shared/one")).adapter
+            assert (after.digest, after.source) == (before.digest, before.source)
+
     def test_sources_of_others_are_not_looked_at(self, guard: Guarded) -> None:
         with guard.calling("team-a") as team_a, guard.calling("tenant-a") as tenant:
             for source in (f"file:{guard.adapters / 'two'}", "file:/nowhere", f"file:{guard.adapters}/one/../two"):
@@ -242,19 +267,26 @@ def test_each_call_of_an_admin_leaves_one_line_whatever_came_of_it(guard: Guarde
         new = pb2.CreateAdapterRequest(adapter={"name": "new", "source": source}, wait=True)
         boss.adapters.CreateAdapter(new)
         refusal(lambda: boss.adapters.CreateAdapter(new))
-        boss.adapters.UpdateAdapter(change("new", labels={}))
+        boss.adapters.UpdateAdapter(change("new", labels={"tenant": "a"}, pinned=False))
+        boss.adapters.UpdateAdapter(change("new", source=source))
+        secret = {"name": "x", "source": "https://me:hunter2@host/a?token=hunter2", "labels": {"a b": "c"}}
+        refusal(lambda: boss.adapters.CreateAdapter(pb2.CreateAdapterRequest(adapter=secret)))
         refusal(lambda: asker.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="new")))
         refusal(lambda: nobody.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="new")))
         boss.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="new"))
         refusal(lambda: boss.adapters.DeleteAdapter(pb2.DeleteAdapterRequest(name="no\nsuch caller=x")))
         boss.adapters.ListAdapters(pb2.ListAdaptersRequest())
-    lines = written.all(7)
+    lines = written.all(9)
     assert all(" peer=ipv4:127.0.0.1:" in line for line in lines)
     told = [" ".join(word for word in line.split(" ") if not word.startswith("peer=")) for line in lines]
+    relabelled = """labels='{"tenant": "a"}' pinned=false"""
+    without_secret = """source=https://***@host/a?*** labels='{"a b": "c"}'"""
     assert told == [
-        f"caller=boss method=CreateAdapter adapter=new digest={digest} outcome=ok",
-        "caller=boss method=CreateAdapter adapter=new digest=- outcome=already_exists",
-        f"caller=boss method=UpdateAdapter adapter=new digest={digest} outcome=ok",
+        f"caller=boss method=CreateAdapter adapter=new source={source} digest={digest} outcome=ok",
+        f"caller=boss method=CreateAdapter adapter=new source={source} digest=- outcome=already_exists",
+        f"caller=boss method=UpdateAdapter adapter=new {relabelled} digest={digest} outcome=ok",
+        f"caller=boss method=UpdateAdapter adapter=new source={source} digest={digest} outcome=ok",
+        f"caller=boss method=CreateAdapter adapter=x {without_secret} digest=- outcome=invalid_argument",
         "caller=asker method=DeleteAdapter adapter=new digest=- outcome=permission_denied",
         "caller=- method=DeleteAdapter adapter=- digest=- outcome=unauthenticated",
         f"caller=boss method=DeleteAdapter adapter=new digest={digest} outcome=ok",
@@ -278,6 +310,15 @@ class TestCaller:
         assert caller.may_load("file:/a/b")
         for source in ("file:/a/../b", "https://h/a/%2E%2e/b", "file:/ab", "hf:a/b"):
             assert not caller.may_load(source)
+
+    def test_no_two_callers_share_a_turn(self) -> None:
+        names = [
+            Caller(name).asking_for(other)
+            for name in ("a", "a/b", "a%2Fb", "a%", "c")
+            for other in ("", "b", "b/c", "c", "%2Fb")
+        ]
+        assert len(set(names)) == len(names)
+        assert Caller("team-a").asking_for("user 1") == "team-a/user 1"
 
     def test_no_two_callers_have_the_same_salt(self) -> None:
         salts = [

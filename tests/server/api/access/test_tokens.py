@@ -127,6 +127,15 @@ def test_a_known_token_is_refused_once_it_has_expired(issuer: Issuer) -> None:
     assert asyncio.run(known.caller(longer)) is not first, "it is checked again, by the clock of this machine"
 
 
+def test_a_caller_knows_how_long_its_token_holds(issuer: Issuer) -> None:
+    now_s = float(NOW)
+    left_s = asyncio.run(tokens(issuer, now=lambda: now_s).caller(issuer.token(exp=NOW + 3600))).left_s
+    assert left_s is not None
+    assert left_s() == 3610, "clocks may differ by ten seconds"
+    now_s += 3000
+    assert left_s() == 610
+
+
 def test_a_time_beyond_all_floats_is_one(issuer: Issuer) -> None:
     assert asyncio.run(tokens(issuer).caller(issuer.token(exp=10**400))).name == "team-a"
 

@@ -91,9 +91,9 @@ def encode(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def in_batches(samples: Iterator[Sample], batch_size: int, num_batches: int, label: str) -> "tqdm[list[Sample]]":
-    """Return `num_batches` batches behind a progress bar."""
+    """Return `num_batches` batches behind a progress bar, where there is a terminal."""
     batches = (list(itertools.islice(samples, batch_size)) for _ in range(num_batches))
-    return tqdm(batches, desc=f"{label:>10}", total=num_batches, smoothing=0.05)
+    return tqdm(batches, desc=f"{label:>10}", total=num_batches, smoothing=0.05, disable=None)
 
 
 def backward(

@@ -46,6 +46,7 @@ for command in (
     train,
     extract,
     compress,
+    train,
     sync,
     health,
     keys,

@@ -11,7 +11,7 @@ PROMTOOL := $(BIN)/promtool
 # own index: CPU where there is none. Set to cpu, cu130, ... to choose. Where that fails, pip picks.
 export UV_TORCH_BACKEND ?= auto
 
-.PHONY: demo test check protos bench soak fuzz
+.PHONY: demo test check protos bench soak fuzz examples
 
 demo: $(READY)
 	$(BIN)/weft demo
@@ -40,6 +40,10 @@ bench: $(READY)
 # Minutes; SOAK="--minutes 120" for hours.
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(SOAK)
+
+# The pages of examples/, those that train for a minute too.
+examples: $(READY)
+	WEFT_EXAMPLES=all $(BIN)/pytest tests/examples
 
 FUZZ_MINUTES ?= 5
 fuzz: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,9 @@ from pages import Step, agrees, differences, run, steps_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGES = sorted(path.parent.name for path in EXAMPLES.glob("*/README.md"))
+LONG = {"support-desk", "distilling", "train-push-ask"}
+"""Pages that train for a minute or so."""
+
 TIMEOUT_S = 600
 
 
@@ -18,6 +22,8 @@ TIMEOUT_S = 600
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_holds(name: str, tmp_path: Path) -> None:
     """In a copy of the repository that has the page's own folder and the demo's."""
+    if name in LONG and os.environ.get("WEFT_EXAMPLES") != "all":
+        pytest.skip("takes a minute: `make examples` runs all pages")
     shutil.copytree(EXAMPLES / name, tmp_path / "examples" / name)
     (tmp_path / "examples" / "demo").symlink_to(EXAMPLES / "demo")
     steps = steps_of((EXAMPLES / name / "README.md").read_text())

@@ -37,7 +37,7 @@ def test_it_runs_through(tmp_path: Path) -> None:
     document = tmp_path / "performance.md"
     document.write_text("Before.\n<!-- gpu: begin -->\n<!-- gpu: end -->\nAfter.\n")
     made = tmp_path / "gpu.json"
-    command = [sys.executable, PROGRAM, "--device", "cpu", "--shape", "tiny", "--beside"]
+    command = [sys.executable, PROGRAM, "--device", "cpu", "--shape", "tiny"]
     subprocess.run(
         [*command, "--json", made, "--report", document],
         env={**os.environ, "TRITON_INTERPRET": "1"},

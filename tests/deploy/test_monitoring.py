@@ -13,12 +13,14 @@ from typing import Any
 import grpc
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from promtool import needs_promtool, promtool
 from serving import served
 from tiny import make_adapter, make_model, save_tokenizer
 
 from weft.server.config import EngineConfig, ModelConfig, ServerConfig
+from weft.server.metrics import Metrics
 from weft.v1 import inference_pb2, inference_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +69,11 @@ def scrape(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def exported(scrape: str) -> set[str]:
-    """The names of its samples."""
-    return {sample.name for family in text_string_to_metric_families(scrape) for sample in family.samples}
+    """The names of its samples, and of those that it has with TLS alone."""
+    names = {sample.name for family in text_string_to_metric_families(scrape) for sample in family.samples}
+    registry = CollectorRegistry()
+    Metrics(registry).certificate_expires(0.0)
+    return names | {family.name for family in registry.collect() if "certificate" in family.name}
 
 
 @needs_promtool

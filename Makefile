@@ -28,6 +28,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/prefixes.py
 	$(BIN)/python benchmarks/classify.py
+	$(BIN)/python benchmarks/bottlenecks.py
 	$(BIN)/python benchmarks/fairness.py
 	$(BIN)/python benchmarks/constraints.py
 	$(BIN)/python benchmarks/access.py

@@ -1,6 +1,6 @@
 """Decode steps with a bottleneck adapter a row, beside LoRA of as many parameters and the base alone.
 
-    python benchmarks/bottlenecks.py       # minutes; prints a table
+    python benchmarks/bottlenecks.py       # minutes; prints a table, which docs/performance.md then has
 
 Random weights of SmolLM-135M's shape in float32; the kinds take turns, so that none has the quiet minutes for itself.
 """
@@ -17,7 +17,7 @@ import click
 import torch
 import transformers
 from prometheus_client import CollectorRegistry
-from report import Samples, machine, table
+from report import Samples, machine, table, write_section
 from shapes import SHAPES, make_base, module_shapes, write_adapters
 
 from weft.adapters.bottlenecks import BottleneckConfig
@@ -30,6 +30,7 @@ from weft.server.engine.load import LoadedEngine, load_engine
 from weft.server.engine.request import Request, Stopping
 from weft.server.metrics import Metrics
 
+ROOT = Path(__file__).parents[1]
 SHAPE = "135m"
 ROWS = 16
 KINDS = {
@@ -127,7 +128,9 @@ def main(rounds: int, steps: int) -> None:
         [name, f"{kind.parameters:,}", kind.step_s.show(1e3), f"{base / kind.step_s.median:.2f}"]
         for name, kind in kinds.items()
     ]
-    click.echo(f"{table(head, rows)}\n\nMachine: {machine()}.")
+    report = f"{table(head, rows)}\n\nMachine: {machine()}.\n"
+    click.echo(report)
+    write_section(ROOT / "docs" / "performance.md", "bottlenecks", report)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_experts_are_refused_by_name(tmp_path: Path, refused: Callable[..., str]
         (("--rank", 4, "--energy", 0.5), "give one of --rank and --energy"),
         (("--rank", 0), "0 is not in the range x>=1"),
         (("--energy", 1.5), "1.5 is not in the range 0<x<=1"),
-        (("--energy", "nan"), "'nan' is not a number"),
+        (("--energy", "nan"), "'nan' is not a finite number"),
         (
             ("--rank", 4, "--prompts", "nowhere"),
             "--prompts is 'nowhere', which can't be read: No such file or directory",

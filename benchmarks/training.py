@@ -46,7 +46,7 @@ class Case:
     rounds: int
 
 
-CASES = (Case("135m", 4, 128, 6, 3), Case("demo base", 32, 64, 40, 5))
+CASES = (Case("135m", 4, 128, 5, 2), Case("demo base", 32, 64, 20, 2))
 QUICK = (Case("demo base", 8, 32, 6, 1),)
 
 
